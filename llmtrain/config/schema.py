@@ -1,0 +1,318 @@
+"""The typed tree that describes a run: every key a YAML file may have, with its default.
+
+One class per section. A field's ``doc`` is what ``--help`` and the reference page print;
+``choices`` and ``ge``/``gt``/``le``/``lt`` are checked by ``config.check`` with the user's own
+path, file and line. Cross-field rules live in ``config.check`` as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmtrain.config.duration import Duration
+
+
+def key(default: Any = None, doc: str = "", **rules: Any) -> Any:
+    """A config field: default (or factory), documentation and simple bounds or choices."""
+    metadata = {"doc": doc, **rules}
+    if isinstance(default, type) or (callable(default) and not isinstance(default, Duration)):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def dur(text: str) -> Duration:
+    """Shorthand for a duration default."""
+    return Duration.parse(text)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder. Presets for GPT-2, Llama, Qwen and OLMo-2 are in configs/models."""
+
+    vocab_size: int | None = key(None, "tokens in the vocabulary; null: the tokenizer's", ge=2)
+    vocab_multiple: int = key(64, "the vocabulary is padded up to a multiple of this", ge=1)
+    d_model: int = key(256, "width of the residual stream", ge=1)
+    n_layers: int = key(4, "number of blocks", ge=1)
+    n_heads: int = key(4, "query heads", ge=1)
+    n_kv_heads: int | None = key(None, "key/value heads; null: as many as n_heads", ge=1)
+    d_head: int | None = key(None, "width of a head; null: d_model / n_heads", ge=1)
+    d_ff: int | None = key(None, "width of the MLP; null: 4 d_model, or 8/3 d_model if gated", ge=1)
+    max_seq_len: int | None = key(None, "longest sequence; null: data.seq_len", ge=1)
+    norm: str = key("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = key(1e-5, "added to the variance", gt=0)
+    norm_placement: str = key(
+        "pre",
+        "pre: before each branch; post_branch: at the end of the branch (OLMo-2)",
+        choices=("pre", "post_branch"),
+    )
+    position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    activation: str = key(
+        "swiglu",
+        "MLP activation; gelu_tanh is GPT-2's approximation",
+        choices=("swiglu", "gelu", "gelu_tanh", "relu", "silu"),
+    )
+    qk_norm: str = key(
+        "none",
+        "normalise queries and keys: over each head (Qwen3) or the whole width (OLMo-2)",
+        choices=("none", "head", "full"),
+    )
+    attention_bias: bool = key(False, "bias on the q, k, v projections")
+    attention_out_bias: bool = key(False, "bias on the attention output projection")
+    mlp_bias: bool = key(False, "bias on the MLP projections")
+    tie_embeddings: bool = key(False, "the head shares the embedding's weight")
+    init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
+    init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens when a corpus is prepared."""
+
+    kind: str = key(
+        "bpe", "bpe: train one; byte: UTF-8 bytes; file: load one", choices=("bpe", "byte", "file")
+    )
+    path: str | None = key(None, "kind file: a tokenizer.json or a folder that holds one")
+    vocab_size: int = key(8192, "kind bpe: size to train", ge=257)
+    train_bytes: int = key(30_000_000, "kind bpe: bytes of text to train on", ge=1)
+    eos_token: str = key("<|endoftext|>", "document separator")
+
+
+@dataclass(frozen=True)
+class TextSourceConfig:
+    """One named source of raw text for ``llmtrain data prepare``."""
+
+    kind: str = key("text", "what is read", choices=("builtin", "text", "jsonl", "parquet", "hf"))
+    domain: str | None = key(
+        None, "kind builtin: code, docs or math", choices=("code", "docs", "math", None)
+    )
+    paths: list[str] = key(list, "files, folders or globs; .gz and .zst are decompressed")
+    field: str = key("text", "jsonl, parquet, hf: the field with the text")
+    hf_name: str | None = key(None, "kind hf: dataset name or local path")
+    hf_config: str | None = key(None, "kind hf: configuration name")
+    hf_split: str = key("train", "kind hf: split")
+    max_documents: int | None = key(None, "stop after so many documents", ge=1)
+    max_bytes: int | None = key(None, "stop after so many bytes of text", ge=1)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """``llmtrain data prepare``: text to MDS shards."""
+
+    out: str = key("data/corpus", "folder to write")
+    sources: dict[str, TextSourceConfig] = key(dict, "name: source")
+    tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer")
+    heldout_fraction: float = key(0.01, "share of documents held out, by hash", ge=0, lt=1)
+    workers: int | None = key(None, "tokenizing processes; null: usable cores", ge=1)
+    shard_bytes: int = key(64 << 20, "size of a shard", ge=1 << 12)
+    compression: str | None = key(None, "shard compression, e.g. zstd:3")
+    max_bad_fraction: float = key(0.01, "stop when more of the records are bad", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One tokenized source of the training mixture."""
+
+    path: str = key("", "a prepared source folder, a file, a glob, or a remote address")
+    format: str = key(
+        "auto",
+        "how it is stored",
+        choices=("auto", "mds", "megatron", "npy", "datatrove", "foundry"),
+    )
+    dtype: str | None = key(
+        None, "npy: token dtype of raw files", choices=("uint16", "uint32", "int32", "int64", None)
+    )
+    max_epochs: float | None = key(None, "repetition cap: fail at build time beyond it", gt=0)
+    loss_weight: float = key(1.0, "weight of each of its tokens in the loss", ge=0)
+    cache_bytes: int = key(8 << 30, "remote sources: local cache bound", ge=1 << 20)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of the mixture schedule."""
+
+    until: Duration = key(lambda: dur("1dur"), "where the phase ends")
+    weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1")
+    ramp: str = key(
+        "step",
+        "step: constant weights; linear: from the previous phase's weights",
+        choices=("step", "linear"),
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    corpus: str | None = key(None, "folder of `data prepare`: its sources become available by name")
+    sources: dict[str, SourceConfig] = key(dict, "name: source, besides or instead of a corpus")
+    weights: dict[str, float] = key(dict, "one phase for the whole run: source: share of tokens")
+    phases: list[PhaseConfig] = key(list, "mixture schedule; instead of weights")
+    heldout: dict[str, SourceConfig] = key(dict, "name: held-out source; a corpus brings its own")
+    seq_len: int = key(256, "tokens per sample", ge=2)
+    block_size: int = key(1024, "samples per mixture block", ge=1, le=1024)
+    document_mask: bool = key(False, "attention stays inside a document")
+    reset_positions: bool = key(False, "positions start again at each document")
+    eos_id: int | None = key(None, "document separator; null: the corpus's", ge=0)
+    tokenizer: str | None = key(None, "tokenizer file or folder; null: the corpus's")
+    prefetch: int = key(4, "batches read ahead", ge=0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The training objective: weighted token cross-entropy."""
+
+    z_loss: float = key(0.0, "weight of the squared log-sum-exp", ge=0)
+    label_smoothing: float = key(0.0, "label smoothing", ge=0, lt=1)
+    chunk_tokens: int = key(1024, "tokens whose logits exist at once", ge=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer."""
+
+    name: str = key("adamw", "optimizer", choices=("adamw", "lion"))
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    betas: list[float] = key(lambda: [0.9, 0.95], "moment decay rates")
+    eps: float = key(1e-8, "AdamW epsilon", gt=0)
+    weight_decay: float = key(0.1, "weight decay", ge=0)
+    decoupled: str = key(
+        "lr",
+        "lr: decay times the current lr (AdamW as in torch); fully: times lr/peak only",
+        choices=("lr", "fully"),
+    )
+    decay_roles: list[str] = key(
+        lambda: ["embedding", "hidden", "head"], "roles of parameters that decay"
+    )
+    lr_factors: dict[str, float] = key(dict, "role: factor on the learning rate")
+    clip_norm: float | None = key(1.0, "gradient norm bound; null: none", gt=0)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run."""
+
+    name: str = key(
+        "cosine",
+        "shape after the warmup",
+        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+    )
+    warmup: Duration = key(lambda: dur("0.02dur"), "linear warmup from zero")
+    min_factor: float = key(0.1, "final learning rate over the peak", ge=0, le=1)
+    decay: Duration = key(lambda: dur("0.2dur"), "wsd: length of the decay at the end")
+    decay_shape: str = key(
+        "linear", "wsd: shape of the decay", choices=("linear", "1-sqrt", "exponential")
+    )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    compute: str = key(
+        "auto", "auto: bf16 where the hardware has it, else fp32", choices=("auto", "fp32", "bf16")
+    )
+    reduce: str = key("fp32", "gradient reduction over ranks", choices=("fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout over processes. shard x replicate = world size."""
+
+    shard: int | None = key(None, "FSDP2 shards; null: world size / replicate", ge=1)
+    replicate: int = key(1, "replicas of the shards (HSDP); world size: plain data parallel", ge=1)
+    reshard_after_forward: bool = key(True, "free gathered weights between forward and backward")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    duration: Duration = key(lambda: dur("100step"), "length of the run (step or tok)")
+    stop_after: Duration | None = key(None, "stop early but keep the schedules of the whole run")
+    global_batch_size: int = key(32, "sequences per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int | None = key(
+        None, "sequences per forward on a rank; null: all at once", ge=1
+    )
+    recompute: str = key("none", "activation recomputation", choices=("none", "selective", "full"))
+    compile: bool = key(False, "torch.compile each block")
+    deterministic: bool = key(False, "deterministic kernels, slower")
+    gc_every: int = key(100, "steps between garbage collections; 0: leave it to Python", ge=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation and samples."""
+
+    every: Duration | None = key(lambda: dur("0.25dur"), "null: only at the end")
+    samples: int = key(64, "sequences per domain", ge=1)
+    micro_batch_size: int | None = key(None, "null: the training one", ge=1)
+    prompts: list[str] = key(list, "texts continued at the end of the run")
+    generate_tokens: int = key(64, "length of each continuation", ge=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end")
+    keep: int = key(2, "newest temporary checkpoints kept", ge=1)
+    permanent_every: Duration | None = key(None, "checkpoints that are never pruned")
+    asynchronous: bool = key(True, "write in the background from a copy on the host")
+    resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens on a non-finite or spiking loss or gradient norm."""
+
+    nonfinite: str = key("stop", "loss or gradient norm not finite", choices=("stop", "skip"))
+    spike: str = key(
+        "count", "beyond `sigma` of the window", choices=("ignore", "count", "skip", "stop")
+    )
+    sigma: float = key(6.0, "standard deviations that make a spike", gt=0)
+    window: int = key(128, "steps in the window", ge=8)
+    max_skips: int = key(10, "stop after so many skipped steps in a row", ge=1)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is printed and recorded."""
+
+    every: int = key(10, "steps between log lines", ge=1)
+    tensorboard: bool = key(True, "write TensorBoard events")
+    wandb: str | None = key(None, "Weights & Biases project (extra wandb)")
+    mlflow: str | None = key(None, "MLflow experiment (extra mlflow)")
+
+
+@dataclass(frozen=True)
+class HookConfig:
+    """A hook of the user's own or of a method: a class found by its import path."""
+
+    use: str = key("", "package.module:Class")
+    args: dict[str, Any] = key(dict, "keyword arguments of the class")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole run."""
+
+    name: str = key("run", "name of the run")
+    out: str = key("runs", "the run's folder is out/name")
+    seed: int = key(0, "seeds initialisation and data order", ge=0)
+    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    model: ModelConfig = key(ModelConfig)
+    data: DataConfig = key(DataConfig)
+    prepare: PrepareConfig | None = key(None, "the corpus this run needs, for `data prepare`")
+    loss: LossConfig = key(LossConfig)
+    optim: OptimConfig = key(OptimConfig)
+    schedule: ScheduleConfig = key(ScheduleConfig)
+    precision: PrecisionConfig = key(PrecisionConfig)
+    parallel: ParallelConfig = key(ParallelConfig)
+    train: TrainConfig = key(TrainConfig)
+    eval: EvalConfig = key(EvalConfig)
+    checkpoint: CheckpointConfig = key(CheckpointConfig)
+    guard: GuardConfig = key(GuardConfig)
+    log: LogConfig = key(LogConfig)
+    hooks: list[HookConfig] = key(list, "hooks by import path")
