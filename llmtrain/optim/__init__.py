@@ -1,0 +1,20 @@
+"""Optimizers, learning-rate schedules, parameter groups and gradient clipping."""
+
+from llmtrain.optim.clip import clip_gradients, gradient_norm
+from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
+from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
+from llmtrain.optim.schedule import Schedule
+from llmtrain.optim.state import create_state, state_tensors
+
+__all__ = [
+    "ParamGroup",
+    "Schedule",
+    "build_groups",
+    "build_optimizer",
+    "clip_gradients",
+    "create_state",
+    "gradient_norm",
+    "groups_table",
+    "set_learning_rate",
+    "state_tensors",
+]

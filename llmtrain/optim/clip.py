@@ -1,0 +1,26 @@
+"""Gradient norm and clipping over plain and sharded gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:
+    """Global L2 norm of all gradients: a 0-dim float32 tensor, equal on every rank."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, bound: float) -> None:
+    """Scale gradients in place by min(1, bound / norm). norm: from ``gradient_norm``."""
+    if float(norm) <= bound:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    torch._foreach_mul_(grads, bound / float(norm))

@@ -1,0 +1,37 @@
+"""Optimizer state as named tensors, for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmtrain.optim.lion import Lion
+
+
+def create_state(optimizer: Optimizer) -> None:
+    """Allocate the moments now instead of in the first step, so that a checkpoint can be read.
+
+    AdamW: ``exp_avg``, ``exp_avg_sq`` like the parameter and a float32 ``step``; Lion: ``exp_avg``.
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            if state:
+                continue
+            if not isinstance(optimizer, Lion):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state["exp_avg_sq"] = torch.zeros_like(param)
+            state["exp_avg"] = torch.zeros_like(param)
+
+
+def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """``{"optim.<parameter>.<key>": tensor}``; the live tensors, not copies."""
+    names = {param: name for name, param in named.items()}
+    return {
+        f"optim.{names[param]}.{key}": value
+        for param, state in optimizer.state.items()
+        for key, value in state.items()
+    }

@@ -1,0 +1,53 @@
+"""Sharded data parallelism through FSDP2 (``fully_shard``).
+
+Gradients are *summed* over ranks, not averaged: the loss is already divided by the global
+weight (idea 5 of the design), so the layout never changes the gradient. With one shard and
+several replicas the same code is plain data parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from llmtrain.config.schema import ParallelConfig
+
+
+def apply_fsdp(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    cfg: ParallelConfig,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """Shard ``model`` in place, one communication group per block and one for the rest.
+
+    model: on the meta device or with real weights. dtypes: (compute, gradient reduction).
+    Afterwards parameters are DTensors over ``mesh``: (Replicate, Shard(0)).
+    """
+    compute, reduce = dtypes
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute == torch.float32 else compute,
+        reduce_dtype=reduce,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
+    """Reduce gradients only in the ``last`` micro-batch of a step; a no-op without FSDP2."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
