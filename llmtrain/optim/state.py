@@ -29,7 +29,7 @@ def create_state(optimizer: Optimizer) -> None:
 
 def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """``{"optim.<parameter>.<key>": tensor}``; the live tensors, not copies."""
-    names = {param: name for name, param in named.items()}
+    names: dict[Tensor, str] = {param: name for name, param in named.items()}
     return {
         f"optim.{names[param]}.{key}": value
         for param, state in optimizer.state.items()

@@ -1,0 +1,55 @@
+"""``llmtrain train CONFIG [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llmtrain.cli.process import prepare_process
+
+HELP = "train a model from a YAML file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument("config", help="YAML file that describes the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=3e-4"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print model, data plan, memory and layout, and start nothing",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved YAML, and start nothing"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|PATH",
+        help="continue from the newest good checkpoint (auto, the default), from none, or from "
+        "this one; same as checkpoint.resume=...",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    from llmtrain.config import check_config, load_config, to_yaml
+
+    overrides = list(args.overrides)
+    if args.resume is not None:
+        overrides.append(f"checkpoint.resume={args.resume}")
+    cfg = load_config(args.config, overrides)
+    if args.print_config:
+        sys.stdout.write(to_yaml(cfg))
+        return 0
+    check_config(cfg, for_training=True)
+    prepare_process()
+    if args.dry_run:
+        from llmtrain.train.dryrun import dry_run
+
+        print(dry_run(cfg))
+        return 0
+    from llmtrain.train.run import train
+
+    return train(cfg)

@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss per domain, and text generation."""

@@ -1,0 +1,27 @@
+"""Held-out evaluation of a run in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.loader import HeldoutSet
+from llmtrain.eval.heldout import evaluate_domains
+from llmtrain.parallel import World
+from llmtrain.train.module import TrainModule
+
+
+class Evaluation:
+    """The held-out sets of a run, evaluated on the same sequences every time."""
+
+    def __init__(self, cfg: RunConfig, world: World, sets: Sequence[HeldoutSet]) -> None:
+        self.cfg, self.world, self.sets = cfg, world, list(sets)
+
+    def run(self, module: TrainModule) -> dict[str, dict[str, float]]:
+        """Domain -> loss, perplexity, bits_per_byte (where bytes are known), tokens."""
+        micro = self.cfg.eval.micro_batch_size or self.cfg.train.micro_batch_size or 16
+        module.model.eval()
+        try:
+            return evaluate_domains(module.loss, self.sets, micro, self.world)
+        finally:
+            module.model.train()

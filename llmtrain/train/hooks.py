@@ -1,0 +1,77 @@
+"""Hooks: how methods reach the training loop without the loop knowing them by name.
+
+A method subclasses ``Hook``, overrides the moments it needs, and is named in the config by its
+import path (``hooks: [{use: package.module:Class, args: {...}}]``). Hooks run in the listed
+order on every rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.config.schema import HookConfig
+from llmtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmtrain.data.batch import Batch
+    from llmtrain.train.trainer import StepResult, Trainer
+
+
+class Hook:
+    """Does nothing at every moment of a run; override what is needed."""
+
+    def on_run_start(self, trainer: Trainer) -> None:
+        """Once, after a checkpoint (if any) was loaded and before the first step."""
+
+    def before_batch(self, trainer: Trainer, batch: Batch) -> None:
+        """Before the forward pass; may change ``batch.weights`` [b, s] in place.
+
+        batch: this rank's part of the global batch, on the device. The loss denominator is
+        summed over ranks afterwards, so changed weights stay exactly normalised.
+        """
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """When the gradients are complete and reduced, before norm, clipping and update."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """After the optimizer's update (or the skip of it)."""
+
+    def on_eval(self, trainer: Trainer, metrics: dict[str, dict[str, float]]) -> None:
+        """After an evaluation. metrics: domain -> loss, perplexity, bits_per_byte, tokens."""
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        """Before a checkpoint is taken: the moment to bring ``state_dict`` up to date."""
+
+    def on_run_end(self, trainer: Trainer) -> None:
+        """Once, after the last step, before the final checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON values; saved in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+
+
+def load_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
+    """Import and construct the hooks; ConfigError names the entry that fails."""
+    return [_load(config, f"hooks.{i}") for i, config in enumerate(configs)]
+
+
+def _load(config: HookConfig, where: str) -> Hook:
+    module_name, _, class_name = config.use.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}.use: cannot import {config.use!r} ({error}); write package.module:Class of "
+            "an installed package"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Hook)):
+        raise ConfigError(f"{where}.use: {config.use!r} is not a subclass of llmtrain.train.Hook")
+    try:
+        return found(**config.args)
+    except TypeError as error:
+        raise ConfigError(f"{where}.args: {config.use} does not take them ({error})") from error

@@ -1,0 +1,175 @@
+"""Metrics on disk: ``metrics.jsonl`` of the run, and TensorBoard, W&B, MLflow beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import EnvironmentFault
+
+Record = dict[str, Any]
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become strings that ``float`` reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return value
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Records of a metrics file; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+class Logger(Protocol):
+    """Somewhere records go."""
+
+    def write(self, record: Record) -> None:
+        """Take one record (see docs/guide/metrics.md for the kinds)."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class JsonlLogger:
+    """Appends one JSON object per line, flushed, so that a killed run loses at most a line."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Drop what lies beyond ``resume_step`` (steps that will be made again), then append."""
+        if path.exists():
+            kept = [r for r in read_records(path) if r["step"] <= resume_step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            os.replace(aside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append ``record``."""
+        self._file.write(json.dumps(_jsonable(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record as flat ``group/name`` scalars, for plotting services."""
+    out: dict[str, float] = {}
+    if record["kind"] == "step":
+        for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_bytes"):
+            if record.get(key) is not None:
+                out[f"train/{key}"] = float(record[key])
+        for name, source in record["sources"].items():
+            for key, value in source.items():
+                if value is not None:
+                    out[f"source/{name}/{key}"] = float(value)
+    elif record["kind"] == "eval":
+        for name, domain in record["domains"].items():
+            for key in ("loss", "perplexity", "bits_per_byte"):
+                if domain.get(key) is not None:
+                    out[f"eval/{name}/{key}"] = float(domain[key])
+        out["eval/mean_loss"] = float(record["mean_loss"])
+    return out
+
+
+class TensorBoardLogger:
+    """TensorBoard events in the run's ``tensorboard`` folder; the x axis is tokens."""
+
+    def __init__(self, folder: Path, resume_tokens: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(
+            str(folder), purge_step=resume_tokens + 1 if resume_tokens else None
+        )  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        """Write the scalars, and samples and events as text."""
+        for key, value in scalars(record).items():
+            self._writer.add_scalar(key, value, record["tokens"])
+        if record["kind"] in ("sample", "event"):
+            self._writer.add_text(record["kind"], record["text"], record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """Weights & Biases (extra ``wandb``)."""
+
+    def __init__(self, cfg: RunConfig, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise EnvironmentFault(
+                "log.wandb is set but wandb is not installed; pip install 'llmtrain[wandb]'"
+            ) from error
+        self._run: Any = wandb.init(
+            project=cfg.log.wandb, name=cfg.name, id=cfg.name, resume="allow", config=config
+        )
+
+    def write(self, record: Record) -> None:
+        """Log the scalars at the record's step."""
+        values = scalars(record)
+        if values:
+            self._run.log({**values, "tokens": record["tokens"]}, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MlflowLogger:
+    """MLflow (extra ``mlflow``)."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise EnvironmentFault(
+                "log.mlflow is set but mlflow is not installed; pip install 'llmtrain[mlflow]'"
+            ) from error
+        self._mlflow: Any = mlflow
+        mlflow.set_experiment(cfg.log.mlflow)
+        mlflow.start_run(run_name=cfg.name)
+
+    def write(self, record: Record) -> None:
+        """Log the scalars at the record's step."""
+        values = {k.replace("/", "."): v for k, v in scalars(record).items()}
+        if values:
+            self._mlflow.log_metrics(values, step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+def build_loggers(
+    cfg: RunConfig, folder: Path, resume: tuple[int, int], config: Record
+) -> list[Logger]:
+    """The loggers the config names; ``metrics.jsonl`` always. resume: (step, tokens) resumed at."""
+    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", resume[0])]
+    if cfg.log.tensorboard:
+        loggers.append(TensorBoardLogger(folder / "tensorboard", resume[1]))
+    if cfg.log.wandb:
+        loggers.append(WandbLogger(cfg, config))
+    if cfg.log.mlflow:
+        loggers.append(MlflowLogger(cfg))
+    return loggers

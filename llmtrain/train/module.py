@@ -1,0 +1,151 @@
+"""The train module: model, layout and optimizer of this process, and one step's arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.loss import LossOutput, head_loss
+from llmtrain.model import (
+    Decoder,
+    apply_recompute,
+    compile_blocks,
+    init_weights,
+    param_roles,
+)
+from llmtrain.optim import (
+    Schedule,
+    build_groups,
+    build_optimizer,
+    clip_gradients,
+    create_state,
+    gradient_norm,
+    set_learning_rate,
+    state_tensors,
+)
+from llmtrain.parallel import apply_fsdp, set_gradient_sync
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Resolved number formats: of the matmuls and activations, and of the gradient reduction."""
+
+    compute: torch.dtype
+    reduce: torch.dtype
+
+
+@dataclass
+class StepSums:
+    """Sums over this rank's part of a batch.
+
+    loss: 0-dim float64, already divided by the global weight. nll, weight: [n_sources] float64,
+    weighted token cross-entropy in nats and token weights per source.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    weight: Tensor
+
+
+class TrainModule:
+    """Owns the model, its parallel layout and the optimizer.
+
+    Master parameters and optimizer state are float32 whatever ``precision.compute`` is.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model_cfg: ModelConfig,
+        precision: Precision,
+        device: torch.device,
+        mesh: DeviceMesh | None,
+    ) -> None:
+        self.cfg, self.model_cfg, self.device = cfg, model_cfg, device
+        with torch.device("meta"):
+            model = Decoder(model_cfg, precision.compute)
+        self.roles = param_roles(model)
+        apply_recompute(model, cfg.train.recompute)
+        if cfg.train.compile:
+            compile_blocks(model)
+        if mesh is not None:
+            apply_fsdp(
+                model, model.blocks, mesh, cfg.parallel, (precision.compute, precision.reduce)
+            )
+        model.to_empty(device=device)
+        init_weights(model, cfg.seed)
+        self.model: nn.Module = model
+        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.optimizer = build_optimizer(self.groups, cfg.optim)
+        create_state(self.optimizer)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """``batch`` cut into forward passes of ``train.micro_batch_size`` sequences."""
+        size = self.cfg.train.micro_batch_size or len(batch)
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def loss(self, batch: Batch, denominator: float) -> LossOutput:
+        """Forward of one micro-batch. denominator: weight of the whole global batch."""
+        data = self.cfg.data
+
+        def head_fn(hidden: Tensor, head: nn.Module) -> LossOutput:
+            return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
+
+        output = self.model(
+            batch.tokens,
+            positions=batch.positions if data.reset_positions else None,
+            doc_ids=batch.doc_ids if data.document_mask else None,
+            head_fn=head_fn,
+        )
+        assert isinstance(output, LossOutput)
+        return output
+
+    def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
+        """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        nll = torch.zeros(n_sources, dtype=torch.float64, device=self.device)
+        weight = torch.zeros_like(nll)
+        micros = self.micro_batches(batch)
+        for i, micro in enumerate(micros):
+            set_gradient_sync(self.model, last=i == len(micros) - 1)
+            output = self.loss(micro, denominator)
+            output.loss.backward()  # type: ignore[no-untyped-call]
+            total += output.loss.detach()
+            weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
+            nll.index_add_(0, micro.source_ids, weighted)
+            weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
+        return StepSums(total, nll, weight)
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of the gradients (0-dim)."""
+        return gradient_norm(self.params.values())
+
+    def update(self, norm: Tensor, lr: float) -> None:
+        """Clip, then one optimizer update at learning rate ``lr``; gradients are freed."""
+        if self.cfg.optim.clip_norm is not None:
+            clip_gradients(self.params.values(), norm, self.cfg.optim.clip_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of this step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The learning-rate schedule of a run of ``total_steps``."""
+        tokens = self.cfg.train.global_batch_size * self.cfg.data.seq_len
+        return Schedule.from_config(self.cfg.schedule, total_steps, tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
+        model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
+        return {**model, **state_tensors(self.optimizer, self.params)}

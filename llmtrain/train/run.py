@@ -1,0 +1,208 @@
+"""Assembling a run from its config, and ending it cleanly."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint import Checkpointer
+from llmtrain.config import check_world, diff_configs, from_yaml, to_dict, to_yaml
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.data.plan import DataPlan, build_plan
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.errors import EXIT_OK, EnvironmentFault, LlmtrainError
+from llmtrain.eval.generation import generate
+from llmtrain.model import flops_per_token, param_counts, resolve_model
+from llmtrain.parallel import World, build_mesh, close_world, init_world
+from llmtrain.train.clockwork import Clockwork
+from llmtrain.train.console import Console, human
+from llmtrain.train.evaluation import Evaluation
+from llmtrain.train.hardware import resolve_precision, tier_line
+from llmtrain.train.hooks import load_hooks
+from llmtrain.train.metrics import build_loggers
+from llmtrain.train.module import Precision, TrainModule
+from llmtrain.train.recorder import Recorder
+from llmtrain.train.saver import ResumePoint, Saver
+from llmtrain.train.signals import SignalWatch
+from llmtrain.train.throughput import Throughput, device_peak
+from llmtrain.train.trainer import Services, Trainer
+
+
+def train(cfg: RunConfig) -> int:
+    """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults."""
+    with SignalWatch() as signals:
+        world = init_world(cfg.device)
+        try:
+            check_world(cfg, world.size)
+            with run_lock(cfg, world):
+                _train(cfg, world, signals)
+        finally:
+            close_world()
+    return EXIT_OK
+
+
+def run_folder(cfg: RunConfig) -> Path:
+    """The run's folder."""
+    return Path(cfg.out) / cfg.name
+
+
+@contextmanager
+def run_lock(cfg: RunConfig, world: World) -> Iterator[None]:
+    """Make the run's folder and hold it: two processes must not write the same run."""
+    folder = run_folder(cfg)
+    fault, lock = "", None
+    if world.is_main:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fault = f"{folder}: another process is training this run; wait, or choose another name="
+        except OSError as error:
+            fault = (
+                f"{folder}: cannot write the run's folder ({error.strerror}); set out= elsewhere"
+            )
+    fault = world.broadcast_text(fault)
+    if fault:
+        raise EnvironmentFault(fault)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
+    times = Clockwork.from_config(cfg)
+    console = Console(world.is_main, times.total)
+    _set_numerics(cfg)
+    plan = build_plan(cfg, times.total * cfg.train.global_batch_size)
+    model_cfg = resolve_model(cfg, plan.vocab_size)
+    precision = resolve_precision(cfg.precision, world.device)
+    checkpointer = Checkpointer(run_folder(cfg) / "checkpoints", cfg.checkpoint, world.cpu_group)
+    saver = Saver(cfg, plan, world, checkpointer)
+    resume = saver.find()
+    for note in checkpointer.notes:
+        console.warn(note)
+    _preamble(console, cfg, world, times, plan, (model_cfg, precision))
+    if resume is not None and resume.step >= times.stop:
+        console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
+        return
+    began = time.perf_counter()
+    module = TrainModule(cfg, model_cfg, precision, world.device, build_mesh(cfg.parallel, world))
+    hooks = load_hooks(cfg.hooks)
+    recorder = _recorder(cfg, world, plan, times, (console, module, resume))
+    evaluation = Evaluation(cfg, world, plan.heldout_sets())
+    trainer = Trainer(cfg, world, module, plan, hooks, Services(times, evaluation, recorder, saver))
+    try:
+        if resume is not None:
+            checkpointer.load(resume.path, module.tensors())
+            trainer.load_state_dict(resume.step, resume.extra)
+            _say_resume(console, cfg, resume)
+            recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
+        if world.is_main:
+            _write_run_files(cfg, plan)
+        console.say(f"ready after {time.perf_counter() - began:.1f} s")
+        trainer.run(signals)
+        _samples(cfg, module, plan, recorder, trainer.step_done)
+        console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
+    except LlmtrainError as error:
+        recorder.event(trainer.step_done, str(error), quiet=True)
+        raise
+    finally:
+        recorder.close()
+        checkpointer.close()
+
+
+def _set_numerics(cfg: RunConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
+
+
+def _recorder(
+    cfg: RunConfig,
+    world: World,
+    plan: DataPlan,
+    times: Clockwork,
+    parts: tuple[Console, TrainModule, ResumePoint | None],
+) -> Recorder:
+    console, module, resume = parts
+    flops = flops_per_token(module.model_cfg, cfg.data.seq_len)
+    throughput = Throughput(flops, world.size, device_peak(world.device))
+    position = (0, 0)
+    if resume is not None:
+        position = (resume.step, resume.samples * cfg.data.seq_len)
+    loggers = []
+    if world.is_main:
+        loggers = build_loggers(cfg, run_folder(cfg), position, to_dict(cfg))
+    return Recorder(cfg, world, plan, times, throughput, (console, loggers))
+
+
+def _preamble(
+    console: Console,
+    cfg: RunConfig,
+    world: World,
+    times: Clockwork,
+    plan: DataPlan,
+    model: tuple[ModelConfig, Precision],
+) -> None:
+    model_cfg, precision = model
+    counts = param_counts(model_cfg)
+    batch = cfg.train.global_batch_size
+    console.say(tier_line(world.device, precision))
+    console.say(
+        f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} without "
+        f"embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
+        f"vocabulary {model_cfg.vocab_size}"
+    )
+    console.say(
+        f"run: {cfg.name}, {times.total} steps x {batch} sequences x {cfg.data.seq_len} tokens = "
+        f"{human(times.total * times.tokens_per_step)} tokens, {world.size} process"
+        + ("" if world.size == 1 else f"es ({cfg.parallel.replicate} replicas)")
+    )
+    console.say(plan.tree())
+
+
+def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
+    console.say(f"resumed from {resume.path} after step {resume.step}")
+    old = from_yaml((resume.path / "config.yaml").read_text(encoding="utf-8"))
+    for line in diff_configs(old, cfg):
+        console.say(f"  changed since then: {line}")
+
+
+def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
+    folder = run_folder(cfg)
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps(plan.state(), indent=1), encoding="utf-8")
+
+
+def _samples(
+    cfg: RunConfig, module: TrainModule, plan: DataPlan, recorder: Recorder, step: int
+) -> None:
+    """Continue the configured prompts with the trained model."""
+    if not cfg.eval.prompts or plan.tokenizer_path is None:
+        return
+    tokenizer: Tokenizer = load_tokenizer(plan.tokenizer_path)
+    module.model.eval()
+    for prompt in cfg.eval.prompts:
+        ids = tokenizer.encode(prompt)
+        new = generate(
+            module.model,
+            ids,
+            cfg.eval.generate_tokens,
+            cfg.data.seq_len,
+            seed=cfg.seed,
+            eos_id=tokenizer.eos_id,
+        )
+        recorder.sample(step, prompt, tokenizer.decode(new))

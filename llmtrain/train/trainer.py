@@ -1,0 +1,192 @@
+"""The loop. One step of training, from top to bottom, is ``Trainer.step``."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.data.loader import Loader
+from llmtrain.data.plan import DataPlan
+from llmtrain.errors import Preempted
+from llmtrain.parallel import World
+from llmtrain.train.clockwork import Clockwork
+from llmtrain.train.evaluation import Evaluation
+from llmtrain.train.guard import Guard
+from llmtrain.train.hooks import Hook
+from llmtrain.train.module import TrainModule
+from llmtrain.train.recorder import Recorder
+from llmtrain.train.saver import Saver
+from llmtrain.train.signals import SignalWatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, equal on every rank.
+
+    step: number of updates made, this one included. loss: mean weighted cross-entropy in nats
+    (with z-loss) over the global batch. grad_norm: before clipping. weight: of the global batch.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    weight: float
+    skipped: bool
+
+
+class Trainer:
+    """Drives a run from its parts. ``step_done`` updates are behind it."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        world: World,
+        module: TrainModule,
+        plan: DataPlan,
+        hooks: Sequence[Hook],
+        services: Services,
+    ) -> None:
+        self.cfg, self.world, self.module, self.plan = cfg, world, module, plan
+        self.hooks = list(hooks)
+        self.clockwork = services.clockwork
+        self.evaluation, self.recorder = services.evaluation, services.recorder
+        self.saver = services.saver
+        self.guard = Guard(cfg.guard)
+        self.schedule = module.schedule(self.clockwork.total)
+        self.step_done = 0
+
+    def run(self, signals: SignalWatch) -> None:
+        """Train to the end. Raises Preempted after a signal (saved), GuardStop (not saved)."""
+        for hook in self.hooks:
+            hook.on_run_start(self)
+        if self.cfg.train.gc_every:
+            gc.disable()
+        try:
+            self._loop(signals)
+        finally:
+            gc.enable()
+            self.recorder.stop()
+            self.saver.wait()
+
+    def _loop(self, signals: SignalWatch) -> None:
+        loader = Loader.from_config(self.plan, self.cfg, self.world.rank, self.world.size)
+        times = self.clockwork
+        batches: Iterator[Batch] = loader.iterate(self.step_done, times.stop)
+        self.recorder.begin(self.step_done)
+        try:
+            for batch in batches:
+                result, stop = self.step(batch, signals)
+                self.recorder.step(result, loader.wait_seconds)
+                if self.cfg.train.gc_every and result.step % self.cfg.train.gc_every == 0:
+                    gc.collect(1)
+                if times.evaluates(result.step):
+                    self.evaluate()
+                if times.saves(result.step) and result.step != times.stop:
+                    self.save()
+                if stop and result.step != times.stop:
+                    self.save()
+                    self.saver.wait()
+                    raise Preempted(
+                        f"preempted: {signals.received or 'a signal on another rank'} arrived; "
+                        f"step {result.step} was finished and saved. Run the same command again "
+                        "to go on"
+                    )
+        finally:
+            loader.close()
+        for hook in self.hooks:
+            hook.on_run_end(self)
+        if not self.saver.has(self.step_done):
+            self.save(final=True)
+
+    def step(self, batch: Batch, signals: SignalWatch) -> tuple[StepResult, bool]:
+        """One optimizer update from this rank's part of the global batch.
+
+        Returns the result and whether any rank was told to stop.
+        """
+        batch = batch.to(self.module.device)
+        for hook in self.hooks:
+            hook.before_batch(self, batch)
+        weight, told = self.world.sum(
+            [float(batch.weights.sum(dtype=torch.float64)), signals.pending]
+        )
+        sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
+        for hook in self.hooks:
+            hook.after_backward(self)
+        norm = self.module.gradient_norm()
+        (loss,) = self.world.sum([float(sums.loss)])
+        step = self.step_done + 1
+        verdict = self.guard.judge(step, loss, float(norm), self._sample_range(step))
+        lr = self.cfg.optim.lr * self.schedule.factor(self.step_done)
+        if verdict.skip:
+            self.module.drop_gradients()
+        else:
+            self.module.update(norm, lr)
+        self.step_done = step
+        self.recorder.count(sums)
+        if verdict.event:
+            self.recorder.event(step, verdict.event)
+        result = StepResult(step, loss, float(norm), lr, weight, verdict.skip)
+        for hook in self.hooks:
+            hook.after_step(self, result)
+        return result, told > 0
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Held-out loss per domain, recorded and handed to the hooks."""
+        self.recorder.pause()
+        metrics = self.evaluation.run(self.module)
+        self.recorder.evaluation(self.step_done, metrics)
+        for hook in self.hooks:
+            hook.on_eval(self, metrics)
+        self.recorder.resume()
+        return metrics
+
+    def save(self, final: bool = False) -> None:
+        """Checkpoint now (in the background when configured so)."""
+        self.recorder.pause()
+        for hook in self.hooks:
+            hook.on_checkpoint(self)
+        permanent = final or self.clockwork.keeps(self.step_done)
+        self.saver.save(self.step_done, self.module.tensors(), self.state_dict(), permanent)
+        self.recorder.event(self.step_done, "checkpoint", quiet=True)
+        self.recorder.resume()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside tensors and data position: guard and hooks, as JSON values."""
+        return {
+            "guard": self.guard.state_dict(),
+            "hooks": {self._hook_key(i): h.state_dict() for i, h in enumerate(self.hooks)},
+        }
+
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        """Continue after update ``step`` with ``state`` of its checkpoint."""
+        self.step_done = step
+        self.guard.load_state_dict(state["guard"])
+        for i, hook in enumerate(self.hooks):
+            if self._hook_key(i) in state["hooks"]:
+                hook.load_state_dict(state["hooks"][self._hook_key(i)])
+
+    def _hook_key(self, index: int) -> str:
+        kind = type(self.hooks[index])
+        earlier = sum(type(h) is kind for h in self.hooks[:index])
+        return f"{kind.__module__}:{kind.__qualname__}#{earlier}"
+
+    def _sample_range(self, step: int) -> str:
+        size = self.cfg.train.global_batch_size
+        return f"samples {(step - 1) * size}..{step * size - 1}"
+
+
+@dataclass(frozen=True)
+class Services:
+    """The loop's helpers: when things are due, evaluation, records and checkpoints."""
+
+    clockwork: Clockwork
+    evaluation: Evaluation
+    recorder: Recorder
+    saver: Saver
