@@ -1,0 +1,137 @@
+"""``--dry-run``: what a run would be, without starting it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from llmtrain.config import check_world
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.data.plan import build_plan
+from llmtrain.model import (
+    Decoder,
+    activation_bytes,
+    flops_per_token,
+    param_counts,
+    param_roles,
+    resolve_model,
+)
+from llmtrain.optim import build_groups, groups_table
+from llmtrain.parallel.mesh import resolve_shard
+from llmtrain.parallel.world import pick_device
+from llmtrain.train.clockwork import Clockwork
+from llmtrain.train.console import gib, human, table
+from llmtrain.train.hardware import resolve_precision, tier_line
+from llmtrain.train.module import Precision
+
+
+def dry_run(cfg: RunConfig) -> str:
+    """Model size, parameter groups, length, mixture plan, memory and layout, as text.
+
+    The data and the config are checked as in a real run; the model is built on the meta device
+    only. The world size is torchrun's, or 1.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(cfg, world)
+    device = pick_device(cfg.device, 0)
+    precision = resolve_precision(cfg.precision, device)
+    times = Clockwork.from_config(cfg)
+    plan = build_plan(cfg, times.total * cfg.train.global_batch_size)
+    model_cfg = resolve_model(cfg, plan.vocab_size)
+    sections = [
+        [tier_line(device, precision)],
+        _model_lines(cfg, model_cfg, precision),
+        _length_lines(cfg, times, model_cfg),
+        ["data:", *("  " + line for line in plan.tree().splitlines())],
+        _layout_lines(cfg, model_cfg, precision, world),
+    ]
+    return "\n".join("\n".join(lines) for lines in sections)
+
+
+def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -> list[str]:
+    counts = param_counts(model_cfg)
+    rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
+    with torch.device("meta"):
+        model = Decoder(model_cfg, precision.compute)
+    groups = build_groups(dict(model.named_parameters()), param_roles(model), cfg.optim)
+    return [
+        "model:",
+        *table(rows),
+        f"parameter groups ({cfg.optim.name}):",
+        *table(groups_table(groups, cfg.optim)),
+    ]
+
+
+def _length_lines(cfg: RunConfig, times: Clockwork, model_cfg: ModelConfig) -> list[str]:
+    tokens = times.total * times.tokens_per_step
+    per_token = flops_per_token(model_cfg, cfg.data.seq_len)
+    schedule = cfg.schedule
+    return [
+        "length:",
+        f"  {times.total:,} steps x {cfg.train.global_batch_size} sequences x "
+        f"{cfg.data.seq_len} tokens = {tokens:,} tokens",
+        f"  {human(per_token)} FLOPs per token, {human(per_token * tokens)} in all",
+        f"  learning rate: {schedule.name}, warmup {schedule.warmup}, peak {cfg.optim.lr:g}",
+        f"  evaluation every {_every(times.eval_every)}, checkpoint every "
+        f"{_every(times.save_every)}",
+    ]
+
+
+def _every(steps: int | None) -> str:
+    return "run (at its end)" if steps is None else f"{steps:,} steps"
+
+
+def memory_estimate(
+    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: int
+) -> dict[str, int]:
+    """Bytes per rank: master weights, gradients, optimizer, gathered weights, activations.
+
+    Weights, gradients and optimizer state are float32 and sharded over ``parallel.shard``;
+    gathered weights are the compute-dtype copies that matmuls read (whole model when one rank
+    holds all of it, else the two largest blocks); activations follow ``activation_bytes``.
+    """
+    shard = resolve_shard(cfg.parallel, world)
+    counts = param_counts(model_cfg)
+    n_params = counts["total"]
+    per_element = 2 if precision.compute == torch.bfloat16 else 4
+    moments = 1 if cfg.optim.name == "lion" else 2
+    batch = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
+    if world == 1:
+        gathered = n_params * per_element if per_element == 2 else 0
+    elif cfg.parallel.reshard_after_forward:
+        outside = n_params - counts["hidden"]
+        gathered = per_element * (outside + 2 * counts["hidden"] // model_cfg.n_layers)
+    else:
+        gathered = per_element * n_params
+    dtype = precision.compute
+    return {
+        "weights (fp32)": 4 * n_params // shard,
+        "gradients (fp32)": 4 * n_params // shard,
+        "optimizer state": 4 * moments * n_params // shard,
+        "compute copies": gathered,
+        "activations": activation_bytes(
+            model_cfg, batch, cfg.data.seq_len, cfg.train.recompute, dtype
+        ),
+        "logits chunk": 3
+        * 4
+        * (model_cfg.vocab_size or 0)
+        * min(cfg.loss.chunk_tokens, batch * cfg.data.seq_len),
+    }
+
+
+def _layout_lines(
+    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: int
+) -> list[str]:
+    shard = resolve_shard(cfg.parallel, world)
+    per_rank = cfg.train.global_batch_size // world
+    micro = cfg.train.micro_batch_size or per_rank
+    parts = memory_estimate(cfg, model_cfg, precision, world)
+    rows = [("memory per rank", "estimate")] + [(k, gib(v)) for k, v in parts.items()]
+    rows.append(("total", gib(sum(parts.values()))))
+    return [
+        "layout:",
+        f"  {world} process(es) = {cfg.parallel.replicate} replica(s) x {shard} shard(s); "
+        f"{per_rank} sequences per rank and step in micro-batches of {micro}",
+        *table(rows),
+    ]
