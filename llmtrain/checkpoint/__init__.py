@@ -1,0 +1,63 @@
+"""Saving, finding, verifying and exporting the state of a run.
+
+``Checkpointer`` is what the training loop uses::
+
+    checkpoints = Checkpointer(run / "checkpoints", cfg.checkpoint, world.cpu_group)
+    resume = checkpoints.resolve(cfg.checkpoint.resume)       # verified; .skipped: print these
+    if resume.path:
+        checkpoints.load(resume.path, tensors, verify=False)  # in place, any layout
+        files = read_files(resume.path)                       # data.json, extra.json, meta.json
+    ...
+    checkpoints.save(step, tensors, files, meta=..., permanent=False)
+    if saved := checkpoints.poll():                           # every step; raises on failure
+        print(saved.path, saved.bytes, saved.stall_seconds)
+    checkpoints.close()                                       # waits for the last one
+
+The files are described in ``layout``; ``store`` publishes and prunes, ``verify`` checks,
+``storage`` is the torch.distributed.checkpoint side, ``export`` writes a model alone. Only what
+needs torch imports it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmtrain.checkpoint.layout import Checkpoint, checkpoints_folder, scan
+from llmtrain.checkpoint.store import Store, latest
+from llmtrain.checkpoint.verify import read_files, verify
+
+if TYPE_CHECKING:
+    from llmtrain.checkpoint.checkpointer import Checkpointer, Resume
+    from llmtrain.checkpoint.saving import Saved
+    from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "Resume",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "Saved",
+    "Store",
+    "checkpoints_folder",
+    "latest",
+    "read_files",
+    "scan",
+    "verify",
+]
+
+_NEEDS_TORCH = {
+    "Checkpointer": "checkpointer",
+    "Resume": "checkpointer",
+    "SafetensorsReader": "storage",
+    "SafetensorsWriter": "storage",
+    "Saved": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)

@@ -1,0 +1,231 @@
+"""What a checkpoint looks like on disk, and which ones of a run are complete.
+
+::
+
+    RUN/checkpoints/
+      .lock                            held by the run that writes here
+      .tmp-step-00000200-<nonce>/      being written; nothing reads it
+      step-00000100/                   published by one atomic rename, so whole by construction
+        model-00000-of-00002.safetensors   the pieces of model.* that rank 0 wrote
+        optim-00000-of-00002.safetensors
+        tensors.json                   which piece of which tensor lies in which file
+        meta.json                      step, tokens, samples, versions, world size, permanent
+        config.yaml data.json tokenizer.json extra.json    whatever the run handed over
+        checksums.json                 size and xxh3_64 of every other file
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.safefile import ALGORITHM, FileSum, hash_bytes
+from llmtrain.errors import CheckpointError
+
+META = "meta.json"
+TENSORS = "tensors.json"
+CHECKSUMS = "checksums.json"
+LOCK = ".lock"
+TEMPORARY, REPLACED, DELETED, ABANDONED = ".tmp-", ".old-", ".del-", "abandoned-"
+VERSION = 1
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint. problem: None, or why it cannot be used (cheap checks only)."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+    problem: str | None = None
+
+    @property
+    def permanent(self) -> bool:
+        """True when pruning must leave it alone."""
+        return bool(self.meta.get("permanent", False))
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a published folder's name; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """``RUN/checkpoints`` for a run's folder; the folder itself when it holds the steps."""
+    inner = path / "checkpoints"
+    return inner if inner.is_dir() else path
+
+
+def scan(root: Path) -> list[Checkpoint]:
+    """All published checkpoints under ``root``, oldest first, each with its cheap verdict."""
+    if not root.is_dir():
+        return []
+    found = []
+    for path in root.iterdir():
+        step = parse_step(path.name)
+        if step is not None and path.is_dir():
+            found.append(describe(path, step))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def describe(path: Path, step: int | None = None) -> Checkpoint:
+    """One checkpoint folder: its meta data and whether all its files are there and whole-sized."""
+    meta: dict[str, Any] = {}
+    total, problem = 0, None
+    try:
+        meta = read_json(path / META)
+        total = sum(entry.bytes for entry in read_checksums(path).values())
+        problem = next(iter(size_problems(path)), None)
+    except CheckpointError as error:
+        problem = str(error)
+    known = step if step is not None else parse_step(path.name)
+    number = known if known is not None else int(meta.get("step", -1))
+    return Checkpoint(path, number, meta, total, problem)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming the file otherwise."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
+    return value
+
+
+def checksums_text(sums: Iterable[FileSum]) -> bytes:
+    """The contents of checksums.json, which covers itself by ``digest``."""
+    files = {s.name: {"bytes": s.bytes, ALGORITHM: s.digest} for s in sums}
+    body = {"version": VERSION, "files": files, "digest": _digest(files)}
+    return json.dumps(body, indent=1, sort_keys=True).encode()
+
+
+def read_checksums(path: Path) -> dict[str, FileSum]:
+    """checksums.json of a checkpoint folder by file name; CheckpointError when damaged."""
+    body = read_json(path / CHECKSUMS)
+    files = body.get("files")
+    try:
+        if not isinstance(files, dict) or body["digest"] != _digest(files):
+            raise ValueError
+        return {
+            name: FileSum(name, int(entry["bytes"]), str(entry[ALGORITHM]))
+            for name, entry in files.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CHECKSUMS} is damaged") from error
+
+
+def _digest(files: dict[str, Any]) -> str:
+    return hash_bytes(json.dumps(files, sort_keys=True).encode())
+
+
+def size_problems(path: Path) -> list[str]:
+    """One sentence per file of a checkpoint that is missing or has another size than recorded."""
+    problems = []
+    sums = read_checksums(path)
+    for name in (META, TENSORS):
+        if name not in sums:
+            problems.append(f"{path / CHECKSUMS} does not list {name}")
+    for name, entry in sorted(sums.items()):
+        try:
+            size = (path / name).stat().st_size
+        except FileNotFoundError:
+            problems.append(f"{path / name} is missing")
+            continue
+        except OSError as error:
+            problems.append(f"{path / name} cannot be read: {error.strerror or error}")
+            continue
+        if size != entry.bytes:
+            problems.append(f"{path / name} has {size} bytes where {entry.bytes} were written")
+    return problems
+
+
+def entry_name(key: str, offset: Sequence[int], shape: Sequence[int], whole: Sequence[int]) -> str:
+    """Name of a piece inside a file: the tensor's own when whole, else with its ranges."""
+    if tuple(shape) == tuple(whole):
+        return key
+    ranges = ",".join(f"{o}:{o + n}" for o, n in zip(offset, shape, strict=True))
+    return f"{key}[{ranges}]"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor: where it begins, its shape, and the file that holds it."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A stored tensor: safetensors' dtype name, global shape and the chunks that fill it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def layout_text(tensors: dict[str, TensorLayout]) -> bytes:
+    """The contents of tensors.json."""
+    files = sorted({chunk.file for layout in tensors.values() for chunk in layout.chunks})
+    number = {name: i for i, name in enumerate(files)}
+    body = {
+        "version": VERSION,
+        "files": files,
+        "tensors": {
+            key: {
+                "dtype": layout.dtype,
+                "shape": layout.shape,
+                "chunks": [
+                    {"file": number[c.file], "offset": c.offset, "shape": c.shape}
+                    for c in layout.chunks
+                ],
+            }
+            for key, layout in tensors.items()
+        },
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def read_layout(path: Path) -> dict[str, TensorLayout]:
+    """tensors.json of a checkpoint folder; CheckpointError when missing, damaged or newer."""
+    body = read_json(path / TENSORS)
+    if body.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path / TENSORS} has version {body.get('version')!r}; this llmtrain reads {VERSION}"
+        )
+    try:
+        files = body["files"]
+        return {
+            key: TensorLayout(
+                value["dtype"],
+                tuple(value["shape"]),
+                tuple(
+                    Chunk(tuple(c["offset"]), tuple(c["shape"]), files[c["file"]])
+                    for c in value["chunks"]
+                ),
+            )
+            for key, value in body["tensors"].items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / TENSORS} is damaged") from error

@@ -1,0 +1,160 @@
+"""Finding, verifying and reading checkpoints, the work shared by the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.layout import (
+    META,
+    TensorLayout,
+    checkpoints_folder,
+    parse_step,
+    read_checksums,
+    scan,
+)
+from llmtrain.checkpoint.storage import DTYPES, SafetensorsReader
+from llmtrain.checkpoint.verify import cheap_problems, checksum_problems
+from llmtrain.errors import CheckpointError
+
+_NAMED = 5
+
+
+def examine(ranks: Ranks, path: Path) -> list[str]:
+    """``verify`` with every file read by one rank only; the same answer on all ranks."""
+
+    def shares() -> tuple[list[str], list[list[str]]]:
+        problems = cheap_problems(path)
+        if problems:
+            return problems, []
+        parts: list[list[str]] = [[] for _ in range(ranks.size)]
+        loads = [0] * ranks.size
+        for entry in sorted(read_checksums(path).values(), key=lambda e: (-e.bytes, e.name)):
+            least = loads.index(min(loads))
+            parts[least].append(entry.name)
+            loads[least] += entry.bytes
+        return [], parts
+
+    problems, parts = ranks.on_main(shares)
+    if problems:
+        return problems
+    return ranks.reduce(
+        lambda: checksum_problems(path, parts[ranks.rank]),
+        lambda found: [text for part in found for text in part],
+    )
+
+
+def newest_good(ranks: Ranks, root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under ``root`` with nothing wrong, and the fault of each newer one."""
+    skipped: list[str] = []
+    for checkpoint in reversed(ranks.on_main(lambda: scan(root))):
+        problems = [checkpoint.problem] if checkpoint.problem else examine(ranks, checkpoint.path)
+        if not problems:
+            return checkpoint.path, skipped
+        skipped.append(problems[0])
+    return None, skipped
+
+
+def find(ranks: Ranks, path: Path) -> tuple[Path, list[str]]:
+    """The verified checkpoint a user's path means: itself, or the newest good one of a run.
+
+    Raises CheckpointError naming what is damaged or missing.
+    """
+
+    def is_checkpoint() -> bool:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder; give a checkpoint or a run's folder")
+        return parse_step(path.name) is not None or (path / META).exists()
+
+    if ranks.on_main(is_checkpoint):
+        require_good(ranks, path)
+        return path, []
+    good, skipped = newest_good(ranks, checkpoints_folder(path))
+    if good is None:
+        because = f": {skipped[0]}" if skipped else ""
+        raise CheckpointError(f"{path} holds no checkpoint that can be used{because}")
+    return good, skipped
+
+
+def require_good(ranks: Ranks, path: Path) -> None:
+    """Raise CheckpointError naming the damaged file of a checkpoint and what to use instead."""
+    problems = examine(ranks, path)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; {ranks.on_main(lambda: advice(path))}")
+
+
+def advice(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    step = parse_step(path.name)
+    earlier = [
+        c for c in scan(path.parent) if c.problem is None and step is not None and c.step < step
+    ]
+    if not earlier:
+        return "there is no earlier checkpoint of this run to fall back on"
+    return (
+        f"set checkpoint.resume={earlier[-1].path}, or delete {path} and checkpoint.resume=auto "
+        "goes on from the earlier one"
+    )
+
+
+def load_into(
+    ranks: Ranks,
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    unused: Sequence[str],
+    cast: bool,
+) -> None:
+    """Fill ``tensors`` in place from a checkpoint; see ``Checkpointer.load``."""
+    reader = SafetensorsReader(path)
+    keys = ranks.reduce(lambda: list(tensors), lambda lists: {k for part in lists for k in part})
+
+    def read() -> None:
+        metadata = reader.read_metadata()
+        check_match(path, reader.tensors, tensors, cast)
+        unexpected = [
+            key for key in reader.tensors if key not in keys and not key.startswith(tuple(unused))
+        ]
+        if unexpected:
+            raise CheckpointError(f"{path} holds tensors this run has not: {_names(unexpected)}")
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        state = {key: value.detach() for key, value in tensors.items()}
+        planner.set_up_planner(state, metadata, ranks.is_main)
+        plan = planner.finish_plan(planner.create_local_plan())
+        reader.read_data(plan, planner).wait()
+
+    ranks.reduce(read, lambda _: None)
+
+
+def check_match(
+    path: Path,
+    stored: Mapping[str, TensorLayout],
+    tensors: Mapping[str, torch.Tensor],
+    cast: bool,
+) -> None:
+    """Raise CheckpointError naming tensors that are missing, or of another shape or dtype."""
+    missing = [key for key in tensors if key not in stored]
+    if missing:
+        raise CheckpointError(f"{path} lacks tensors this run needs: {_names(missing)}")
+    wrong = [
+        f"{key} (stored {list(stored[key].shape)}, wanted {list(value.shape)})"
+        for key, value in tensors.items()
+        if tuple(value.shape) != stored[key].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} holds other shapes: {_names(wrong)}")
+    other = [
+        f"{key} (stored {DTYPES[stored[key].dtype]}, wanted {value.dtype})"
+        for key, value in tensors.items()
+        if value.dtype != DTYPES[stored[key].dtype]
+    ]
+    if other and not cast:
+        raise CheckpointError(f"{path} holds other dtypes: {_names(other)}")
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,219 @@
+"""The folder of a run's checkpoints: temporary folders, atomic publishing, pruning, the lock.
+
+Every change is one rename, so that a kill at any moment leaves either the state before or the
+state after, plus rubbish under a dotted name which the next run clears away. Torch is not needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from pathlib import Path
+
+from llmtrain.checkpoint.layout import (
+    ABANDONED,
+    DELETED,
+    LOCK,
+    REPLACED,
+    TEMPORARY,
+    Checkpoint,
+    parse_step,
+    scan,
+    step_name,
+)
+from llmtrain.checkpoint.verify import verify
+from llmtrain.errors import CheckpointError
+
+
+class Store:
+    """The checkpoints of one run. One process (rank 0) changes them; anyone may look."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock: int | None = None
+
+    def open(self, patience: float = 10.0) -> None:
+        """Create the folder, lock it against other runs and clear away what killed runs left.
+
+        patience: seconds to wait for a predecessor that is still ending. Raises CheckpointError
+        when the folder cannot be written or another process keeps writing there.
+        """
+        with explain(f"{self.root} cannot be used for checkpoints"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            locked = self._take(descriptor, time.monotonic() + patience)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
+        if locked:
+            with explain(f"{self.root} cannot be cleaned up"):
+                self._clear()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def begin(self, step: int) -> Path:
+        """A new temporary folder for a step."""
+        path = self.root / f"{TEMPORARY}{step_name(step)}-{secrets.token_hex(4)}"
+        with explain(f"checkpoint of step {step} cannot be written to {self.root}"):
+            path.mkdir()
+        return path
+
+    def publish(self, temporary: Path, step: int) -> Path:
+        """Give a finished temporary folder its name, replacing an older save of the same step.
+
+        Its files must have been flushed. Raises OSError.
+        """
+        final = self.root / step_name(step)
+        sync_folder(temporary)
+        replaced: Path | None = None
+        if final.exists():
+            replaced = self.root / f"{REPLACED}{final.name}-{secrets.token_hex(4)}"
+            final.rename(replaced)
+        temporary.rename(final)
+        sync_folder(self.root)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+    def discard(self, temporary: Path) -> None:
+        """Remove a temporary folder that will not be published."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def prune(self, keep: int, trusted: int | None = None) -> list[Checkpoint]:
+        """Delete all but the ``keep`` newest temporary checkpoints; the permanent ones stay.
+
+        trusted: a step known to be good because it has just been written. Without it, the kept
+        ones are read back, and if none of them is good the newest good one is kept besides.
+        Damaged checkpoints count as any other. Returns those deleted; raises CheckpointError.
+        """
+        every = scan(self.root)
+        temporary = [c for c in every if not c.permanent]
+        doomed = temporary[: max(0, len(temporary) - max(1, keep))]
+        if not doomed:
+            return []
+        kept = [c for c in every if c not in doomed]
+        if trusted is None and not any(_is_good(c) for c in reversed(kept)):
+            spared = next((c for c in reversed(doomed) if _is_good(c)), None)
+            doomed = [c for c in doomed if c is not spared]
+        for checkpoint in doomed:
+            self.delete(checkpoint.path)
+        return doomed
+
+    def delete(self, path: Path) -> None:
+        """Delete a published checkpoint; a kill in between never leaves half of one."""
+        with explain(f"{path} cannot be deleted"):
+            grave = self.root / f"{DELETED}{path.name}-{secrets.token_hex(4)}"
+            path.rename(grave)
+            shutil.rmtree(grave)
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename the checkpoints of later steps than ``after`` to ``abandoned-...``.
+
+        For a run that goes on from an earlier step: what lies ahead of it belongs to another
+        course, and ``latest`` must not pick it up. Returns the new paths.
+        """
+        moved = []
+        for checkpoint in scan(self.root):
+            if checkpoint.step > after:
+                nonce = secrets.token_hex(2)
+                target = self.root / f"{ABANDONED}{checkpoint.path.name}-{nonce}"
+                with explain(f"{checkpoint.path} cannot be set aside"):
+                    checkpoint.path.rename(target)
+                moved.append(target)
+        return moved
+
+    def _take(self, descriptor: int, deadline: float) -> bool:
+        """Lock the open lock file; False where the file system has no locks."""
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    return False
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip()
+                    raise CheckpointError(
+                        f"another run is writing to {self.root} ({holder or 'unknown process'}); "
+                        "wait until it has ended, or give this run another name"
+                    ) from error
+                time.sleep(0.1)
+        with explain(f"{self.root} cannot be used for checkpoints"):
+            os.ftruncate(descriptor, 0)
+            owner = {"host": socket.gethostname(), "pid": os.getpid()}
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        return True
+
+    def _clear(self) -> None:
+        """Remove the rubbish of killed runs. Safe under the lock: nobody else writes here."""
+        for path in list(self.root.iterdir()):
+            if path.name.startswith(REPLACED):
+                name = path.name.removeprefix(REPLACED).rpartition("-")[0]
+                if parse_step(name) is not None and not (self.root / name).exists():
+                    # Killed between the two renames of a replacement: the old one is the good one.
+                    path.rename(self.root / name)
+                    continue
+            if path.name.startswith((TEMPORARY, DELETED, REPLACED)):
+                shutil.rmtree(path)
+
+
+def _is_good(checkpoint: Checkpoint) -> bool:
+    return checkpoint.problem is None and not verify(checkpoint.path)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint that passes the cheap checks; None when there is none."""
+    good = (c.path for c in reversed(scan(root)) if c.problem is None)
+    return next(good, None)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class explain:
+    """Context that turns an OSError into a CheckpointError: ``what``: why and remedy; ``after``."""
+
+    def __init__(self, what: str, after: str | None = None) -> None:
+        self.what = what
+        self.after = after
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            after = f"; {self.after}" if self.after else ""
+            raise CheckpointError(f"{self.what}: {reason(error)}{after}") from error
+
+
+def reason(error: OSError) -> str:
+    """What a failed system call means, and what helps."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full (or the quota used up); free space or set `out` to another disk"
+    if error.errno == errno.EFBIG:
+        return "the file would be larger than this process may write; raise `ulimit -f`"
+    if error.errno == errno.EROFS:
+        return "the file system is read-only; set `out` to a folder that can be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "permission denied; set `out` to a folder that can be written"
+    if error.errno in (errno.ENOTDIR, errno.ENOENT):
+        return f"{error.strerror} ({error.filename}); set `out` to a folder that can be created"
+    return f"{error.strerror or error}; set `out` to a healthy disk"
