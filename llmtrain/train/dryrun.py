@@ -18,12 +18,11 @@ from llmtrain.model import (
     resolve_model,
 )
 from llmtrain.optim import build_groups, groups_table
+from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.parallel.mesh import resolve_shard
 from llmtrain.parallel.world import pick_device
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import gib, human, table
-from llmtrain.train.hardware import resolve_precision, tier_line
-from llmtrain.train.module import Precision
 
 
 def dry_run(cfg: RunConfig) -> str:

@@ -29,16 +29,7 @@ from llmtrain.optim import (
     state_tensors,
 )
 from llmtrain.parallel import apply_fsdp, set_gradient_sync
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Resolved number formats: of the matmuls and activations, and of the gradient reduction."""
-
-    compute: torch.dtype
-    reduce: torch.dtype
+from llmtrain.parallel.hardware import Precision
 
 
 @dataclass

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmtrain.checkpoint import Saved
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.parallel import World
 from llmtrain.train.clockwork import Clockwork
-from llmtrain.train.console import Console, step_line
+from llmtrain.train.console import Console, human, step_line
 from llmtrain.train.metrics import Logger, Record
 from llmtrain.train.module import StepSums
 from llmtrain.train.throughput import Throughput, memory_bytes
@@ -118,6 +119,12 @@ class Recorder:
         self._write({"kind": "event", **self._position(step), "text": text})
         if not quiet:
             self.console.say(f"step {step} | {text}")
+
+    def saved(self, saved: Saved) -> None:
+        """Record a checkpoint that is complete on disk."""
+        size = f"{human(saved.bytes)}B"
+        text = f"checkpoint {saved.path.name} ({size}, training waited {saved.stall_seconds:.2f} s)"
+        self.event(saved.step, text if saved.note is None else f"{text}; {saved.note}")
 
     def close(self) -> None:
         """Close the loggers."""

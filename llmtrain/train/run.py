@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from llmtrain.checkpoint import Checkpointer
-from llmtrain.config import check_world, diff_configs, from_yaml, to_dict, to_yaml
+from llmtrain.config import check_world, load_config, to_dict, to_yaml
+from llmtrain.config.diff import diff_configs
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,13 +22,13 @@ from llmtrain.errors import EXIT_OK, EnvironmentFault, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
 from llmtrain.parallel import World, build_mesh, close_world, init_world
+from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human
 from llmtrain.train.evaluation import Evaluation
-from llmtrain.train.hardware import resolve_precision, tier_line
 from llmtrain.train.hooks import load_hooks
 from llmtrain.train.metrics import build_loggers
-from llmtrain.train.module import Precision, TrainModule
+from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
 from llmtrain.train.saver import ResumePoint, Saver
 from llmtrain.train.signals import SignalWatch
@@ -89,8 +90,8 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     checkpointer = Checkpointer(run_folder(cfg) / "checkpoints", cfg.checkpoint, world.cpu_group)
     saver = Saver(cfg, plan, world, checkpointer)
     resume = saver.find()
-    for note in checkpointer.notes:
-        console.warn(note)
+    for fault in resume.skipped if resume is not None else []:
+        console.warn(fault)
     _preamble(console, cfg, world, times, plan, (model_cfg, precision))
     if resume is not None and resume.step >= times.stop:
         console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
@@ -103,7 +104,8 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     trainer = Trainer(cfg, world, module, plan, hooks, Services(times, evaluation, recorder, saver))
     try:
         if resume is not None:
-            checkpointer.load(resume.path, module.tensors())
+            checkpointer.load(resume.path, module.tensors(), verify=False)
+            checkpointer.set_aside(after=resume.step)
             trainer.load_state_dict(resume.step, resume.extra)
             _say_resume(console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
@@ -176,7 +178,7 @@ def _preamble(
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
     console.say(f"resumed from {resume.path} after step {resume.step}")
-    old = from_yaml((resume.path / "config.yaml").read_text(encoding="utf-8"))
+    old = load_config(resume.path / "config.yaml")
     for line in diff_configs(old, cfg):
         console.say(f"  changed since then: {line}")
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import llmtrain
-from llmtrain.checkpoint import Checkpointer
+from llmtrain.checkpoint import Checkpointer, Saved, read_files
 from llmtrain.config import to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
@@ -23,12 +22,17 @@ from llmtrain.parallel import World
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from: its folder, updates made, samples seen, and extra state."""
+    """A checkpoint to go on from.
+
+    step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
+    newer checkpoints that were passed over.
+    """
 
     path: Path
     step: int
     samples: int
     extra: dict[str, Any]
+    skipped: list[str]
 
 
 class Saver:
@@ -44,53 +48,53 @@ class Saver:
         """Checkpoint after update ``step``; all ranks call it. Raises CheckpointError."""
         samples = step * self.cfg.train.global_batch_size
         meta = {
-            "step": step,
             "samples": samples,
             "tokens": samples * self.cfg.data.seq_len,
-            "world_size": self.world.size,
-            "versions": {
-                "llmtrain": llmtrain.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": {"llmtrain": llmtrain.__version__, "python": platform.python_version()},
         }
         files: dict[str, str | bytes] = {
-            "meta.json": json.dumps(meta, indent=1),
             "config.yaml": to_yaml(self.cfg),
             "data.json": json.dumps(self.plan.state(), indent=1),
             "extra.json": json.dumps(extra),
         }
         if self.plan.tokenizer_path is not None:
             files["tokenizer.json"] = self.plan.tokenizer_path.read_bytes()
-        self.checkpointer.save(step, tensors, files, permanent=permanent)
+        self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
         self._last = step
 
     def has(self, step: int) -> bool:
         """Whether update ``step`` was saved by this process."""
         return self._last == step
 
-    def wait(self) -> None:
+    def poll(self) -> Saved | None:
+        """A save that is on disk since the last call. Raises CheckpointError when it failed."""
+        return self.checkpointer.poll()
+
+    def wait(self) -> Saved | None:
         """Until everything is on disk. Raises CheckpointError when that failed."""
-        self.checkpointer.wait()
+        return self.checkpointer.wait()
 
     def find(self) -> ResumePoint | None:
-        """Where ``checkpoint.resume`` says to go on, or None for a fresh start."""
-        wanted = self.cfg.checkpoint.resume
-        if wanted == "never":
+        """Where ``checkpoint.resume`` says to go on, or None for a fresh start.
+
+        Raises CheckpointError or DataError when the run cannot go on from there.
+        """
+        resume = self.checkpointer.resolve(self.cfg.checkpoint.resume)
+        if resume.path is None:
             return None
-        path = self.checkpointer.latest_good() if wanted == "auto" else Path(wanted)
-        if path is None:
-            return None
-        files = self.checkpointer.read_files(path)
+        files = read_files(resume.path)
         meta = json.loads(files["meta.json"])
+        step, samples = int(meta["step"]), int(meta["samples"])
         batch = self.cfg.train.global_batch_size
-        if meta["samples"] != meta["step"] * batch:
-            old = meta["samples"] // max(meta["step"], 1)
+        if samples != step * batch:
+            old = samples // max(step, 1)
             raise CheckpointError(
-                f"train.global_batch_size: the checkpoint {path} was made with {old} and the "
-                f"config says {batch}; resume with train.global_batch_size={old} (ranks and "
+                f"train.global_batch_size: the checkpoint {resume.path} was made with {old} and "
+                f"the config says {batch}; resume with train.global_batch_size={old} (ranks and "
                 "train.micro_batch_size may change)"
             )
-        self.plan.check_resume(json.loads(files["data.json"]), meta["samples"])
-        self._last = meta["step"]
-        return ResumePoint(path, meta["step"], meta["samples"], json.loads(files["extra.json"]))
+        self.plan.check_resume(json.loads(files["data.json"]), samples)
+        self._last = step
+        return ResumePoint(
+            resume.path, step, samples, json.loads(files["extra.json"]), resume.skipped
+        )

@@ -73,7 +73,6 @@ class Trainer:
         finally:
             gc.enable()
             self.recorder.stop()
-            self.saver.wait()
 
     def _loop(self, signals: SignalWatch) -> None:
         loader = Loader.from_config(self.plan, self.cfg, self.world.rank, self.world.size)
@@ -84,6 +83,7 @@ class Trainer:
             for batch in batches:
                 result, stop = self.step(batch, signals)
                 self.recorder.step(result, loader.wait_seconds)
+                self._collect()
                 if self.cfg.train.gc_every and result.step % self.cfg.train.gc_every == 0:
                     gc.collect(1)
                 if times.evaluates(result.step):
@@ -92,7 +92,7 @@ class Trainer:
                     self.save()
                 if stop and result.step != times.stop:
                     self.save()
-                    self.saver.wait()
+                    self._finish_saving()
                     raise Preempted(
                         f"preempted: {signals.received or 'a signal on another rank'} arrived; "
                         f"step {result.step} was finished and saved. Run the same command again "
@@ -104,6 +104,7 @@ class Trainer:
             hook.on_run_end(self)
         if not self.saver.has(self.step_done):
             self.save(final=True)
+        self._finish_saving()
 
     def step(self, batch: Batch, signals: SignalWatch) -> tuple[StepResult, bool]:
         """One optimizer update from this rank's part of the global batch.
@@ -154,7 +155,6 @@ class Trainer:
             hook.on_checkpoint(self)
         permanent = final or self.clockwork.keeps(self.step_done)
         self.saver.save(self.step_done, self.module.tensors(), self.state_dict(), permanent)
-        self.recorder.event(self.step_done, "checkpoint", quiet=True)
         self.recorder.resume()
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +163,17 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "hooks": {self._hook_key(i): h.state_dict() for i, h in enumerate(self.hooks)},
         }
+
+    def _finish_saving(self) -> None:
+        saved = self.saver.wait()
+        if saved is not None:
+            self.recorder.saved(saved)
+
+    def _collect(self) -> None:
+        """Report a background save that has reached the disk; raises when it failed."""
+        saved = self.saver.poll()
+        if saved is not None:
+            self.recorder.saved(saved)
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Continue after update ``step`` with ``state`` of its checkpoint."""

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 
 import torch
 
 from llmtrain.config.schema import PrecisionConfig
 from llmtrain.errors import EnvironmentFault
-from llmtrain.train.module import DTYPES, Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Resolved number formats: of the matmuls and activations, and of the gradient reduction."""
+
+    compute: torch.dtype
+    reduce: torch.dtype
 
 
 def cpu_flags() -> frozenset[str]:

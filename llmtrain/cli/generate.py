@@ -1,0 +1,69 @@
+"""``llmtrain generate CHECKPOINT --prompt TEXT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from llmtrain.cli.process import prepare_process
+
+HELP = "continue a text with a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest one")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; repeat")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens (default 64)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=40, help="draw from the k most likely; 0: all (default 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    from llmtrain.errors import LlmtrainError
+
+    if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
+        raise LlmtrainError("--tokens must be at least 1; --temperature and --top-k at least 0")
+    prepare_process()
+    from llmtrain.config.schema import PrecisionConfig
+    from llmtrain.errors import CheckpointError
+    from llmtrain.eval.generation import generate
+    from llmtrain.eval.loading import load_trained
+    from llmtrain.parallel.hardware import resolve_precision
+    from llmtrain.parallel.world import pick_device
+
+    device = pick_device(args.device, 0)
+    compute = resolve_precision(PrecisionConfig(), device).compute
+    trained = load_trained(Path(args.checkpoint), device, compute)
+    for fault in trained.skipped:
+        print(f"llmtrain: warning: {fault}", file=sys.stderr)
+    tokenizer = trained.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{trained.path} has no tokenizer.json, so text cannot be encoded; train with "
+            "data.corpus or data.tokenizer set"
+        )
+    for prompt in args.prompt:
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            raise LlmtrainError("--prompt is empty; give some text to continue")
+        new = generate(
+            trained.model,
+            ids,
+            args.tokens,
+            trained.cfg.data.seq_len,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            seed=args.seed,
+            eos_id=tokenizer.eos_id,
+        )
+        print(prompt + tokenizer.decode(new))
+    return 0

@@ -1,0 +1,58 @@
+"""Held-out evaluation of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from llmtrain.config.schema import PrecisionConfig
+from llmtrain.data.batch import Batch
+from llmtrain.data.plan import heldout_sets
+from llmtrain.eval.heldout import evaluate_domains
+from llmtrain.eval.loading import load_trained
+from llmtrain.loss import LossOutput, head_loss
+from llmtrain.parallel.hardware import resolve_precision
+from llmtrain.parallel.world import World, pick_device
+
+
+@dataclass(frozen=True)
+class CheckpointMetrics:
+    """domains: name -> loss, perplexity, tokens, bits_per_byte; skipped: damaged newer ones."""
+
+    path: Path
+    step: int
+    domains: dict[str, dict[str, float]]
+    skipped: list[str]
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> CheckpointMetrics:
+    """Evaluate a checkpoint, or a run's newest good one, on its held-out data.
+
+    overrides: dotted changes to the config stored in the checkpoint. device: auto, cpu or cuda.
+    Raises LlmtrainError for what is missing, damaged or misspelt.
+    """
+    place = pick_device(device, 0)
+    compute = resolve_precision(PrecisionConfig(), place).compute
+    trained = load_trained(path, place, compute, overrides)
+    cfg = trained.cfg
+
+    def loss(batch: Batch, denominator: float) -> LossOutput:
+        def head_fn(hidden: Tensor, head: nn.Module) -> LossOutput:
+            return head_loss(hidden, head, batch.targets, batch.weights, cfg.loss, denominator)
+
+        output = trained.model(
+            batch.tokens,
+            positions=batch.positions if cfg.data.reset_positions else None,
+            doc_ids=batch.doc_ids if cfg.data.document_mask else None,
+            head_fn=head_fn,
+        )
+        assert isinstance(output, LossOutput)
+        return output
+
+    micro = cfg.eval.micro_batch_size or cfg.train.micro_batch_size or 16
+    world = World(0, 1, 0, place, None)
+    domains = evaluate_domains(loss, heldout_sets(cfg), micro, world)
+    return CheckpointMetrics(trained.path, trained.step, domains, trained.skipped)

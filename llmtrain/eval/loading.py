@@ -1,0 +1,63 @@
+"""A trained model back from a checkpoint of any layout, on one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint import read_files
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.loading import find, load_into
+from llmtrain.config import load_config
+from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.errors import CheckpointError
+from llmtrain.model import Decoder, resolve_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, with what is needed to use it.
+
+    step: updates it was trained for. skipped: faults of newer checkpoints passed over.
+    """
+
+    model: Decoder
+    model_cfg: ModelConfig
+    cfg: RunConfig
+    tokenizer: Tokenizer | None
+    step: int
+    path: Path
+    skipped: list[str]
+
+
+def load_trained(
+    path: Path, device: torch.device, compute: torch.dtype, overrides: Sequence[str] = ()
+) -> Trained:
+    """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
+
+    compute: dtype of the matmuls; the weights stay float32. overrides: changes to the stored config.
+    Optimizer state is not read. Raises CheckpointError naming what is missing or damaged.
+    """
+    alone = Ranks(None)
+    found, skipped = find(alone, path.expanduser())
+    files = read_files(found)
+    if "config.yaml" not in files:
+        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain train")
+    cfg = load_config(found / "config.yaml", overrides)
+    state = json.loads(files["data.json"])
+    model_cfg = resolve_model(cfg, int(state["vocab_size"]))
+    with torch.device("meta"):
+        model = Decoder(model_cfg, compute)
+    model.to_empty(device=device)
+    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
+    load_into(alone, found, tensors, ("optim.",), False)
+    model.refresh_buffers()
+    tokenizer_file = found / "tokenizer.json"
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
+    step = int(json.loads(files["meta.json"])["step"])
+    return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, skipped)
