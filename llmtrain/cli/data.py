@@ -1,0 +1,85 @@
+"""``llmtrain data prepare|inspect|plan``."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "make, look at and plan training data"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|inspect|plan")
+    prepare = actions.add_parser("prepare", help="text to shards, as the section `prepare` says")
+    _add_config(prepare)
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores")
+    prepare.add_argument(
+        "--force", action="store_true", help="replace a complete corpus, whatever its settings"
+    )
+    inspect = actions.add_parser("inspect", help="what a corpus or a tokenized source holds")
+    inspect.add_argument("path", help="corpus folder, or a source in any readable format")
+    inspect.add_argument("--samples", type=int, default=3, metavar="N", help="excerpts shown")
+    inspect.add_argument("--verify", action="store_true", help="compare all with recorded hashes")
+    inspect.add_argument("--tokenizer", metavar="PATH", help="decode with this one")
+    inspect.add_argument("--format", default="auto", help="format, where it cannot be guessed")
+    inspect.add_argument("--dtype", help="token dtype of raw files")
+    inspect.add_argument("--eos-id", type=int, metavar="ID", help="token that ends a document")
+    plan = actions.add_parser("plan", help="tokens, epochs and share per source and phase")
+    _add_config(plan)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    actions = {"prepare": _prepare, "inspect": _inspect, "plan": _plan}
+    return actions[args.action](args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from llmtrain.config import load_config
+    from llmtrain.data.prepare import prepare
+    from llmtrain.errors import ConfigError
+
+    cfg = load_config(args.config, args.overrides)
+    if cfg.prepare is None:
+        raise ConfigError(
+            f"{args.config} has no section `prepare`; take configs/corpus/builtin.yaml as a model"
+        )
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {args.workers}")
+    prepare(cfg.prepare, workers=args.workers, force=args.force, say=_say)
+    print(f"corpus ready: {cfg.prepare.out}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from llmtrain.config.schema import SourceConfig
+    from llmtrain.data.inspect import Inspection, inspect
+    from llmtrain.errors import ConfigError
+
+    for key in ("format", "dtype"):
+        allowed = SourceConfig.__dataclass_fields__[key].metadata["choices"]
+        if getattr(args, key) not in allowed:
+            have = ", ".join(filter(None, allowed))
+            raise ConfigError(f"--{key} {getattr(args, key)} is not known; choose from {have}")
+    source = SourceConfig(path=args.path, format=args.format, dtype=args.dtype)
+    what = Inspection(source, args.tokenizer, args.eos_id, max(args.samples, 0), args.verify)
+    for line in inspect(what):
+        print(line)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from llmtrain.config import load_config
+    from llmtrain.data.plan import plan_report
+
+    print(plan_report(load_config(args.config, args.overrides)))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
