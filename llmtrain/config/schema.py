@@ -1,8 +1,13 @@
 """The typed tree that describes a run: every key a YAML file may have, with its default.
 
 One class per section. A field's ``doc`` is what ``--help`` and the reference page print;
-``choices`` and ``ge``/``gt``/``le``/``lt`` are checked by ``config.check`` with the user's own
-path, file and line. Cross-field rules live in ``config.check`` as well.
+rules are checked by ``config.build`` with the user's own path, file and line:
+
+- ``choices``, ``ge``, ``gt``, ``le``, ``lt``: for lists and mappings they hold for each value;
+- ``length``: number of items of a list; ``key_choices``: keys of a mapping;
+- ``units``: units a duration may have.
+
+Rules between fields live in ``config.check``.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmtrain.config.duration import Duration
+
+ROLES = ("embedding", "hidden", "norm", "head", "bias")
 
 
 def key(default: Any = None, doc: str = "", **rules: Any) -> Any:
@@ -76,7 +83,9 @@ class TokenizerConfig:
     path: str | None = key(None, "kind file: a tokenizer.json or a folder that holds one")
     vocab_size: int = key(8192, "kind bpe: size to train", ge=257)
     train_bytes: int = key(30_000_000, "kind bpe: bytes of text to train on", ge=1)
-    eos_token: str = key("<|endoftext|>", "document separator")
+    eos_token: str | None = key(
+        None, "document separator; null: <|endoftext|>, or kind file: the tokenizer's own"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class PrepareConfig:
     tokenizer: TokenizerConfig = key(TokenizerConfig, "tokenizer")
     heldout_fraction: float = key(0.01, "share of documents held out, by hash", ge=0, lt=1)
     workers: int | None = key(None, "tokenizing processes; null: usable cores", ge=1)
-    shard_bytes: int = key(64 << 20, "size of a shard", ge=1 << 12)
+    shard_bytes: int = key(64 << 20, "size of a shard", ge=1 << 12, lt=1 << 32)
     compression: str | None = key(None, "shard compression, e.g. zstd:3")
     max_bad_fraction: float = key(0.01, "stop when more of the records are bad", ge=0, le=1)
 
@@ -132,8 +141,8 @@ class SourceConfig:
 class PhaseConfig:
     """A stretch of the mixture schedule."""
 
-    until: Duration = key(lambda: dur("1dur"), "where the phase ends")
-    weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1")
+    until: Duration = key(lambda: dur("1dur"), "where the phase ends", gt=0)
+    weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1", ge=0)
     ramp: str = key(
         "step",
         "step: constant weights; linear: from the previous phase's weights",
@@ -147,7 +156,9 @@ class DataConfig:
 
     corpus: str | None = key(None, "folder of `data prepare`: its sources become available by name")
     sources: dict[str, SourceConfig] = key(dict, "name: source, besides or instead of a corpus")
-    weights: dict[str, float] = key(dict, "one phase for the whole run: source: share of tokens")
+    weights: dict[str, float] = key(
+        dict, "one phase for the whole run: source: share of the tokens; normalised to sum 1", ge=0
+    )
     phases: list[PhaseConfig] = key(list, "mixture schedule; instead of weights")
     heldout: dict[str, SourceConfig] = key(dict, "name: held-out source; a corpus brings its own")
     seq_len: int = key(256, "tokens per sample", ge=2)
@@ -174,7 +185,7 @@ class OptimConfig:
 
     name: str = key("adamw", "optimizer", choices=("adamw", "lion"))
     lr: float = key(1e-3, "peak learning rate", gt=0)
-    betas: list[float] = key(lambda: [0.9, 0.95], "moment decay rates")
+    betas: list[float] = key(lambda: [0.9, 0.95], "moment decay rates", ge=0, lt=1, length=2)
     eps: float = key(1e-8, "AdamW epsilon", gt=0)
     weight_decay: float = key(0.1, "weight decay", ge=0)
     decoupled: str = key(
@@ -183,9 +194,11 @@ class OptimConfig:
         choices=("lr", "fully"),
     )
     decay_roles: list[str] = key(
-        lambda: ["embedding", "hidden", "head"], "roles of parameters that decay"
+        lambda: ["embedding", "hidden", "head"], "roles of parameters that decay", choices=ROLES
     )
-    lr_factors: dict[str, float] = key(dict, "role: factor on the learning rate")
+    lr_factors: dict[str, float] = key(
+        dict, "role: factor on the learning rate", ge=0, key_choices=ROLES
+    )
     clip_norm: float | None = key(1.0, "gradient norm bound; null: none", gt=0)
 
 
@@ -229,8 +242,12 @@ class ParallelConfig:
 class TrainConfig:
     """The loop."""
 
-    duration: Duration = key(lambda: dur("100step"), "length of the run (step or tok)")
-    stop_after: Duration | None = key(None, "stop early but keep the schedules of the whole run")
+    duration: Duration = key(
+        lambda: dur("100step"), "length of the run (step or tok)", gt=0, units=("step", "tok")
+    )
+    stop_after: Duration | None = key(
+        None, "stop early but keep the schedules of the whole run", gt=0
+    )
     global_batch_size: int = key(32, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch_size: int | None = key(
         None, "sequences per forward on a rank; null: all at once", ge=1
@@ -245,7 +262,7 @@ class TrainConfig:
 class EvalConfig:
     """Held-out evaluation and samples."""
 
-    every: Duration | None = key(lambda: dur("0.25dur"), "null: only at the end")
+    every: Duration | None = key(lambda: dur("0.25dur"), "null: only at the end", gt=0)
     samples: int = key(64, "sequences per domain", ge=1)
     micro_batch_size: int | None = key(None, "null: the training one", ge=1)
     prompts: list[str] = key(list, "texts continued at the end of the run")
@@ -256,9 +273,9 @@ class EvalConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end")
+    every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end", gt=0)
     keep: int = key(2, "newest temporary checkpoints kept", ge=1)
-    permanent_every: Duration | None = key(None, "checkpoints that are never pruned")
+    permanent_every: Duration | None = key(None, "checkpoints that are never pruned", gt=0)
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
@@ -300,7 +317,7 @@ class RunConfig:
 
     name: str = key("run", "name of the run")
     out: str = key("runs", "the run's folder is out/name")
-    seed: int = key(0, "seeds initialisation and data order", ge=0)
+    seed: int = key(0, "seeds initialisation and data order", ge=0, lt=2**63)
     device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)

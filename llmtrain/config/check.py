@@ -1,0 +1,207 @@
+"""Rules between keys: combinations that no single value can be blamed for.
+
+Nothing here looks at the machine, the data or the network; ``check_world`` looks at the number
+of processes. Rules of the ``data`` and ``prepare`` sections are in ``config.check_data``.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import PurePath
+
+from llmtrain.config.check_data import check_data, check_prepare
+from llmtrain.config.duration import Duration
+from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
+from llmtrain.config.schema import RunConfig
+
+_HOOK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def check_config(cfg: RunConfig, *, for_training: bool = True) -> None:
+    """Raise one ConfigError with every combination of keys that cannot work.
+
+    for_training: also require what only training needs, such as a data mixture.
+    """
+    raise_faults(find_faults(cfg, for_training=for_training))
+
+
+def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
+    """The faults that ``check_config`` raises, each with the keys that take part."""
+    faults = Collector()
+    _check_run(cfg, faults)
+    _check_model(cfg, faults)
+    check_data(cfg, faults, for_training)
+    check_prepare(cfg, faults)
+    _check_train(cfg, faults)
+    _check_schedule(cfg, faults)
+    _check_hooks(cfg, faults)
+    return faults.found
+
+
+def check_world(cfg: RunConfig, world_size: int) -> None:
+    """Raise one ConfigError where the run does not fit ``world_size`` processes.
+
+    parallel.shard x parallel.replicate must be the world size, every rank takes the same number
+    of samples of a global batch, and cuts them in whole micro-batches.
+    """
+    faults = Collector()
+    shard, replicate = cfg.parallel.shard, cfg.parallel.replicate
+    world = f"the run has {world_size} processes"
+    if shard is None and world_size % replicate:
+        remedy = f"use a divisor of {world_size}"
+        faults.add("parallel.replicate", f"{replicate} does not divide it: {world}; {remedy}")
+    if shard is not None and shard * replicate != world_size:
+        faults.add(
+            "parallel.shard",
+            f"shard {shard} x replicate {replicate} = {shard * replicate}, but {world}; "
+            "set it to null to fill the world",
+        )
+    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if batch % world_size:
+        lower, upper = batch // world_size * world_size, -(-batch // world_size) * world_size
+        near = " or ".join(str(n) for n in (lower, upper) if n)
+        faults.add(
+            "train.global_batch_size", f"{batch} cannot be shared equally: {world}; use {near}"
+        )
+    elif micro is not None and (batch // world_size) % micro:
+        share = batch // world_size
+        faults.add(
+            "train.micro_batch_size",
+            f"{micro} does not divide a rank's share of the batch ({batch} / {world_size} = "
+            f"{share}); use a divisor of {share}",
+        )
+    raise_faults(faults.found)
+
+
+def _check_run(cfg: RunConfig, faults: Collector) -> None:
+    name = PurePath(cfg.name)
+    if not cfg.name.strip() or name.is_absolute() or ".." in name.parts or name == PurePath("."):
+        faults.add("name", f"{cfg.name!r} cannot name a folder under `out`; use a plain name")
+    if not cfg.out.strip():
+        faults.add("out", "is empty; name the folder that holds the runs, such as runs")
+    for key, value, what in (
+        ("log.wandb", cfg.log.wandb, "project"),
+        ("log.mlflow", cfg.log.mlflow, "experiment"),
+    ):
+        if value is not None and not value.strip():
+            faults.add(key, f"is empty; name the {what}, or write null to do without")
+    resume = cfg.checkpoint.resume
+    near = nearest(resume, ("auto", "never"))
+    if not resume.strip():
+        faults.add("checkpoint.resume", "is empty; write auto, never or the path of a checkpoint")
+    elif near and near != resume and "/" not in resume:
+        faults.add(
+            "checkpoint.resume",
+            f"{resume!r} is neither auto nor never; did you mean {near!r}? (a path needs a '/')",
+        )
+
+
+def _check_model(cfg: RunConfig, faults: Collector) -> None:
+    model, seq_len = cfg.model, cfg.data.seq_len
+    d_head = model.d_head
+    if d_head is None:
+        if model.d_model % model.n_heads:
+            faults.add(
+                "model.d_model",
+                f"{model.d_model} is not divisible by n_heads {model.n_heads}; "
+                "change one of them or set d_head",
+                "model.n_heads",
+                "model.d_head",
+            )
+        else:
+            d_head = model.d_model // model.n_heads
+    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
+        faults.add(
+            "model.n_kv_heads",
+            f"{model.n_kv_heads} does not divide n_heads {model.n_heads}; each key/value head "
+            "serves the same number of query heads",
+            "model.n_heads",
+        )
+    if model.position == "rope" and d_head is not None and d_head % 2:
+        faults.add(
+            "model.d_head",
+            f"rotary positions need an even head width, not {d_head} (d_model / n_heads); "
+            "change d_model, n_heads or d_head, or use position: learned",
+            "model.d_model",
+            "model.n_heads",
+            "model.position",
+        )
+    if model.max_seq_len is not None and model.max_seq_len < seq_len:
+        faults.add(
+            "model.max_seq_len",
+            f"{model.max_seq_len} is shorter than data.seq_len {seq_len}; raise it or leave it "
+            "null",
+            "data.seq_len",
+        )
+    eos = cfg.data.eos_id
+    if model.vocab_size is not None and eos is not None and eos >= model.vocab_size:
+        faults.add(
+            "data.eos_id",
+            f"{eos} is outside the vocabulary of {model.vocab_size} tokens; ids start at 0",
+            "model.vocab_size",
+        )
+
+
+def _check_train(cfg: RunConfig, faults: Collector) -> None:
+    train = cfg.train
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if micro is not None and batch % micro:
+        remedy = "use a divisor" if micro < batch else f"use at most {batch}"
+        faults.add(
+            "train.micro_batch_size",
+            f"{micro} does not divide global_batch_size {batch}; {remedy}",
+            "train.global_batch_size",
+        )
+    if train.stop_after is not None and part_of_run(cfg, train.stop_after) > 1:
+        faults.add(
+            "train.stop_after",
+            f"{train.stop_after} is after the end of the run (train.duration "
+            f"{train.duration}); shorten it or leave it null",
+            "train.duration",
+            "train.global_batch_size",
+            "data.seq_len",
+        )
+
+
+def _check_schedule(cfg: RunConfig, faults: Collector) -> None:
+    schedule = cfg.schedule
+    depends = ("train.duration", "train.global_batch_size", "data.seq_len", "schedule.name")
+    warmup = part_of_run(cfg, schedule.warmup)
+    if warmup > 1:
+        faults.add(
+            "schedule.warmup",
+            f"{schedule.warmup} is longer than the run ({cfg.train.duration}); shorten it",
+            *depends,
+        )
+    elif schedule.name == "wsd" and warmup + part_of_run(cfg, schedule.decay) > 1:
+        faults.add(
+            "schedule.decay",
+            f"warmup {schedule.warmup} and decay {schedule.decay} together are longer than the "
+            f"run ({cfg.train.duration}); shorten one",
+            "schedule.warmup",
+            *depends,
+        )
+
+
+def _check_hooks(cfg: RunConfig, faults: Collector) -> None:
+    for i, hook in enumerate(cfg.hooks):
+        if not _HOOK.fullmatch(hook.use):
+            what = f"{hook.use!r} is not an import path" if hook.use else "is missing"
+            faults.add(f"hooks.{i}.use", f"{what}; write package.module:Class")
+        for name in hook.args:
+            if not name.isidentifier():
+                message = "cannot name an argument; use letters, digits and _"
+                faults.add(("hooks", str(i), "args", name), message, f"hooks.{i}.use")
+
+
+def part_of_run(cfg: RunConfig, duration: Duration) -> Fraction:
+    """``duration`` as an exact fraction of the run; above 1 when it is longer."""
+    if duration.unit == "dur":
+        return duration.value
+    tokens = cfg.train.global_batch_size * cfg.data.seq_len
+    whole = cfg.train.duration
+    if whole.unit == duration.unit:
+        return duration.value / whole.value
+    scale = {"step": tokens, "tok": 1, "dur": 1}
+    return duration.value * scale[duration.unit] / (whole.value * scale[whole.unit])

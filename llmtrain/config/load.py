@@ -1,0 +1,86 @@
+"""Reading a configuration: files, overrides, interpolation, types, rules; all faults at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from llmtrain.config.build import Builder
+from llmtrain.config.check import find_faults
+from llmtrain.config.dump import to_dict
+from llmtrain.config.faults import Fault, Mark, Path, raise_faults
+from llmtrain.config.merge import Files, apply_overrides, interpolate
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.yamlfile import Node, wrap
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, for_training: bool = False
+) -> RunConfig:
+    """The run described by the YAML file ``path`` with ``key.path=value`` overrides on top.
+
+    for_training: also require what only training needs, such as a data mixture.
+    Raises ConfigError that lists every fault as ``file:line: key: what is wrong; remedy``.
+    """
+    faults: list[Fault] = []
+    shown = os.fspath(path)
+    defaults = _defaults()
+    root = Files(faults).tree(FilePath(path), shown)
+    whole = not any(f.path in ((), ("base",)) for f in faults)
+    root = apply_overrides(root, overrides, defaults, faults)
+    root = interpolate(root, defaults, faults)
+    # Where a file is missing, rules between keys would complain about what it would have held.
+    return _build(root, faults, Mark(shown), for_training if whole else None)
+
+
+def from_dict(data: Mapping[str, Any], *, for_training: bool = False) -> RunConfig:
+    """The run described by plain data, as ``to_dict`` gives it; no interpolation takes place.
+
+    Raises ConfigError that lists every fault as ``key: what is wrong; remedy``.
+    """
+    return _build(wrap(data), [], None, for_training)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """All defaults as plain data; read only."""
+    return to_dict(RunConfig())
+
+
+def _build(
+    root: Node, faults: list[Fault], file: Mark | None, for_training: bool | None
+) -> RunConfig:
+    """Typed tree of ``root``; raises all faults together. for_training None: no cross rules."""
+    builder = Builder(faults)
+    cfg = builder.section(RunConfig, root, ())
+    bad = builder.failed | builder.tainted
+    found = [] if for_training is None else find_faults(cfg, for_training=for_training)
+    for fault in found:
+        involved = (fault.path, *fault.depends)
+        if not any(_overlap(path, other) for path in involved for other in bad):
+            mark = next((m for m in (_mark(root, p) for p in involved) if m), file)
+            faults.append(Fault(fault.path, fault.message, mark))
+    raise_faults(faults)
+    return cfg
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether one path leads to or through the other."""
+    shared = min(len(one), len(other))
+    return one[:shared] == other[:shared]
+
+
+def _mark(node: Node, path: Path) -> Mark | None:
+    """Where the value at ``path`` was written; None when a default stands there."""
+    for part in path:
+        value = node.value
+        if isinstance(value, dict) and part in value:
+            node = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            node = value[int(part)]
+        else:
+            return None
+    return node.mark
