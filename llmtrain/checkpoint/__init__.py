@@ -13,9 +13,9 @@
         print(saved.path, saved.bytes, saved.stall_seconds)
     checkpoints.close()                                       # waits for the last one
 
-The files are described in ``layout``; ``store`` publishes and prunes, ``verify`` checks,
-``storage`` is the torch.distributed.checkpoint side, ``export`` writes a model alone. Only what
-needs torch imports it.
+``load_checkpoint`` reads one without being the run that writes it; ``export_model`` writes the
+model alone. On disk: ``layout`` describes the files, ``store`` publishes and prunes, ``verify``
+checks, ``storage`` is the torch.distributed.checkpoint side. Only what needs torch imports it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from llmtrain.checkpoint.verify import read_files, verify
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.checkpointer import Checkpointer, Resume
+    from llmtrain.checkpoint.export import export_model
+    from llmtrain.checkpoint.loading import load_checkpoint
     from llmtrain.checkpoint.saving import Saved
     from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 
@@ -40,7 +42,9 @@ __all__ = [
     "Saved",
     "Store",
     "checkpoints_folder",
+    "export_model",
     "latest",
+    "load_checkpoint",
     "read_files",
     "scan",
     "verify",
@@ -52,6 +56,8 @@ _NEEDS_TORCH = {
     "SafetensorsReader": "storage",
     "SafetensorsWriter": "storage",
     "Saved": "saving",
+    "export_model": "export",
+    "load_checkpoint": "loading",
 }
 
 

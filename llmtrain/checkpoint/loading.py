@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from llmtrain.checkpoint.coordination import Ranks
@@ -57,6 +58,27 @@ def newest_good(ranks: Ranks, root: Path) -> tuple[Path | None, list[str]]:
             return checkpoint.path, skipped
         skipped.append(problems[0])
     return None, skipped
+
+
+def load_checkpoint(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+    *,
+    unused: Sequence[str] = (),
+    cast: bool = False,
+    verify: bool = True,
+) -> Path:
+    """``Checkpointer.load`` for readers that write nothing (evaluation, generation, branching).
+
+    path: a checkpoint, or a run whose newest good one is taken; returned is the checkpoint. It
+    takes no lock, so a run that is still training may be read. group: a gloo group over all
+    ranks, None for this process alone. Raises CheckpointError.
+    """
+    ranks = Ranks(group)
+    found = find(ranks, Path(path))[0] if verify else Path(path)
+    load_into(ranks, found, tensors, unused, cast)
+    return found
 
 
 def find(ranks: Ranks, path: Path) -> tuple[Path, list[str]]:
