@@ -23,6 +23,10 @@ class TokenSource(Protocol):
         """Tokens [start, stop) as int64, 0 <= start <= stop <= num_tokens."""
         ...
 
+    def read_into(self, start: int, stop: int, out: NDArray[np.int64]) -> None:
+        """Tokens [start, stop) written to ``out``, which has room for exactly these."""
+        ...
+
     def document_starts(
         self, start: int, stop: int, tokens: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
