@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,17 +60,17 @@ def export_model(
 ) -> list[Path]:
     """Write the tensors whose names begin with ``prefix`` to the new folder ``dst``.
 
-    source: a checkpoint (verified first) or a run, whose newest good one is taken; or live
-    tensors, then all ranks of ``group`` call this and the main one writes. files: small files to
-    put beside; those of a checkpoint are taken by themselves. dtype: cast floating-point tensors
-    to it; None keeps them. At most one whole tensor is in memory. ``dst`` appears by one rename,
-    complete. Returns the files of tensors. Raises CheckpointError naming what is in the way.
+    source: a checkpoint (verified first) or a run, whose newest good one is taken, by one process;
+    or live tensors, then all ranks of ``group`` call this and the main one writes. files: small
+    files to put beside; those of a checkpoint are taken by themselves. dtype: cast floating-point
+    tensors to it; None keeps them. At most one whole tensor is in memory. ``dst`` appears by one
+    rename, complete. Returns the files of tensors. Raises CheckpointError naming what is wrong.
     """
-    ranks = Ranks(group)
+    ranks = Ranks(group if isinstance(source, Mapping) else None)
     if isinstance(source, Mapping):
         items = [_live(k, v, dtype) for k, v in sorted(source.items()) if k.startswith(prefix)]
     else:
-        path = find(Ranks(None), Path(source))[0]
+        path = find(ranks, Path(source))[0]
         stored = {k: v for k, v in read_layout(path).items() if k.startswith(prefix)}
         items = [_stored(path, k, v, dtype) for k, v in sorted(stored.items())]
         kept = {n: data for n, data in read_files(path).items() if n in COPIED}
@@ -81,7 +82,8 @@ def export_model(
     temporary = dst.parent / f".tmp-{dst.name}-{secrets.token_hex(4)}"
     ranks.on_main(lambda: _prepare(dst, temporary))
     try:
-        _write_shards(ranks, shards, temporary, prefix)
+        for index, shard in enumerate(shards):
+            _write_shard(ranks, shard, temporary / _shard_name(index, len(shards)), prefix)
         return ranks.on_main(lambda: _finish(shards, temporary, dst, prefix, files or {}))
     except BaseException:
         if ranks.is_main:
@@ -157,32 +159,29 @@ def _prepare(dst: Path, temporary: Path) -> None:
         temporary.mkdir(parents=True)
 
 
-def _write_shards(ranks: Ranks, shards: list[list[_Item]], folder: Path, prefix: str) -> None:
+def _write_shard(ranks: Ranks, shard: list[_Item], path: Path, prefix: str) -> None:
     """All ranks fetch every tensor together; the main one writes it."""
-    for index, shard in enumerate(shards):
-        path = folder / _shard_name(index, len(shards))
-        file: list[HashingFile] = []
+    files: list[HashingFile] = []
 
-        def begin(path: Path = path, shard: list[_Item] = shard) -> None:
-            names = [(i.name.removeprefix(prefix), i.dtype, i.shape) for i in shard]
-            with explain(f"{path} cannot be written"):
-                file.append(HashingFile(path))
-                file[0].write(build_header(names, {"format": "pt"})[0])
+    def begin() -> None:
+        names = [(item.name.removeprefix(prefix), item.dtype, item.shape) for item in shard]
+        with explain(f"{path} cannot be written"):
+            files.append(HashingFile(path))
+            files[0].write(build_header(names, {"format": "pt"})[0])
 
-        ranks.on_main(begin)
-        try:
-            for item in shard:
-                value = item.fetch()
-                ranks.on_main(lambda value=value: _append(file[0], value))  # type: ignore[misc]
-            ranks.on_main(lambda: _close(file[0]))
-        finally:
-            for opened in file:
-                opened.close()
+    ranks.on_main(begin)
+    try:
+        for item in shard:
+            ranks.on_main(partial(_append, files, item.fetch()))
+        ranks.on_main(lambda: _close(files[0]))
+    finally:
+        for file in files:
+            file.close()
 
 
-def _append(file: HashingFile, value: torch.Tensor) -> None:
-    with explain(f"{file.path} cannot be written"):
-        file.write(tensor_bytes(value))
+def _append(files: list[HashingFile], value: torch.Tensor) -> None:
+    with explain(f"{files[0].path} cannot be written"):
+        files[0].write(tensor_bytes(value))
 
 
 def _close(file: HashingFile) -> None:

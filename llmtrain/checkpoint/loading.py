@@ -23,6 +23,7 @@ from llmtrain.checkpoint.verify import cheap_problems, checksum_problems
 from llmtrain.errors import CheckpointError
 
 _NAMED = 5
+_SAME_MODEL = "resume with the model and optimizer it was saved with (see its config.yaml)"
 
 
 def examine(ranks: Ranks, path: Path) -> list[str]:
@@ -141,7 +142,9 @@ def load_into(
             key for key in reader.tensors if key not in keys and not key.startswith(tuple(unused))
         ]
         if unexpected:
-            raise CheckpointError(f"{path} holds tensors this run has not: {_names(unexpected)}")
+            raise CheckpointError(
+                f"{path} holds tensors this run has not: {_names(unexpected)}; {_SAME_MODEL}"
+            )
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         state = {key: value.detach() for key, value in tensors.items()}
         planner.set_up_planner(state, metadata, ranks.is_main)
@@ -160,21 +163,23 @@ def check_match(
     """Raise CheckpointError naming tensors that are missing, or of another shape or dtype."""
     missing = [key for key in tensors if key not in stored]
     if missing:
-        raise CheckpointError(f"{path} lacks tensors this run needs: {_names(missing)}")
+        raise CheckpointError(
+            f"{path} lacks tensors this run needs: {_names(missing)}; {_SAME_MODEL}"
+        )
     wrong = [
         f"{key} (stored {list(stored[key].shape)}, wanted {list(value.shape)})"
         for key, value in tensors.items()
         if tuple(value.shape) != stored[key].shape
     ]
     if wrong:
-        raise CheckpointError(f"{path} holds other shapes: {_names(wrong)}")
+        raise CheckpointError(f"{path} holds other shapes: {_names(wrong)}; {_SAME_MODEL}")
     other = [
         f"{key} (stored {DTYPES[stored[key].dtype]}, wanted {value.dtype})"
         for key, value in tensors.items()
         if value.dtype != DTYPES[stored[key].dtype]
     ]
     if other and not cast:
-        raise CheckpointError(f"{path} holds other dtypes: {_names(other)}")
+        raise CheckpointError(f"{path} holds other dtypes: {_names(other)}; {_SAME_MODEL}")
 
 
 def _names(names: Sequence[str]) -> str:

@@ -91,22 +91,25 @@ class Store:
         """Remove a temporary folder that will not be published."""
         shutil.rmtree(temporary, ignore_errors=True)
 
-    def prune(self, keep: int, trusted: int | None = None) -> list[Checkpoint]:
-        """Delete all but the ``keep`` newest temporary checkpoints; the permanent ones stay.
+    def superfluous(self, keep: int, trusted: int | None = None) -> list[Checkpoint]:
+        """All but the ``keep`` newest temporary checkpoints; permanent ones are never among them.
 
-        trusted: a step known to be good because it has just been written. Without it, the kept
-        ones are read back, and if none of them is good the newest good one is kept besides.
-        Damaged checkpoints count as any other. Returns those deleted; raises CheckpointError.
+        trusted: a step known to be good because it has just been written. Without it, those that
+        would stay are read back, and if none of them is good the newest good one stays besides.
         """
         every = scan(self.root)
         temporary = [c for c in every if not c.permanent]
         doomed = temporary[: max(0, len(temporary) - max(1, keep))]
-        if not doomed:
-            return []
-        kept = [c for c in every if c not in doomed]
-        if trusted is None and not any(_is_good(c) for c in reversed(kept)):
+        if not doomed or trusted is not None:
+            return doomed
+        if not any(_is_good(c) for c in reversed(every) if c not in doomed):
             spared = next((c for c in reversed(doomed) if _is_good(c)), None)
-            doomed = [c for c in doomed if c is not spared]
+            return [c for c in doomed if c is not spared]
+        return doomed
+
+    def prune(self, keep: int, trusted: int | None = None) -> list[Checkpoint]:
+        """Delete what is ``superfluous`` and return it; raises CheckpointError."""
+        doomed = self.superfluous(keep, trusted)
         for checkpoint in doomed:
             self.delete(checkpoint.path)
         return doomed
