@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import RankError, run_ranks
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,7 +28,15 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from llmtrain.checkpoint import Checkpointer, latest, load_checkpoint, safefile, scan, verify
+from llmtrain.checkpoint import (
+    Checkpointer,
+    export_model,
+    latest,
+    load_checkpoint,
+    safefile,
+    scan,
+    verify,
+)
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
@@ -355,3 +364,30 @@ def test_ranks_share_the_verification(tmp_path: Path) -> None:
     assert "step-00000002/meta.json" in skipped[1]
     assert "optim-00000-of-00001.safetensors is damaged" in message
     assert "checkpoint.resume=" in message
+
+
+def _export_live(rank: int, root: Path) -> None:
+    mesh = _mesh(dist.get_world_size())
+    state = {
+        f"model.{key}": distribute_tensor(value, mesh, [Shard(0)])
+        for key, value in reference().items()
+        if value.ndim and value.dtype == torch.float32 and value.numel()
+    }
+    group = dist.group.WORLD
+    written = export_model(state, root / "out", files={"config.yaml": b"a: 1"}, group=group)
+    assert [path.name for path in written] == ["model.safetensors"]
+    message = ""
+    try:
+        export_model(state, root / "out", group=group)
+    except CheckpointError as error:
+        message = str(error)
+    assert "exists and is not empty" in message
+
+
+def test_export_of_sharded_tensors(tmp_path: Path) -> None:
+    run_ranks(2, _export_live, tmp_path)
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = {k: v for k, v in reference().items() if k in got}
+    assert len(wanted) == 4
+    assert all(torch.equal(got[k], v) for k, v in wanted.items())
+    assert (tmp_path / "out" / "config.yaml").read_text() == "a: 1"
