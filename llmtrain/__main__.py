@@ -1,0 +1,5 @@
+"""``python -m llmtrain``."""
+
+from llmtrain.cli.main import entry
+
+entry()
