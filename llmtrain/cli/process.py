@@ -44,7 +44,7 @@ def usable_cores() -> int:
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    return max(1, min(allowed, math.floor(_cgroup_cores())) if _cgroup_cores() >= 1 else 1)
+    return max(1, math.floor(min(allowed, _cgroup_cores())))
 
 
 def wanted_environment(environ: Mapping[str, str]) -> dict[str, str]:
