@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrain.config.schema import PrecisionConfig
 from llmtrain.data.batch import Batch
@@ -14,6 +14,7 @@ from llmtrain.data.plan import heldout_sets
 from llmtrain.eval.heldout import evaluate_domains
 from llmtrain.eval.loading import load_trained
 from llmtrain.loss import LossOutput, head_loss
+from llmtrain.model import Head
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.parallel.world import World, pick_device
 
@@ -40,7 +41,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> Ch
     cfg = trained.cfg
 
     def loss(batch: Batch, denominator: float) -> LossOutput:
-        def head_fn(hidden: Tensor, head: nn.Module) -> LossOutput:
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, cfg.loss, denominator)
 
         output = trained.model(

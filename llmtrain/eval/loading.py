@@ -56,7 +56,6 @@ def load_trained(
     model.to_empty(device=device)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     load_into(alone, found, tensors, ("optim.",), False)
-    model.refresh_buffers()
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])

@@ -13,6 +13,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
+    Head,
     apply_recompute,
     compile_blocks,
     init_weights,
@@ -87,7 +88,7 @@ class TrainModule:
         """Forward of one micro-batch. denominator: weight of the whole global batch."""
         data = self.cfg.data
 
-        def head_fn(hidden: Tensor, head: nn.Module) -> LossOutput:
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
         output = self.model(

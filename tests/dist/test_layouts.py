@@ -1,0 +1,48 @@
+"""One process against 2 and 4, sharded and replicated: the same losses and gradient norms."""
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny import llmtrain, make_corpus, records, tiny_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
+
+
+CHANGES = {
+    "train.micro_batch_size": "1",  # accumulation on every layout
+    "eval.every": "null",
+    "checkpoint.every": "null",
+    "model.tie_embeddings": "true",
+}
+
+
+def run(folder: Path, corpus: Path, ranks: int, *overrides: str) -> list[dict]:
+    config = tiny_config(folder, corpus)
+    changes = [f"{k}={v}" for k, v in CHANGES.items()]
+    done = llmtrain("train", str(config), *changes, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return records(folder / "runs" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[dict]:
+    return run(tmp_path_factory.mktemp("alone"), corpus, 1)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "replicate"), [(2, 1), (2, 2), (4, 1), (4, 4), (4, 2)], ids=str
+)
+def test_layouts_agree_over_twenty_steps(
+    tmp_path: Path, corpus: Path, alone: list[dict], ranks: int, replicate: int
+) -> None:
+    steps = run(tmp_path, corpus, ranks, f"parallel.replicate={replicate}")
+    assert len(steps) == len(alone) == 20
+    for ours, theirs in zip(steps, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
+        for name, source in theirs["sources"].items():
+            assert ours["sources"][name]["tokens"] == source["tokens"]

@@ -1,0 +1,168 @@
+"""Exact restart: killed, resumed, killed in a save, resumed again, and still the same bits."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
+from safetensors import safe_open
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = llmtrain("train", str(tiny_config(folder, corpus)))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+def trajectory(run: Path) -> list[tuple[int, float, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in records(run)]
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Every tensor of the final checkpoint as bytes."""
+    out = {}
+    for file in sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")):
+        with safe_open(str(file), "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                out[key] = tensors.get_tensor(key).numpy().tobytes()
+    assert any(key.startswith("optim.") for key in out)
+    return out
+
+
+def run_until(config: Path, sees: str, number: int, where: Path) -> None:
+    """Start the run and kill -9 it as soon as ``where`` has a file named like ``sees``."""
+    process = subprocess.Popen(
+        command("train", str(config)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise AssertionError(f"ended by itself with {process.returncode}")
+        if where.exists() and len(list(where.glob(sees))) >= number:
+            break
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.dist
+def test_killed_twice_and_resumed_is_bit_identical(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    config = tiny_config(tmp_path, corpus)
+    run = tmp_path / "runs" / "tiny"
+    checkpoints = run / "checkpoints"
+    run_until(config, "step-*", 1, checkpoints)
+    run_until(config, ".tmp-step-*", 1, checkpoints)
+    done = llmtrain("train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert trajectory(run) == trajectory(straight)
+    assert weights(run) == weights(straight)
+
+
+@pytest.mark.dist
+def test_half_a_run_then_the_other_half(tmp_path: Path, corpus: Path, straight: Path) -> None:
+    config = tiny_config(tmp_path, corpus)
+    run = tmp_path / "runs" / "tiny"
+    half = llmtrain("train", str(config), "train.stop_after=10step")
+    assert half.returncode == 0, half.stderr
+    assert records(run)[-1]["step"] == 10
+    rest = llmtrain("train", str(config))
+    assert rest.returncode == 0, rest.stderr
+    assert "resumed from" in rest.stdout
+    assert trajectory(run) == trajectory(straight)
+    assert weights(run) == weights(straight)
+
+
+@pytest.mark.dist
+def test_resume_on_two_ranks_and_back_with_another_micro_batch(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    config = tiny_config(tmp_path, corpus)
+    run = tmp_path / "runs" / "tiny"
+    for ranks, changes in (
+        (1, ["train.stop_after=6step", "train.micro_batch_size=4"]),
+        (2, ["train.stop_after=13step", "train.micro_batch_size=1"]),
+        (1, ["train.micro_batch_size=2"]),
+    ):
+        done = llmtrain("train", str(config), *changes, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    for (step, loss, norm, lr), (step0, loss0, norm0, lr0) in zip(
+        trajectory(run), trajectory(straight), strict=True
+    ):
+        assert (step, lr) == (step0, lr0)
+        assert loss == pytest.approx(loss0, rel=2e-5)
+        assert norm == pytest.approx(norm0, rel=2e-4)
+    seen = [r["sources"] for r in records(run)]
+    expected = [r["sources"] for r in records(straight)]
+    for ours, theirs in zip(seen, expected, strict=True):
+        for name, source in theirs.items():
+            assert ours[name]["tokens"] == source["tokens"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_75(
+    tmp_path: Path, corpus: Path, straight: Path, number: signal.Signals
+) -> None:
+    config = tiny_config(tmp_path, corpus)
+    run = tmp_path / "runs" / "tiny"
+    process = subprocess.Popen(
+        command("train", str(config)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not records(run):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "preempted" in errors
+    stopped = records(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{stopped:08d}").exists()
+    done = llmtrain("train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert trajectory(run) == trajectory(straight)
+    assert weights(run) == weights(straight)
+
+
+@pytest.mark.dist
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_resumes(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "runs" / "tiny")
+    run = tmp_path / "runs" / "tiny"
+    config = tiny_config(tmp_path, corpus)
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    victim = next(newest.glob("*.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[-100] ^= 1
+    victim.write_bytes(bytes(data))
+    done = llmtrain("train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert victim.name in done.stderr
+    assert "resumed from" in done.stdout
+    assert trajectory(run) == trajectory(straight)
+    assert weights(run) == weights(straight)

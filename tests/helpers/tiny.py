@@ -1,0 +1,115 @@
+"""A tiny corpus and the config of a tiny run on it, for tests that really train."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.config.schema import PrepareConfig, TextSourceConfig, TokenizerConfig
+from llmtrain.data.prepare import prepare
+
+
+def make_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
+    """Two sources of documents of very different lengths, in bytes (vocabulary 257)."""
+    draw = random.Random(seed)
+    for name, words in (("letters", "alpha beta gamma delta"), ("digits", "one 2 three 4 five 6")):
+        path = folder / f"{name}.jsonl"
+        with path.open("w") as file:
+            for _ in range(documents):
+                text = " ".join(draw.choices(words.split(), k=draw.randint(1, 60)))
+                file.write(json.dumps({"text": text}) + "\n")
+    out = folder / "corpus"
+    sources = {
+        name: TextSourceConfig(kind="jsonl", paths=[str(folder / f"{name}.jsonl")])
+        for name in ("letters", "digits")
+    }
+    cfg = PrepareConfig(
+        out=str(out),
+        sources=sources,
+        tokenizer=TokenizerConfig(kind="byte"),
+        heldout_fraction=0.2,
+        workers=1,
+    )
+    prepare(cfg, say=lambda text: None)
+    return out
+
+
+def tiny_config(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """Write a YAML file of a run of seconds: packing, document mask, a phase change at 0.6dur.
+
+    changes: dotted keys with "__" for ".", e.g. train__micro_batch_size=2.
+    """
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "out": str(folder / "runs"),
+        "seed": 7,
+        "device": "cpu",
+        "model": {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48},
+        "data": {
+            "corpus": str(corpus),
+            "seq_len": 48,
+            "block_size": 64,
+            "document_mask": True,
+            "reset_positions": True,
+            "phases": [
+                {"until": "0.6dur", "weights": {"letters": 0.9, "digits": 0.1}},
+                {"until": "1dur", "weights": {"letters": 0.3, "digits": 0.7}, "ramp": "linear"},
+            ],
+        },
+        "optim": {"lr": 3e-3},
+        "precision": {"compute": "fp32"},
+        "train": {"duration": "20step", "global_batch_size": 8},
+        "eval": {"every": "10step", "samples": 8},
+        "checkpoint": {"every": "5step", "keep": 3},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = config
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    file = folder / f"{config['name']}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    """The command line of ``llmtrain`` on some processes of this machine."""
+    if ranks == 1:
+        return [sys.executable, "-m", "llmtrain", *arguments]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launch, "-m", "llmtrain", *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread per process, and nothing inherited from a launcher."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "LLMTRAIN"))}
+    return {**kept, "LLMTRAIN_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def llmtrain(
+    *arguments: str, ranks: int = 1, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run ``llmtrain`` to its end; stdout and stderr are kept."""
+    return subprocess.run(
+        command(*arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        check=False,
+    )
+
+
+def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """Records of one kind from a run's metrics."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
