@@ -37,7 +37,8 @@ def test_cores_respect_the_affinity_mask_and_the_quota(monkeypatch, tmp_path) ->
 def test_a_library_user_is_never_replaced() -> None:
     code = (
         "import os; from llmtrain.cli.process import prepare_process; before = os.getpid();"
-        "prepare_process(); print('same', before == os.getpid(), 'LLMTRAIN_PROCESS_READY' in os.environ)"
+        "prepare_process();"
+        "print('same', before == os.getpid(), 'LLMTRAIN_PROCESS_READY' in os.environ)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["same", "True", "False"]
