@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Checkpointer:
         if self._cfg.asynchronous:
             save.start(self._background)
         else:
-            save.run(self._ranks)
+            save.run(self._background)
         save.stall_seconds = time.monotonic() - began
         if save.error is not None and not self._cfg.asynchronous:
             self.wait()
@@ -129,6 +130,22 @@ class Checkpointer:
         """Wait for the save on its way, if any, and return it; raises what it ran into."""
         save, self._save = self._save, None
         return save.result() if save is not None else None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """``close``, but a failing save does not displace an error that is already on its way."""
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
 
     def close(self) -> None:
         """Wait for the save on its way and release the folder; raises as ``wait`` does."""

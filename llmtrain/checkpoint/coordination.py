@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from llmtrain.errors import CheckpointError
@@ -70,8 +71,12 @@ class Ranks:
         return self.reduce(lambda: None, lambda _: action())
 
     def all(self, flag: bool) -> bool:
-        """True when ``flag`` is true on every rank."""
-        return self.reduce(lambda: flag, all)
+        """True when ``flag`` is true on every rank; one small collective."""
+        if self.group is None:
+            return flag
+        box = torch.tensor([int(flag)])
+        dist.all_reduce(box, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(box.item())
 
     @property
     def _main(self) -> int:

@@ -30,7 +30,8 @@ class Saved:
     """A published checkpoint.
 
     bytes: its size over all ranks. stall_seconds: how long ``save`` held up this rank. seconds:
-    from the call until it was published. note: a sentence when old ones could not be pruned.
+    from the call until it was published. note: a sentence when old ones could not be
+    pruned, or others of later steps (left from a run that was started over) were put away.
     """
 
     step: int
@@ -210,13 +211,24 @@ class Save:
             sums += [write_small(self._folder / name, data) for name, data in small.items()]
             write_small(self._folder / CHECKSUMS, checksums_text(sums))
             path = self._store.publish(self._folder, self.step)
-        note = None
-        try:
-            self._store.prune(self._keep, trusted=self.step)
-        except CheckpointError as error:
-            note = str(error)
+        note = self._tidy()
         seconds = time.monotonic() - self.began
         return Saved(self.step, path, sum(s.bytes for s in sums), 0.0, seconds, note)
+
+    def _tidy(self) -> str | None:
+        """Put away another course's later checkpoints and prune; a sentence when there is news.
+
+        The checkpoint is published by now, so that failing here must not fail the save.
+        """
+        try:
+            moved = self._store.set_aside(after=self.step)
+            self._store.prune(self._keep, trusted=self.step)
+        except CheckpointError as error:
+            return str(error)
+        if not moved:
+            return None
+        names = ", ".join(path.name for path in moved)
+        return f"checkpoints of later steps belong to another course of this run; now {names}"
 
     def _explain(self) -> explain:
         root = self._store.root

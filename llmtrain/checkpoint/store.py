@@ -23,6 +23,7 @@ from llmtrain.checkpoint.layout import (
     REPLACED,
     TEMPORARY,
     Checkpoint,
+    describe,
     parse_step,
     scan,
     step_name,
@@ -136,6 +137,11 @@ class Store:
                     checkpoint.path.rename(target)
                 moved.append(target)
         return moved
+
+    def abandoned(self) -> list[Checkpoint]:
+        """What ``set_aside`` has put away."""
+        folders = sorted(self.root.glob(f"{ABANDONED}step-*")) if self.root.is_dir() else []
+        return [describe(path) for path in folders if path.is_dir()]
 
     def _take(self, descriptor: int, deadline: float) -> bool:
         """Lock the open lock file; False where the file system has no locks."""

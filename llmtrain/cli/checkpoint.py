@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument(
         "--keep", type=int, default=2, metavar="N", help="newest ones to keep (default: 2)"
     )
+    pruning.add_argument(
+        "--abandoned", action="store_true", help="also those a restarted run has put away"
+    )
     pruning.add_argument("--dry-run", action="store_true", help="only say what would go")
 
     exporting = actions.add_parser("export", help="write the model alone as safetensors")
@@ -49,7 +52,7 @@ def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from llmtrain.checkpoint import checkpoints_folder, scan
+    from llmtrain.checkpoint import Store, checkpoints_folder, scan
 
     root = checkpoints_folder(_existing(args.run))
     found = scan(root)
@@ -74,6 +77,10 @@ def _list(args: argparse.Namespace) -> int:
     for c in found:
         if c.problem is not None:
             print(c.problem)
+    abandoned = Store(root).abandoned()
+    if abandoned:
+        size = size_text(sum(c.bytes for c in abandoned))
+        print(f"{len(abandoned)} abandoned by a restart ({size}): prune --abandoned deletes them")
     return EXIT_OK
 
 
@@ -106,7 +113,9 @@ def _prune(args: argparse.Namespace) -> int:
     if args.keep < 1:
         raise CheckpointError("--keep must be at least 1: the newest checkpoint always stays")
     store = Store(checkpoints_folder(_existing(args.run)))
-    gone = store.superfluous(args.keep) if args.dry_run else store.prune(args.keep)
+    gone = store.superfluous(args.keep) + (store.abandoned() if args.abandoned else [])
+    for checkpoint in [] if args.dry_run else gone:
+        store.delete(checkpoint.path)
     verb = "would delete" if args.dry_run else "deleted"
     for checkpoint in gone:
         print(f"{verb} {checkpoint.path} ({size_text(checkpoint.bytes)})")

@@ -242,3 +242,17 @@ def test_a_mistake_of_ours_is_not_dressed_up(root: Path, monkeypatch: pytest.Mon
     with pytest.raises(ZeroDivisionError, match="ours"):
         checkpoints.close()
     assert [c.step for c in scan(root)] == [10, 20] and not list(root.glob(".tmp-*"))
+
+
+def test_a_failing_save_does_not_hide_another_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safefile.HashingFile, "write", full)
+    with pytest.raises(KeyError, match="first"), Checkpointer(root, ASYNC) as checkpoints:
+        checkpoints.save(30, state(30))
+        raise KeyError("first")
+    with pytest.raises(CheckpointError, match="disk is full"), Checkpointer(root, ASYNC) as again:
+        again.save(30, state(30))

@@ -150,6 +150,12 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [c.step for c in scan(run / "checkpoints")] == [50, 150]
     assert command("prune", run, "--keep", "1") == 0
     assert "nothing to delete" in capsys.readouterr().out
+    Checkpointer(run / "checkpoints", CheckpointConfig()).set_aside(after=50)
+    assert command("list", run) == 0
+    assert "1 abandoned by a restart" in capsys.readouterr().out
+    assert command("prune", run, "--abandoned") == 0
+    assert "deleted" in capsys.readouterr().out
+    assert [p.name for p in (run / "checkpoints").glob("[!.]*")] == ["step-00000050"]
     with pytest.raises(CheckpointError, match="--keep must be at least 1"):
         command("prune", run, "--keep", "0")
 

@@ -68,6 +68,35 @@ def test_pruning_takes_the_damaged_too_when_a_good_one_stays(tmp_path: Path) -> 
     assert steps(tmp_path) == [1, 4]
 
 
+def test_starting_over_puts_the_other_course_away(tmp_path: Path) -> None:
+    """A run begun again in its folder: its saves count as newest, and nothing is deleted."""
+    fill(tmp_path, {100: False, 200: True})
+    checkpoints = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False, keep=1))
+    assert checkpoints.resolve("never").path is None
+    checkpoints.save(10, {"model.w": torch.zeros(9)})
+    saved = checkpoints.wait()
+    assert saved is not None and saved.note is not None and "another course" in saved.note
+    assert checkpoints.latest() == tmp_path / "step-00000010"
+    assert [c.step for c in Store(tmp_path).abandoned()] == [100, 200]
+    assert all(verify(c.path) == [] for c in Store(tmp_path).abandoned())
+
+
+def test_a_failure_to_prune_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpointer(tmp_path, CheckpointConfig(asynchronous=False, keep=1))
+    checkpoints.save(1, {"model.w": torch.zeros(9)})
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    checkpoints.save(2, {"model.w": torch.zeros(9)})
+    saved = checkpoints.wait()
+    assert saved is not None and saved.note is not None and "cannot be deleted" in saved.note
+    assert steps(tmp_path) == [2]
+
+
 def test_the_next_run_clears_what_a_kill_left(tmp_path: Path) -> None:
     fill(tmp_path, {1: False, 2: False})
     one = tmp_path / "step-00000001"
