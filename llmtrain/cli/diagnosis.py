@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-from llmtrain.cli.process import usable_cores
+from llmtrain.machine import usable_cores
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)

@@ -7,10 +7,11 @@ user has set keeps the user's value.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping
+
+from llmtrain.machine import usable_cores
 
 MARK = "LLMTRAIN_PROCESS_READY"
 THREADS = "LLMTRAIN_THREADS"
@@ -26,25 +27,6 @@ SETTINGS = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TOKENIZERS_PARALLELISM": "true",
 }
-
-
-def _cgroup_cores(root: str = "/sys/fs/cgroup") -> float:
-    """CPU quota of this process's control group in cores; infinity when there is none."""
-    try:
-        with open(f"{root}/cpu.max") as quota:
-            limit, period = quota.read().split()
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if limit == "max" else int(limit) / int(period)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: affinity mask and cgroup quota, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    return max(1, math.floor(min(allowed, _cgroup_cores())))
 
 
 def wanted_environment(environ: Mapping[str, str]) -> dict[str, str]:

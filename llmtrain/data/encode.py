@@ -178,16 +178,3 @@ def _end_with(parent: BaseProcess) -> None:
 def _encode(batch: list[Item]) -> Encoded:
     assert _worker is not None
     return encode_batch(_worker[0], batch, _worker[1])
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity mask, bounded by the control group's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or no quota ("max")
-        return cores

@@ -34,7 +34,7 @@ from llmtrain.data.corpus import (
     read_manifest,
     settings_of,
 )
-from llmtrain.data.encode import Encoder, batches, is_heldout, usable_cores
+from llmtrain.data.encode import Encoder, batches, is_heldout
 from llmtrain.data.mds_writer import write_file
 from llmtrain.data.progress import Progress, human
 from llmtrain.data.sources import BadTally, Document, TextSource, documents, open_text_source
@@ -51,6 +51,7 @@ from llmtrain.data.tokenizer import (
     train_tokenizer,
 )
 from llmtrain.errors import DataError
+from llmtrain.machine import usable_cores
 
 SAVE_SECONDS = 5.0
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+from llmtrain import machine
 from llmtrain.cli import process
 
 
@@ -23,15 +24,15 @@ def test_threads_are_shared_between_the_processes_of_a_node(monkeypatch) -> None
 
 
 def test_cores_respect_the_affinity_mask_and_the_quota(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     (tmp_path / "cpu.max").write_text("250000 100000\n")
-    real = process._cgroup_cores
-    monkeypatch.setattr(process, "_cgroup_cores", lambda: real(str(tmp_path)))
-    assert process.usable_cores() == 2
+    real = machine._cgroup_cores
+    monkeypatch.setattr(machine, "_cgroup_cores", lambda: real(str(tmp_path)))
+    assert machine.usable_cores() == 2
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert process.usable_cores() == 1
+    assert machine.usable_cores() == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert process.usable_cores() == 8
+    assert machine.usable_cores() == 8
 
 
 def test_a_library_user_is_never_replaced() -> None:
