@@ -1,0 +1,79 @@
+# Two commands for newcomers: `make quickstart` and `make test`. Everything runs in $(VENV),
+# which is made and brought up to date when needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+# Options for pip when it installs torch, e.g. the index of another build:
+#   make quickstart TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
+LOG := $(VENV)/install.log
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-gpu check format docs clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(INSTALLED)  ## virtual environment with everything but GPU kernels
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "llmtrain needs Python 3.11 or newer, and '$(PYTHON)' is not;" \
+	    "say which one to use: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "== virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "cannot make a virtual environment; on Debian and Ubuntu:" \
+	    "apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+# torch goes in first, so that nothing else chooses it. mosaicml-streaming goes in last and
+# without its requirements: its pins would hold numpy and transformers back (docs/install.md).
+$(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
+	@echo "== installing; pip writes to $(LOG)"
+	@{ $(PIP) $(TORCH_ARGS) torch && \
+	   $(PIP) -e '.[dev,docs,hf,streaming]' && \
+	   $(PIP) --no-deps mosaicml-streaming; } > $(LOG) 2>&1 || { \
+	  grep -vE 'is ignored|^mosaicml-streaming .* requires|dependency resolver' $(LOG) \
+	    | tail -n 25 >&2; echo "installation failed; all of it is in $(LOG)" >&2; exit 1; }
+	@touch $@
+
+quickstart: $(INSTALLED)  ## prepare a corpus, train a small model on it, write the report
+	@echo "== 1/3 the corpus: text that every Python installation carries"
+	@$(BIN)/llmtrain data prepare configs/quickstart.yaml
+	@echo "== 2/3 training"
+	@$(BIN)/llmtrain train configs/quickstart.yaml
+	@echo "== 3/3 report"
+	@$(BIN)/llmtrain report runs/quickstart
+	@echo
+	@echo "config       configs/quickstart.yaml"
+	@echo "corpus       data/builtin"
+	@echo "run          runs/quickstart (metrics.jsonl, config.yaml, checkpoints/)"
+	@echo "report       runs/quickstart/report.html (open it in a browser)"
+	@echo "next         docs/quickstart.md"
+
+test: $(INSTALLED)  ## the tests that need no GPU
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check: $(INSTALLED)  ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED)  ## bring the code into shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## the documentation site, strictly, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+	@echo "docs: site/index.html"
+
+clean:  ## remove caches and built files; keeps $(VENV), data/ and runs/
+	@rm -rf site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@find llmtrain tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
