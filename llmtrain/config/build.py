@@ -142,7 +142,7 @@ class Builder:
         # What the key was meant to say is unknown: rules about the section would only guess.
         self.tainted.add(path or (near or name,))
 
-    def _wrong(self, node: Node, path: Path, must: str, doc: str) -> Any:
+    def _wrong(self, node: Node, path: Path, must: str, remedy: str) -> Any:
         """Fault for a value of the wrong type."""
         value = node.value
         if isinstance(value, dict):
@@ -155,7 +155,9 @@ class Builder:
             text = str(value).lower()
         else:
             text = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:76]}..."
-        return self.fault(path, f"{must}, not {text}" + (f"; {doc}" if doc else ""), node.mark)
+        return self.fault(
+            path, f"{must}, not {text}" + (f"; {remedy}" if remedy else ""), node.mark
+        )
 
     def _list(self, tp: Any, node: Node, path: Path, rules: Mapping[str, Any]) -> Any:
         (item,) = typing.get_args(tp)

@@ -57,12 +57,6 @@ def _check_sources(cfg: RunConfig, faults: Collector) -> None:
                     "is missing; name the source's folder, file or address, or set data.corpus",
                     "data.corpus",
                 )
-            if source.dtype is not None and source.format not in ("auto", "npy"):
-                faults.add(
-                    (*path, "dtype"),
-                    f"belongs to format npy; {source.format} files name their own",
-                    (*path, "format"),
-                )
 
 
 def _check_name(name: str, path: tuple[str, ...], faults: Collector) -> None:
@@ -197,7 +191,7 @@ def _check_tokenizer(cfg: RunConfig, prepare: PrepareConfig, faults: Collector) 
     if tokenizer.kind != "file" and tokenizer.path:
         message = f"is not read by kind {tokenizer.kind}; set kind: file, or remove it"
         faults.add("prepare.tokenizer.path", message, kind)
-    if not tokenizer.eos_token:
+    if tokenizer.eos_token == "":
         faults.add("prepare.tokenizer.eos_token", "is empty; documents need a separator")
     size, wanted = cfg.model.vocab_size, {"bpe": tokenizer.vocab_size, "byte": 257}
     need = wanted.get(tokenizer.kind, 0)

@@ -61,7 +61,9 @@ def _build(
     for fault in found:
         involved = (fault.path, *fault.depends)
         if not any(_overlap(path, other) for path in involved for other in bad):
-            mark = next((m for m in (_mark(root, p) for p in involved) if m), file)
+            exact = (_mark(root, path) for path in involved)
+            above = (_mark(root, fault.path[:n]) for n in range(len(fault.path) - 1, 0, -1))
+            mark = next((m for m in (*exact, *above) if m), file)
             faults.append(Fault(fault.path, fault.message, mark))
     raise_faults(faults)
     return cfg

@@ -46,7 +46,7 @@ class Files:
 
         shown: the file's name for messages. parents: real paths of the files that lead here.
         """
-        real = os.path.realpath(path)
+        real = _real(path)
         if real in self._done:
             return self._done[real]
         node = self._own(path, shown)
@@ -55,7 +55,7 @@ class Files:
         for name, mark in self._base_names(base):
             child = FilePath(os.path.normpath(FilePath(shown).parent / FilePath(name).expanduser()))
             chain = (*parents, real)
-            if os.path.realpath(child) in chain:
+            if _real(child) in chain:
                 loop = " -> ".join(FilePath(p).name for p in (*chain, str(child)))
                 message = f"files are based on each other in a circle ({loop}); break it"
                 self.faults.append(Fault(("base",), message, mark))
@@ -90,6 +90,14 @@ class Files:
             message = "must be a list of file names, such as [common.yaml]"
             self.faults.append(Fault(("base",), message, base.mark))
         return good
+
+
+def _real(path: FilePath) -> str:
+    """One name for one file, however it is reached; reading reports what is no path at all."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def apply_overrides(
@@ -177,6 +185,7 @@ def interpolate(root: Node, defaults: dict[str, Any], faults: list[Fault]) -> No
         return root
     from omegaconf import OmegaConf
 
+    root = _check_grammar(root, (), faults)
     tree = OmegaConf.create(_over(defaults, unwrap(root)))
     return _resolve(root, tree, (), faults)
 
@@ -187,6 +196,33 @@ def _has_interpolation(node: Node) -> bool:
     if isinstance(node.value, list):
         return any(_has_interpolation(child) for child in node.value)
     return isinstance(node.value, str) and "${" in node.value
+
+
+def _check_grammar(node: Node, path: Path, faults: list[Fault]) -> Node:
+    """``node`` without the texts that OmegaConf cannot even read."""
+    if isinstance(node.value, dict):
+        children = {k: _check_grammar(v, (*path, k), faults) for k, v in node.value.items()}
+        return replace(node, value=children)
+    if isinstance(node.value, list):
+        items = [_check_grammar(v, (*path, str(i)), faults) for i, v in enumerate(node.value)]
+        return replace(node, value=items)
+    if isinstance(node.value, str) and "${" in node.value:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            OmegaConf.create([node.value])
+        except OmegaConfBaseException as error:
+            return _unresolved(node, path, error, faults)
+    return node
+
+
+def _unresolved(node: Node, path: Path, error: Exception, faults: list[Fault]) -> Node:
+    """Notes a fault for an interpolation; the key goes on as null."""
+    reason = str(error).partition("\n")[0] or "it refers to itself"
+    message = f"{node.value!r} cannot be resolved ({reason}); correct it, or write \\${{"
+    faults.append(Fault(path, message, node.mark))
+    return replace(node, value=None)
 
 
 def _over(base: Any, top: Any) -> Any:
@@ -215,10 +251,7 @@ def _resolve(node: Node, tree: Any, path: Path, faults: list[Fault]) -> Node:
         if isinstance(found, Container):
             found = OmegaConf.to_container(found, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or "it refers to itself"
-        message = f"{node.value!r} cannot be resolved ({reason}); correct it, or write \\${{"
-        faults.append(Fault(path, message, node.mark))
-        return replace(node, value=None, missing=False)
+        return _unresolved(node, path, error, faults)
     return wrap(found, node.mark, loose=True)
 
 

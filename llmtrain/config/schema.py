@@ -48,6 +48,7 @@ class ModelConfig:
     max_seq_len: int | None = key(None, "longest sequence; null: data.seq_len", ge=1)
     norm: str = key("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
     norm_eps: float = key(1e-5, "added to the variance", gt=0)
+    norm_bias: bool = key(False, "bias in the norms (GPT-2)")
     norm_placement: str = key(
         "pre",
         "pre: before each branch; post_branch: at the end of the branch (OLMo-2)",
@@ -130,7 +131,9 @@ class SourceConfig:
         choices=("auto", "mds", "megatron", "npy", "datatrove", "foundry"),
     )
     dtype: str | None = key(
-        None, "npy: token dtype of raw files", choices=("uint16", "uint32", "int32", "int64", None)
+        None,
+        "token dtype of raw files and of MDS columns of plain bytes; null: uint16 and int64",
+        choices=("uint16", "uint32", "int32", "int64", None),
     )
     max_epochs: float | None = key(None, "repetition cap: fail at build time beyond it", gt=0)
     loss_weight: float = key(1.0, "weight of each of its tokens in the loss", ge=0)

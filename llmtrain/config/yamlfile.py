@@ -19,7 +19,7 @@ import yaml
 from llmtrain.config.faults import Fault, Mark, did_you_mean
 
 MAX_BYTES = 4 << 20
-MAX_NODES = 200_000
+MAX_NODES = 50_000
 MISSING = "tag:llmtrain,2026:missing"
 _CORE = "tag:yaml.org,2002:"
 _RESOLVERS: tuple[tuple[str, str, str], ...] = (
@@ -42,17 +42,24 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back unchanged."""
+    """Writes what Loader reads back unchanged, and readers of YAML 1.1 as well."""
 
 
 Loader.yaml_implicit_resolvers = {}
-Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (Loader, Dumper):
         _class.add_implicit_resolver(
             _tag, re.compile(_pattern), ["" if c == "\0" else c for c in _first]
         )
 
+
+def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks other than \\n survive in double quotes only."""
+    style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(_CORE + "str", text, style=style)
+
+
+Dumper.add_representer(str, _text)
 
 Scalar = str | int | float | bool | None
 Value = Any
