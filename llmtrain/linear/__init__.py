@@ -1,0 +1,23 @@
+"""Linear layers: a placement x a matmul x adapters.
+
+``Placement`` says which collective surrounds the product, a ``Matmul`` is the three products of
+a linear layer in one number format, and ``Linear`` is the module that puts them together with
+one autograd function, so that every format works under every layout. Adapters are the third
+factor; none exists yet.
+"""
+
+from llmtrain.linear.function import apply_linear
+from llmtrain.linear.linear import Linear, OperandCache
+from llmtrain.linear.matmul import BF16, FP32, Matmul, matmul_for
+from llmtrain.linear.placement import Placement
+
+__all__ = [
+    "BF16",
+    "FP32",
+    "Linear",
+    "Matmul",
+    "OperandCache",
+    "Placement",
+    "apply_linear",
+    "matmul_for",
+]

@@ -1,0 +1,81 @@
+"""The linear module and the cache of its cast weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.linear.function import apply_linear
+from llmtrain.linear.matmul import FP32, Matmul
+from llmtrain.linear.placement import Placement
+
+
+class OperandCache:
+    """A parameter in the number format of the products, cast once per version.
+
+    Micro-batches, recomputed forwards and backward share the copy, and its memory is reused when
+    the parameter changes. Changes are seen through the parameter's version counter, which every
+    in-place operation on the parameter advances; writing through ``.data`` does not.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int] | None = None
+        self._copy: Tensor | None = None
+
+    def get(self, weight: Tensor, matmul: Matmul) -> Tensor:
+        """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) or
+        under torch.compile is not cached."""
+        if weight.dtype == matmul.dtype or torch.compiler.is_compiling():
+            return matmul.operand(weight)
+        key = (weight._version, weight.data_ptr())
+        if self._copy is None or self._key != key:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._copy is not None and self._copy.shape == weight.shape:
+                    self._copy.copy_(weight)
+                else:
+                    self._copy = matmul.operand(weight)
+            self._key = key
+        return self._copy
+
+    def __deepcopy__(self, memo: object) -> OperandCache:
+        return OperandCache()
+
+
+class Linear(nn.Module):
+    """y = x weight^T + bias. weight: [out_features, in_features], bias: [out_features], float32.
+
+    role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``.
+    matmul: number format of the products; y has its dtype. The weights are uninitialised until
+    ``llmtrain.model.init_weights``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        role: str = "hidden",
+        placement: Placement = Placement.REPLICATED,
+        matmul: Matmul = FP32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.role, self.placement, self.matmul = role, placement, matmul
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
+        self._cache = OperandCache()
+
+    def operand(self) -> Tensor:
+        """The weight as the products read it, without gradient."""
+        return self._cache.get(self.weight, self.matmul)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype."""
+        return apply_linear(x, self.weight, self.bias, self.operand(), self.matmul)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}, "
+            f"{self.matmul.name}, {self.placement.value}"
+        )

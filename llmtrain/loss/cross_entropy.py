@@ -1,0 +1,159 @@
+"""Head and cross-entropy together, a chunk of tokens at a time.
+
+The gradients of the hidden states and of the head weight are formed in the forward pass, while
+a chunk's logits exist; backward only scales them by the incoming gradient. So the logits of all
+tokens never exist at once, and are never computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.schema import LossConfig
+from llmtrain.linear import Matmul
+
+
+class HeadLike(Protocol):
+    """What the loss needs of a head."""
+
+    vocab_size: int  # rows of the weight from here on are padding
+    matmul: Matmul
+
+    @property
+    def weight(self) -> Tensor:
+        """[padded vocabulary, d_model], a parameter."""
+        ...
+
+    def operand(self) -> Tensor:
+        """The weight as the matmul reads it."""
+        ...
+
+
+@dataclass
+class LossOutput:
+    """loss: scalar float32 to call backward on. nll: [b, s] float32 cross-entropy per token in
+    nats, unweighted, detached. z: scalar float32, the z-loss part of ``loss``, detached."""
+
+    loss: Tensor
+    nll: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Constants of one call."""
+
+    matmul: Matmul
+    vocab_size: int
+    z_loss: float
+    smoothing: float
+    chunk: int
+    grad: bool
+
+
+def _chunk_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor, terms: _Terms, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """nll, loss and z-loss per token, all [n], unweighted.
+
+    logits: [n, padded]; overwritten with the gradient of the weighted loss if ``grad``.
+    """
+    real = logits[:, : terms.vocab_size].float()
+    log_prob = torch.log_softmax(real, -1)
+    index = targets[:, None]
+    nll = -log_prob.gather(1, index).squeeze(1)
+    lse = real.gather(1, index).squeeze(1) + nll
+    loss, z = nll, terms.z_loss * lse.square()
+    if terms.smoothing:
+        loss = (1 - terms.smoothing) * nll - terms.smoothing * log_prob.mean(-1)
+    if grad:
+        slope = log_prob.exp_()
+        if terms.z_loss:
+            slope.mul_((1 + 2 * terms.z_loss * lse)[:, None])
+        if terms.smoothing:
+            slope.sub_(terms.smoothing / terms.vocab_size)
+        hit = slope.new_full((1, 1), terms.smoothing - 1).expand_as(index)
+        slope.scatter_add_(1, index, hit).mul_(weights[:, None])
+        logits[:, : terms.vocab_size] = slope
+        logits[:, terms.vocab_size :] = 0
+    return nll, loss + z, z
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(sum of weighted losses, nll [n], z part) of hidden [n, d]; weights carry 1/denominator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        operand: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        terms: _Terms,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden = terms.grad and ctx.needs_input_grad[0]
+        needs_weight = terms.grad and ctx.needs_input_grad[1]
+        matmul = terms.matmul
+        x = hidden.to(matmul.dtype)
+        nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        loss, z = torch.empty_like(nll), torch.zeros_like(nll)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = None
+        for start in range(0, len(x), terms.chunk):
+            part = slice(start, start + terms.chunk)
+            logits = matmul.fprop(x[part], operand, None)
+            nll[part], loss[part], z[part] = _chunk_loss(
+                logits, targets[part], weights[part], terms, needs_hidden or needs_weight
+            )
+            if d_hidden is not None:
+                d_hidden[part] = matmul.dgrad(logits, operand)
+            if needs_weight:
+                piece = matmul.wgrad(logits, x[part], torch.float32)
+                d_weight = piece if d_weight is None else d_weight.add_(piece)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        z_part = z @ weights
+        ctx.mark_non_differentiable(nll, z_part)
+        return loss @ weights, nll, z_part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # In place: a second backward through the same loss is refused by autograd.
+        scaled = [None if g is None else g.mul_(grad) for g in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: HeadLike,
+    targets: Tensor,
+    weights: Tensor,
+    cfg: LossConfig,
+    denominator: float | Tensor,
+) -> LossOutput:
+    """Weighted cross-entropy of the next token, and its z-loss.
+
+    loss = sum_t w_t (nll_t + z_loss lse_t^2) / denominator, with lse the log-sum-exp over the
+    real vocabulary (PaLM, Chowdhery et al. 2022, section 5); with label smoothing e the nll in
+    the sum becomes (1 - e) nll_t + e mean_v(-log p_v). hidden: [b, s, d_model]; targets: [b, s]
+    int64 below head.vocab_size, also where the weight is 0; weights: [b, s] float. denominator:
+    weight of the whole global batch. Gradients flow to hidden and head.weight.
+    """
+    terms = _Terms(
+        head.matmul,
+        head.vocab_size,
+        cfg.z_loss,
+        cfg.label_smoothing,
+        cfg.chunk_tokens,
+        torch.is_grad_enabled(),
+    )
+    scaled = weights.reshape(-1).float() / denominator
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, nll, z = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        flat, head.weight, head.operand(), targets.reshape(-1), scaled, terms
+    )
+    return LossOutput(loss, nll.view(targets.shape), z)

@@ -1,0 +1,28 @@
+"""The decoder language model: shapes, blocks, initialisation, closed-form sizes.
+
+``Decoder`` covers GPT-2, Llama, Qwen and OLMo-2 by its ``ModelConfig``. ``resolve_model`` makes
+a run's model section complete, ``init_weights`` fills a model on any device and layout.
+"""
+
+from llmtrain.model.block import Block
+from llmtrain.model.decoder import Decoder, Head, apply_recompute, compile_blocks
+from llmtrain.model.flops import activation_bytes, flops_per_token, param_counts
+from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.resolve import complete, padded_vocab, resolve_model
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "Head",
+    "activation_bytes",
+    "apply_recompute",
+    "build_model",
+    "compile_blocks",
+    "complete",
+    "flops_per_token",
+    "init_weights",
+    "padded_vocab",
+    "param_counts",
+    "param_roles",
+    "resolve_model",
+]

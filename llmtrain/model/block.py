@@ -1,0 +1,50 @@
+"""A transformer block: attention and MLP branches on the residual stream."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.linear import Matmul
+from llmtrain.model.attention import Attention
+from llmtrain.model.masks import AttentionContext
+from llmtrain.model.mlp import MLP
+from llmtrain.model.norm import Norm
+from llmtrain.model.recompute import full_recompute, selective_recompute
+
+RECOMPUTE_MODES = ("none", "selective", "full")
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); x: [b, s, d_model].
+
+    With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)).
+    recompute: what backward computes again instead of keeping, see ``apply_recompute``.
+    """
+
+    def __init__(self, cfg: ModelConfig, matmul: Matmul) -> None:
+        super().__init__()
+        self.pre_norm = cfg.norm_placement == "pre"
+        self.recompute = "none"
+        self.attention_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
+        self.attention = Attention(cfg, matmul)
+        self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
+        self.mlp = MLP(cfg, matmul)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        if self.recompute == "none" or not self.training:
+            return self._run(x, context)
+        if self.recompute == "full":
+            return cast(Tensor, full_recompute(self._run, x, context))
+        return cast(Tensor, selective_recompute(self._run, x, context))
+
+    def _run(self, x: Tensor, context: AttentionContext) -> Tensor:
+        if self.pre_norm:
+            x = x + self.attention(self.attention_norm(x), context)
+            x = x + self.mlp(self.mlp_norm(x))
+        else:
+            x = x + self.attention_norm(self.attention(x, context))
+            x = x + self.mlp_norm(self.mlp(x))
+        return x

@@ -1,0 +1,123 @@
+"""Initial weights that depend on the seed and the parameter's name only, never on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model.decoder import Decoder
+
+# Values drawn at a time: bounds the memory beside the parameter, and fixes the stream of values.
+CHUNK_VALUES = 1 << 20
+
+ROLES = ("embedding", "hidden", "norm", "head", "bias")
+
+
+def param_roles(model: nn.Module) -> dict[str, str]:
+    """Role of every parameter by name: embedding, hidden, norm, head or bias.
+
+    A tied head's weight counts as embedding.
+    """
+    return {name: _role(name) for name, _ in model.named_parameters()}
+
+
+def _role(name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        return "bias"
+    if owner.endswith("norm"):
+        return "norm"
+    if owner.endswith("embedding"):
+        return "embedding"
+    return "head" if owner.startswith("head") else "hidden"
+
+
+def _std(name: str, role: str, model: Decoder) -> float:
+    """Standard deviation of a weight, GPT-2's scheme: init_std, output projections shrunk."""
+    cfg = model.cfg
+    into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+    if role == "hidden" and into_stream and cfg.init_depth_scale:
+        return cfg.init_std / math.sqrt(2 * cfg.n_layers)
+    return cfg.init_std
+
+
+def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a float32 tensor ``shape`` of standard normal values.
+
+    The value at an index depends on (seed, name, shape of a row, index) only. Rows are drawn in
+    chunks of about ``CHUNK_VALUES`` values, each from its own generator.
+    """
+    width = math.prod(shape[1:])
+    rows = max(1, CHUNK_VALUES // max(1, width))
+    out = np.empty((stop - start, width), dtype=np.float32)
+    for chunk in range(start // rows, -(-stop // rows)):
+        first = chunk * rows
+        label = f"{seed}/{name}/{chunk}".encode()
+        key = int.from_bytes(hashlib.blake2b(label, digest_size=16).digest(), "little")
+        count = min(rows, shape[0] - first)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        values = generator.standard_normal((count, width), dtype=np.float32)
+        low, high = max(start, first), min(stop, first + count)
+        out[low - start : high - start] = values[low - first : high - first]
+    return torch.from_numpy(out).view(stop - start, *shape[1:])
+
+
+def _local_part(param: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """The values this process holds, their shape and their offset in the whole tensor."""
+    if not isinstance(param, DTensor):
+        return param, tuple(param.shape), (0,) * param.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return param.to_local(), tuple(shape), tuple(offset)
+
+
+def _fill_normal(param: Tensor, seed: int, name: str, std: float) -> None:
+    local, shape, offset = _local_part(param)
+    if 0 in shape:
+        return
+    whole = tuple(param.shape)
+    step = max(1, CHUNK_VALUES // max(1, math.prod(whole[1:])))
+    for row in range(0, shape[0], step):
+        stop = min(shape[0], row + step)
+        rows = normal_rows(seed, name, whole, offset[0] + row, offset[0] + stop)
+        for dim in range(1, rows.dim()):
+            rows = rows.narrow(dim, offset[dim], shape[dim])
+        local[row:stop].copy_(rows.mul_(std))
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """Fill every parameter in place, on whatever device and layout it lies.
+
+    Weights are normal with standard deviation model.init_std (projections into the residual
+    stream divided by sqrt(2 n_layers) with model.init_depth_scale), norms one, biases zero.
+    Every process fills its own part; nothing is communicated.
+    """
+    for name, param in model.named_parameters():
+        role = _role(name)
+        if role == "norm":
+            param.fill_(1.0)
+        elif role == "bias":
+            param.zero_()
+        else:
+            _fill_normal(param, seed, name, _std(name, role, model))
+
+
+def build_model(
+    cfg: ModelConfig, *, seed: int, device: torch.device | str, compute_dtype: torch.dtype
+) -> Decoder:
+    """A decoder of the (resolved) shape ``cfg`` with its initial weights on ``device``."""
+    with torch.device("meta"):
+        model = Decoder(cfg, compute_dtype)
+    model.to_empty(device=device)
+    init_weights(model, seed)
+    return model
