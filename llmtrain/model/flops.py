@@ -20,7 +20,8 @@ def _block_matrices(cfg: ModelConfig) -> int:
 
 
 def param_counts(cfg: ModelConfig) -> dict[str, int]:
-    """Parameters per role (embedding, hidden, norm, head, bias) and their ``total``.
+    """Parameters per role (embedding, hidden, norm, head, bias), ``total`` and
+    ``non_embedding`` (total without embedding).
 
     cfg is resolved. Counts the padded vocabulary; a tied head counts once, as embedding.
     """
@@ -45,7 +46,8 @@ def param_counts(cfg: ModelConfig) -> dict[str, int]:
         "head": 0 if cfg.tie_embeddings else table,
         "bias": bias,
     }
-    return {**counts, "total": sum(counts.values())}
+    total = sum(counts.values())
+    return {**counts, "total": total, "non_embedding": total - counts["embedding"]}
 
 
 def _head(cfg: ModelConfig) -> int:

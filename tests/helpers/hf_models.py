@@ -32,10 +32,10 @@ def make(name: str, tied: bool) -> tuple[Any, ModelConfig]:
     """A transformers model in eval mode with random weights, and the same shape for Decoder."""
     import transformers as hf
 
-    common: dict[str, Any] = dict(
-        vocab_size=VOCAB, vocab_multiple=16, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS,
-        max_seq_len=64, tie_embeddings=tied,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB, "vocab_multiple": 16, "d_model": WIDTH,
+        "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64, "tie_embeddings": tied,
+    }  # fmt: skip
     gated: dict[str, Any] = dict(common, n_kv_heads=2, d_ff=88)
     if name == "gpt2":
         cfg = hf.GPT2Config(
