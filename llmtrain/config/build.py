@@ -213,6 +213,8 @@ class Builder:
                 return value
             whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e18
             remedy = f"write {int(value)}" if whole else _meaning(rules)
+            quoted = isinstance(value, str) and isinstance(scalar(value), int)
+            remedy = "remove the quotes" if quoted else remedy
             return self._wrong(node, path, "must be a whole number", remedy)
         assert tp is float, f"the schema has a type that is not handled: {tp}"
         return self._number(value, node, path, rules)
@@ -222,7 +224,9 @@ class Builder:
         if isinstance(value, str) and _EXPONENT.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return self._wrong(node, path, "must be a number", _meaning(rules))
+            quoted = isinstance(value, str) and isinstance(scalar(value), int | float)
+            remedy = "remove the quotes" if quoted else _meaning(rules)
+            return self._wrong(node, path, "must be a number", remedy)
         try:
             number = float(value)
         except OverflowError:
@@ -248,7 +252,8 @@ class Builder:
         if isinstance(value, Duration):
             return value
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return self._wrong(node, path, "needs a unit", f"did you mean '{value}step'?")
+            remedy = f"did you mean '{value}step'?" if isinstance(value, int) else HELP
+            return self._wrong(node, path, "needs a unit", remedy)
         if not isinstance(value, str):
             return self._wrong(node, path, "must be a duration", HELP)
         try:

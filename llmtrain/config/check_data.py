@@ -134,7 +134,8 @@ def _check_phases(cfg: RunConfig, phases: list[PhaseConfig], faults: Collector) 
                 *_RUN_LENGTH,
                 "data.phases",
             )
-        start = max(start, end)
+        else:
+            start = end
     if phases[0].ramp == "linear":
         faults.add(
             "data.phases.0.ramp",

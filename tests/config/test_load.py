@@ -469,7 +469,7 @@ def test_from_dict_takes_plain_data_and_names_keys() -> None:
     with pytest.raises(ConfigError) as caught:
         from_dict({"optim": {"lr": "3"}, "out": "${x}", "modl": 1})
     assert str(caught.value).split("\n  ")[1:] == [
-        "optim.lr: must be a number, not '3'; it means: peak learning rate",
+        "optim.lr: must be a number, not '3'; remove the quotes",
         "modl: is not a key of a run; did you mean 'model'?",
     ]
 
