@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.resolve import padded_vocab
 
@@ -71,7 +73,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
 
 def activation_bytes(
-    cfg: ModelConfig, micro_batch: int, seq_len: int, recompute: str, bytes_per_value: int
+    cfg: ModelConfig, micro_batch: int, seq_len: int, recompute: str, dtype: torch.dtype
 ) -> int:
     """Estimate of the activations alive at the end of a forward pass, in bytes.
 
@@ -84,6 +86,7 @@ def activation_bytes(
     d = cfg.d_model
     up = 2 * ff if cfg.activation == "swiglu" else ff
     heads = cfg.n_heads
+    bytes_per_value = dtype.itemsize
     if recompute == "full":
         values = d
     else:
