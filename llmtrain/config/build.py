@@ -213,7 +213,7 @@ class Builder:
                 return value
             whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e18
             remedy = f"write {int(value)}" if whole else _meaning(rules)
-            quoted = isinstance(value, str) and isinstance(scalar(value), int)
+            quoted = isinstance(value, str) and type(scalar(value)) is int
             remedy = "remove the quotes" if quoted else remedy
             return self._wrong(node, path, "must be a whole number", remedy)
         assert tp is float, f"the schema has a type that is not handled: {tp}"
@@ -224,7 +224,7 @@ class Builder:
         if isinstance(value, str) and _EXPONENT.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            quoted = isinstance(value, str) and isinstance(scalar(value), int | float)
+            quoted = isinstance(value, str) and type(scalar(value)) in (int, float)
             remedy = "remove the quotes" if quoted else _meaning(rules)
             return self._wrong(node, path, "must be a number", remedy)
         try:
