@@ -39,9 +39,10 @@ class Checkpointer:
 
     root: ``RUN/checkpoints``. group: a gloo group over all ranks, used from the calling thread
     only; None for a single process. All ranks call every method in the same order (``busy`` and
-    ``latest`` apart). At most one save is on its way, with one host copy of the pieces this rank
-    writes: a second ``save`` first waits for the one before. The background thread talks over a
-    gloo group of its own and so never mixes with the collectives of training.
+    ``latest`` apart). At most one save is on its way: a second ``save`` first waits for the one
+    before. Asynchronous saves keep one host copy of the pieces this rank writes, from save to
+    save; synchronous ones copy nothing. The background thread talks over a gloo group of its own
+    and so never mixes with the collectives of training. Also a context manager.
 
     Raises CheckpointError when the folder cannot be written or another run holds it.
     """
@@ -58,7 +59,7 @@ class Checkpointer:
         self._store = Store(self.root)
         self._plan: Plan | None = None
         self._save: Save | None = None
-        self._pinned: dict[MetadataIndex, torch.Tensor] = {}
+        self._buffers: dict[MetadataIndex, torch.Tensor] = {}
         self._ranks.on_main(self._store.open)
 
     def save(
@@ -206,6 +207,6 @@ class Checkpointer:
         """The host copy, with running out of memory on one rank told to all."""
         copies: list[TensorSavePlanner] = []
         self._ranks.reduce(
-            lambda: copies.append(stage(plan.final, planner, self._pinned)), lambda _: None
+            lambda: copies.append(stage(plan.final, planner, self._buffers)), lambda _: None
         )
         return copies[0]

@@ -105,29 +105,26 @@ class HostCopy(TensorSavePlanner):
 
 
 def stage(
-    plan: SavePlan, planner: TensorSavePlanner, pinned: dict[MetadataIndex, torch.Tensor]
+    plan: SavePlan, planner: TensorSavePlanner, buffers: dict[MetadataIndex, torch.Tensor]
 ) -> HostCopy:
     """Copy the pieces this rank will write (no others) to host memory.
 
-    pinned: page-locked buffers for CUDA tensors, kept by the caller because they are slow to
-    make; copies of CPU tensors live only as long as the save.
+    buffers: kept by the caller from one save to the next, because fresh memory costs more than
+    the copy (page faults; page-locking, which CUDA tensors need for a fast copy).
     """
-    copies: dict[MetadataIndex, torch.Tensor] = {}
-    for item in plan.items:
-        data = planner.resolve_data(item)
+    pieces = {item.index: planner.resolve_data(item) for item in plan.items}
+    for index in buffers.keys() - pieces.keys():
+        del buffers[index]
+    for index, data in pieces.items():
         assert isinstance(data, torch.Tensor)
-        data = data.detach()
-        if data.device.type == "cuda":
-            buffer = pinned.get(item.index)
-            if buffer is None or (buffer.shape, buffer.dtype) != (data.shape, data.dtype):
-                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-                pinned[item.index] = buffer
-            copies[item.index] = buffer.copy_(data, non_blocking=True)
-        else:
-            copies[item.index] = data.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if pinned:
+        buffer = buffers.get(index)
+        if buffer is None or (buffer.shape, buffer.dtype) != (data.shape, data.dtype):
+            buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+            buffers[index] = buffer
+        buffer.copy_(data.detach(), non_blocking=True)
+    if any(buffer.is_pinned() for buffer in buffers.values()):
         torch.cuda.synchronize()
-    return HostCopy(copies)
+    return HostCopy(dict(buffers))
 
 
 class Save:
