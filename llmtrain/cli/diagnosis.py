@@ -19,7 +19,10 @@ from llmtrain.machine import usable_cores
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
-NEEDED = ("numpy", "omegaconf", "safetensors", "tokenizers", "zstandard", "pyarrow", "xxhash")
+NEEDED = (
+    *("numpy", "omegaconf", "safetensors", "tokenizers", "xxhash", "zstandard", "pyarrow"),
+    *("rich", "tensorboard"),
+)
 OPTIONAL = {
     "datasets": "Hugging Face datasets as sources: pip install 'llmtrain[hf]'",
     "transformers": "comparison with Hugging Face models: pip install 'llmtrain[hf]'",
