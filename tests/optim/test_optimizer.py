@@ -137,3 +137,15 @@ def test_clipping_scales_the_whole_gradient_to_the_bound() -> None:
         torch.testing.assert_close(p.grad, before[key] * (0.5 / expected))
     clip_gradients(params.values(), gradient_norm(params.values()), 10.0)
     torch.testing.assert_close(params["embed"].grad, before["embed"] * (0.5 / expected))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_an_update_advances_the_version_of_every_parameter(name: str) -> None:
+    cfg = OptimConfig(name=name)
+    params = parameters()
+    optimizer = build_optimizer(build_groups(params, ROLES, cfg), cfg)
+    before = {k: p._version for k, p in params.items()}
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(p._version > before[k] for k, p in params.items())
