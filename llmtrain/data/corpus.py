@@ -153,4 +153,5 @@ def publish(out: Path) -> None:
     for name in (FILE, CONFIG_FILE, MANIFEST):
         if (partial / name).exists():
             os.replace(partial / name, out / name)
+    (partial / "settings.json").unlink(missing_ok=True)  # nothing in it can be continued now
     shutil.rmtree(partial)

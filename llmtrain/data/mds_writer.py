@@ -41,22 +41,22 @@ def zstd_level(compression: str | None) -> int | None:
     )
 
 
-def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write ``path`` whole: aside first, then renamed, so that it is never seen half written."""
     aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "wb") as file:
         file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
 
 
 class ShardWriter:
     """Appends tokens to the MDS folder ``folder``, holding at most one open shard in memory.
 
-    dtype: ``uint16`` or ``uint32``. shard_bytes: largest shard file before compression.
-    shards: index entries of the shards written so far. open_tokens: what is not yet in a shard.
+    dtype: ``uint16`` or ``uint32``. shard_bytes: largest shard file before compression, except
+    that a shard holds at least one chunk. shards: index entries of the shards written so far.
+    open_tokens: what is not yet in a shard.
     digest: xxh64 chained over the chunks in shards, whatever the size of the shards. ``resume``
     continues from those three as they were; files of later shards are overwritten.
     """

@@ -76,6 +76,9 @@ def prepare(
     old = _standing(out, settings, force)
     if old is not None and not force:
         say(f"{out} is already complete, nothing to do (--force makes it anew)")
+        if (out / PARTIAL).exists():  # killed while cleaning up
+            with disk_faults(out), locked(out / PARTIAL):
+                shutil.rmtree(out / PARTIAL)
         return old
     with disk_faults(out), locked(out / PARTIAL):
         _begin(out, settings, say)

@@ -59,10 +59,12 @@ class BuiltinSource(TextSource):
         return {"python": platform.python_version()}
 
     def records(self, part: str) -> Iterator[Document | Bad]:
+        size = 0
         for document in self._documents():
-            self.bytes_read += len(document.text.encode())
+            size += len(document.text.encode())
+            self.bytes_read = size
             yield document
-            if self._limit is not None and self.bytes_read >= self._limit:
+            if self._limit is not None and size >= self._limit:
                 return
 
 

@@ -14,6 +14,8 @@ from llmtrain.errors import DataError, EnvironmentFault
 
 _SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves in a folder
 
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
 
 class HuggingFaceSource(TextSource):
     """A dataset of the hub, or of a local folder or file, one document per row.
@@ -27,6 +29,8 @@ class HuggingFaceSource(TextSource):
         if not cfg.hf_name:
             raise DataError(f"source {name!r} of kind hf needs hf_name: a dataset or a local path")
         self._path = os.path.expanduser(cfg.hf_name)
+        if cfg.hf_name.startswith(("/", ".", "~")) and not os.path.exists(self._path):
+            raise DataError(f"source {name!r}: hf_name {cfg.hf_name!r} does not exist; correct it")
 
     def parts(self) -> Sequence[str]:
         return [self._path]
@@ -73,6 +77,12 @@ class HuggingFaceSource(TextSource):
             if any(os.path.exists(os.path.join(self._path, mark)) for mark in _SAVED):
                 saved = datasets.load_from_disk(self._path)
                 return saved[cfg.hf_split] if isinstance(saved, dict) else saved
+            reader = _READERS.get(os.path.splitext(self._path)[1])
+            if reader and os.path.isfile(self._path):
+                files = {cfg.hf_split: self._path}
+                return datasets.load_dataset(
+                    reader, data_files=files, split=cfg.hf_split, streaming=True
+                )
             return datasets.load_dataset(
                 self._path, cfg.hf_config, split=cfg.hf_split, streaming=True
             )
