@@ -164,8 +164,8 @@ def _preamble(
     batch = cfg.train.global_batch_size
     console.say(tier_line(world.device, precision))
     console.say(
-        f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} without "
-        f"embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
+        f"model: {human(counts['total'])} parameters ({human(counts['total'] - counts['embedding'])} "
+        f"without embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
         f"vocabulary {model_cfg.vocab_size}"
     )
     console.say(
