@@ -1,7 +1,8 @@
 """The documentation does what it says.
 
-``text`` blocks that begin with a command show what it prints, ``bash`` blocks are run against a tiny stand-in for the quickstart, ``console`` lines must parse
-and their overrides fit the schema, ``yaml`` blocks must load, ``python`` blocks must compile.
+``bash`` blocks are run against a tiny stand-in for the quickstart, ``console`` lines must parse
+and their overrides fit the schema, ``yaml`` blocks must load, ``python`` blocks must compile, and
+``text`` blocks that begin with a command show what it prints.
 """
 
 from __future__ import annotations
