@@ -37,7 +37,7 @@ def cpu_flags() -> frozenset[str]:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matmuls run in hardware: AMX or AVX512-BF16 on a CPU, Ampere on a GPU."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 

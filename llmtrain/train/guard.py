@@ -43,6 +43,7 @@ class Guard:
         for the report. Raises GuardStop (exit code 3) when the config says stop or when
         ``max_skips`` updates in a row were skipped.
         """
+        fault: str | None
         if not (math.isfinite(loss) and math.isfinite(norm)):
             fault, action = f"loss {loss:g}, gradient norm {norm:g}: not finite", self.cfg.nonfinite
         else:

@@ -97,7 +97,7 @@ class TensorBoardLogger:
 
         self._writer: Any = SummaryWriter(
             str(folder), purge_step=resume_tokens + 1 if resume_tokens else None
-        )  # type: ignore[no-untyped-call]
+        )
 
     def write(self, record: Record) -> None:
         """Write the scalars, and samples and events as text."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +14,7 @@ from llmtrain.config.diff import diff_configs
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.errors import EXIT_OK, EnvironmentFault, LlmtrainError
+from llmtrain.errors import EXIT_OK, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
 from llmtrain.parallel import World, build_mesh, close_world, init_world
@@ -42,8 +38,7 @@ def train(cfg: RunConfig) -> int:
         world = init_world(cfg.device)
         try:
             check_world(cfg, world.size)
-            with run_lock(cfg, world):
-                _train(cfg, world, signals)
+            _train(cfg, world, signals)
         finally:
             close_world()
     return EXIT_OK
@@ -54,32 +49,6 @@ def run_folder(cfg: RunConfig) -> Path:
     return Path(cfg.out) / cfg.name
 
 
-@contextmanager
-def run_lock(cfg: RunConfig, world: World) -> Iterator[None]:
-    """Make the run's folder and hold it: two processes must not write the same run."""
-    folder = run_folder(cfg)
-    fault, lock = "", None
-    if world.is_main:
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fault = f"{folder}: another process is training this run; wait, or choose another name="
-        except OSError as error:
-            fault = (
-                f"{folder}: cannot write the run's folder ({error.strerror}); set out= elsewhere"
-            )
-    fault = world.broadcast_text(fault)
-    if fault:
-        raise EnvironmentFault(fault)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
 def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     times = Clockwork.from_config(cfg)
     console = Console(world.is_main, times.total)
@@ -87,40 +56,47 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     plan = build_plan(cfg, times.total * cfg.train.global_batch_size)
     model_cfg = resolve_model(cfg, plan.vocab_size)
     precision = resolve_precision(cfg.precision, world.device)
-    checkpointer = Checkpointer(run_folder(cfg) / "checkpoints", cfg.checkpoint, world.cpu_group)
-    saver = Saver(cfg, plan, world, checkpointer)
-    resume = saver.find()
-    for fault in resume.skipped if resume is not None else []:
-        console.warn(fault)
-    _preamble(console, cfg, world, times, plan, (model_cfg, precision))
-    if resume is not None and resume.step >= times.stop:
-        console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
-        return
-    began = time.perf_counter()
-    module = TrainModule(cfg, model_cfg, precision, world.device, build_mesh(cfg.parallel, world))
-    hooks = load_hooks(cfg.hooks)
-    recorder = _recorder(cfg, world, plan, times, (console, module, resume))
-    evaluation = Evaluation(cfg, world, plan.heldout_sets())
-    trainer = Trainer(cfg, world, module, plan, hooks, Services(times, evaluation, recorder, saver))
+    folder = run_folder(cfg) / "checkpoints"
+    with Checkpointer(folder, cfg.checkpoint, world.cpu_group) as checkpointer:
+        saver = Saver(cfg, plan, world, checkpointer)
+        resume = saver.find()
+        for fault in resume.skipped if resume is not None else []:
+            console.warn(fault)
+        _preamble(console, cfg, world, times, plan, (model_cfg, precision))
+        if resume is not None and resume.step >= times.stop:
+            console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
+            return
+        module = TrainModule(
+            cfg, model_cfg, precision, world.device, build_mesh(cfg.parallel, world)
+        )
+        recorder = _recorder(cfg, world, plan, times, (console, module, resume))
+        try:
+            evaluation = Evaluation(cfg, world, plan.heldout_sets())
+            services = Services(times, evaluation, recorder, saver)
+            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg.hooks), services)
+            _drive(trainer, resume, signals)
+        finally:
+            recorder.close()
+
+
+def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
+    """Load, train, sample; what goes wrong is recorded before it is raised."""
+    cfg, recorder, world = trainer.cfg, trainer.recorder, trainer.world
     try:
         if resume is not None:
-            checkpointer.load(resume.path, module.tensors(), verify=False)
-            checkpointer.set_aside(after=resume.step)
+            checkpointer = trainer.saver.checkpointer
+            checkpointer.load(resume.path, trainer.module.tensors(), verify=False)
             trainer.load_state_dict(resume.step, resume.extra)
-            _say_resume(console, cfg, resume)
+            _say_resume(recorder.console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
         if world.is_main:
-            _write_run_files(cfg, plan)
-        console.say(f"ready after {time.perf_counter() - began:.1f} s")
+            _write_run_files(cfg, trainer.plan)
         trainer.run(signals)
-        _samples(cfg, module, plan, recorder, trainer.step_done)
-        console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
+        _samples(cfg, trainer.module, trainer.plan, recorder, trainer.step_done)
+        recorder.console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
     except LlmtrainError as error:
         recorder.event(trainer.step_done, str(error), quiet=True)
         raise
-    finally:
-        recorder.close()
-        checkpointer.close()
 
 
 def _set_numerics(cfg: RunConfig) -> None:
@@ -164,7 +140,7 @@ def _preamble(
     batch = cfg.train.global_batch_size
     console.say(tier_line(world.device, precision))
     console.say(
-        f"model: {human(counts['total'])} parameters ({human(counts['total'] - counts['embedding'])} "
+        f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
         f"without embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
         f"vocabulary {model_cfg.vocab_size}"
     )

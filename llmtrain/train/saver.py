@@ -81,6 +81,11 @@ class Saver:
         """
         resume = self.checkpointer.resolve(self.cfg.checkpoint.resume)
         if resume.path is None:
+            if resume.skipped:
+                raise CheckpointError(
+                    f"no checkpoint of this run can be used: {resume.skipped[0]}; start it anew "
+                    "with checkpoint.resume=never, or give the path of another one"
+                )
             return None
         files = read_files(resume.path)
         meta = json.loads(files["meta.json"])
