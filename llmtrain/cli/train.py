@@ -34,16 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from llmtrain.config import check_config, load_config, to_yaml
+    from llmtrain.config import load_config, to_yaml
 
     overrides = list(args.overrides)
     if args.resume is not None:
         overrides.append(f"checkpoint.resume={args.resume}")
-    cfg = load_config(args.config, overrides)
+    cfg = load_config(args.config, overrides, for_training=not args.print_config)
     if args.print_config:
         sys.stdout.write(to_yaml(cfg))
         return 0
-    check_config(cfg, for_training=True)
     prepare_process()
     if args.dry_run:
         from llmtrain.train.dryrun import dry_run
