@@ -75,7 +75,7 @@ def test_damaged_compression_names_the_file(tmp_path, ending, damage):
     }[damage]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(bad)
-    with pytest.raises(DataError, match=r"a\.jsonl\.\w+"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.\w+ is damaged or truncated"):
         texts(kind="jsonl", paths=[str(path)])
 
 
