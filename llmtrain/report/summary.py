@@ -91,9 +91,9 @@ def summary(runs: Sequence[Run]) -> str:
             bits = f", {d.bits_per_byte:.3f} bits/byte" if math.isfinite(d.bits_per_byte) else ""
             against = ""
             if math.isfinite(d.unigram):
-                against = (
-                    f", unigram entropy {d.unigram:.4f} ({d.unigram - d.loss:+.4f} nats above it)"
-                )
+                side = "below" if d.loss < d.unigram else "above"
+                apart = abs(d.unigram - d.loss)
+                against = f", {apart:.4f} nats {side} the unigram entropy {d.unigram:.4f}"
             lines.append(f"  {d.name}: held-out loss {fixed(d.loss)}{bits}{against}")
         if run.unreadable:
             lines.append(f"  {run.unreadable} unreadable lines of metrics.jsonl were left out")
