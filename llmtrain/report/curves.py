@@ -203,13 +203,14 @@ def _per_run(runs: Sequence[Run], key: str, scale: float = 1.0) -> list[Line]:
 
 
 def _unigram_lines(run: Run, lines: Sequence[Line]) -> list[Line]:
-    out = []
-    for line in lines:
-        if len(line.curve) and line.key in run.unigram:
-            ends = line.curve.x[[0, -1]]
-            level = Series(ends, np.full(2, run.unigram[line.key]))
-            out.append(Line(line.key, level, line.color, dashed=True))
-    return out
+    """Level lines from the first to the last token of the run."""
+    seen = [record.get("tokens") for record in (*run.steps[-1:], *run.evals[-1:])]
+    ends = np.array([0.0, max(map(number, seen), default=1.0)])
+    return [
+        Line(line.key, Series(ends, np.full(2, run.unigram[line.key])), line.color, dashed=True)
+        for line in lines
+        if len(line.curve) and line.key in run.unigram and np.isfinite(ends).all()
+    ]
 
 
 def _mean_loss(run: Run) -> Series:

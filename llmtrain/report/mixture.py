@@ -15,7 +15,9 @@ import numpy as np
 
 from llmtrain.report.read import Floats, Run, lookup, number
 
-WINDOWS = 120
+WINDOWS = 120  # most points of a curve
+FEW_WINDOWS = 12
+WINDOW_SAMPLES = 1024  # a window of fewer samples shows little but the shuffle inside blocks
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def mixture(run: Run) -> Mixture | None:
     if len(position) < 2 or counts[-1].sum() <= 0:
         return None
     phases = _phases(run)
-    at = np.unique(np.linspace(0, len(position) - 1, min(WINDOWS, len(position) - 1) + 1).round())
+    windows = min(max(FEW_WINDOWS, int(position[-1]) // WINDOW_SAMPLES), WINDOWS, len(position) - 1)
+    at = np.unique(np.linspace(0, len(position) - 1, windows + 1).round())
     cut = at.astype(np.int64)
     moved = np.diff(counts[cut], axis=0)
     total = moved.sum(axis=1)
