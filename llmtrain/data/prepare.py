@@ -66,7 +66,8 @@ def prepare(
 
     A complete corpus with the same settings is left alone; with others it is an error unless
     ``force``, which replaces it once the new one is complete. ``workers`` overrides
-    ``cfg.workers``; it never changes the result. Raises ConfigError, DataError (input) and
+    ``cfg.workers``; it never changes the result. More than one are spawned, so a script that
+    calls this needs ``if __name__ == "__main__":``. Raises ConfigError, DataError (input) and
     EnvironmentFault (disk, memory), each with one sentence.
     """
     check_prepare(cfg)
