@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Test processes side by side, each with one thread: tests that start ranks of their own fork, and
+# a forked OpenMP pool of more threads hangs.
+TEST_JOBS ?= 2
 # Options for pip when it installs torch, e.g. the index of another build:
 #   make quickstart TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
@@ -57,7 +60,7 @@ quickstart: $(INSTALLED)  ## prepare a corpus, train a small model on it, write 
 	@echo "next         docs/quickstart.md"
 
 test: $(INSTALLED)  ## the tests that need no GPU
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

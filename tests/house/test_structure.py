@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -43,6 +44,12 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text("utf-8"))
+
+
 def room_of(path: Path) -> str:
     """First folder (or module) below the package; "" for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -62,13 +69,13 @@ def imports(tree: ast.AST, path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def upward(text: str, path: Path) -> list[str]:
+def upward(tree: ast.Module, path: Path) -> list[str]:
     """Imports of a file that point up, as ``line: module``."""
     room = room_of(path)
     if not room:
         return []
     found = []
-    for module, line in imports(ast.parse(text), path):
+    for module, line in imports(tree, path):
         parts = module.split(".")
         if parts[0] != "llmtrain" or len(parts) < 2 or parts[1].startswith("__"):
             continue
@@ -83,7 +90,7 @@ def test_every_room_has_its_place() -> None:
 
 
 def test_imports_point_downwards_only() -> None:
-    found = [fault for path in FILES for fault in upward(path.read_text("utf-8"), path)]
+    found = [fault for path in FILES for fault in upward(tree_of(path), path)]
     assert found == []
 
 
@@ -99,18 +106,17 @@ def test_imports_point_downwards_only() -> None:
     ],
 )
 def test_an_upward_import_is_noticed(text: str) -> None:
-    assert upward(text, PACKAGE / "model" / "block.py")
-    assert not upward(text, PACKAGE / "cli" / "train.py")
+    assert upward(ast.parse(text), PACKAGE / "model" / "block.py")
+    assert not upward(ast.parse(text), PACKAGE / "cli" / "train.py")
 
 
 def test_files_and_functions_stay_readable() -> None:
     found = []
     for path in FILES:
-        text = path.read_text("utf-8")
-        lines = text.count("\n")
+        lines = path.read_text("utf-8").count("\n")
         if lines > MAX_FILE:
             found.append(f"{path.relative_to(ROOT)}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[0]
                 if ast.get_docstring(node) is not None and len(node.body) > 1:
@@ -124,7 +130,7 @@ def test_files_and_functions_stay_readable() -> None:
 def test_optional_packages_are_imported_where_they_are_used() -> None:
     found = []
     for path in FILES:
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in tree_of(path).body:
             for module, line in imports(node, path) if not is_function(node) else ():
                 if module.split(".")[0] in OPTIONAL:
                     found.append(f"{path.relative_to(ROOT)}:{line}: {module}")
@@ -166,7 +172,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 def test_nothing_is_pickled() -> None:
     found = []
     for path in FILES:
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = tree_of(path)
         where = path.relative_to(ROOT)
         for module, line in imports(tree, path):
             if module.split(".")[0] in {"pickle", "dill", "cloudpickle", "marshal", "shelve"}:
@@ -185,7 +191,7 @@ def test_nothing_is_pickled() -> None:
 def test_every_public_name_says_what_it_is() -> None:
     found = []
     for path in FILES:
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = tree_of(path)
         if ast.get_docstring(tree) is None:
             found.append(f"{path.relative_to(ROOT)}: no docstring")
         for node in tree.body:
