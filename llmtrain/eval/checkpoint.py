@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmtrain.config.schema import PrecisionConfig
 from llmtrain.data.batch import Batch
-from llmtrain.data.plan import heldout_sets
+from llmtrain.data.loader import heldout_sets
 from llmtrain.eval.heldout import evaluate_domains
 from llmtrain.eval.loading import load_trained
 from llmtrain.loss import LossOutput, head_loss

@@ -40,8 +40,8 @@ def load_trained(
 ) -> Trained:
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
-    compute: dtype of the matmuls; the weights stay float32. overrides: changes to the stored config.
-    Optimizer state is not read. Raises CheckpointError naming what is missing or damaged.
+    compute: dtype of the matmuls; the weights stay float32. overrides: changes to the stored
+    config. Optimizer state is not read. Raises CheckpointError naming what is missing or damaged.
     """
     alone = Ranks(None)
     found, skipped = find(alone, path.expanduser())

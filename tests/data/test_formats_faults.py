@@ -86,6 +86,19 @@ def test_shard_with_a_damaged_head(folder):
     fails(folder, str(shard), "samples where the index says")
 
 
+def test_sample_that_reaches_over_its_end(tmp_path):
+    columns = {"text": "str", "tokens": "ndarray:uint16"}
+    with import_streaming().MDSWriter(out=str(tmp_path), columns=columns) as writer:
+        for n in range(5):
+            writer.write({"text": "x" * n, "tokens": np.arange(3 + n, dtype=np.uint16)})
+    shard = tmp_path / "shard.00000.mds"
+    body = bytearray(shard.read_bytes())
+    (first,) = struct.unpack_from("<I", body, 4)
+    struct.pack_into("<I", body, first, 1000)  # the size of the first text
+    shard.write_bytes(body)
+    fails(tmp_path, str(shard), "reach over their end")
+
+
 def test_flipped_byte_is_found_by_verify(folder):
     assert opened(folder).verify() == len(list(folder.glob("shard.*")))
     shard = folder / "shard.00002.mds"

@@ -99,6 +99,16 @@ def mds_documents_int64(folder, rng):
 
 def mds_two_dimensional(folder, rng):
     docs = [rng.integers(EOS + 1, 50000, (int(rng.integers(1, 5)), 37)) for _ in range(60)]
+    return several_dimensions(folder, docs)
+
+
+def mds_three_dimensional(folder, rng):
+    """The sizes are also those of flat arrays one token longer."""
+    docs = [rng.integers(EOS + 1, 50000, (1, int(rng.integers(1, 5)), 37)) for _ in range(60)]
+    return several_dimensions(folder, docs)
+
+
+def several_dimensions(folder, docs):
     write_mds(folder, {"tokens": "ndarray:uint16"}, ({"tokens": d.astype("u2")} for d in docs))
     return Truth(*flat([d.reshape(-1) for d in docs]), SourceConfig(path=str(folder)), "mds")
 
@@ -284,6 +294,7 @@ WRITERS = [
     mds_documents,
     mds_documents_int64,
     mds_two_dimensional,
+    mds_three_dimensional,
     mds_mixed,
     mds_between_fixed,
     mds_beside_text,

@@ -149,8 +149,13 @@ def test_lengths_of_documents_are_kept_for_the_next_open(server, tmp_path):
     for path in shard_files(tmp_path):
         path.unlink()
     server.asked.clear()
+    (memo,) = (tmp_path / "cache").glob("*.counts.json")
     assert opened(server.address, tmp_path).num_tokens == len(truth)
     assert [name for name in server.asked if name.startswith("shard")] == ["shard.00000.mds"]
+    counts = json.loads(memo.read_text())
+    memo.write_text(json.dumps([counts[0] + 1, *counts[1:]]))
+    with pytest.raises(DataError, match=f"part 0 holds {counts[0]} tokens"):
+        opened(server.address, tmp_path).read(0, 1)
 
 
 def test_cache_stays_within_its_bound(server, tmp_path):
@@ -194,6 +199,40 @@ def test_oldest_use_leaves_first(tmp_path):
     time.sleep(0.01)
     cache.get("d", 10, make["d"])
     assert sorted(p.name for p in tmp_path.glob("[a-z]*")) == ["a", "c", "d"]
+
+
+def test_room_is_made_before_and_kept_after(tmp_path):
+    """Another process publishes a file of its own while this one makes a shard."""
+    cache, other = ShardCache(tmp_path, 30), ShardCache(tmp_path, 30)
+    for name in "abc":
+        cache.get(name, 10, lambda path: path.write_bytes(bytes(10)))
+        time.sleep(0.01)
+
+    def make(path):
+        assert not (tmp_path / "a").exists()  # room was made for ten bytes
+        assert (tmp_path / "b").exists()
+        (tmp_path / "e").write_bytes(bytes(10))
+        path.write_bytes(bytes(10))
+
+    assert other.get("d", 10, make).exists()
+    assert sum(path.stat().st_size for path in tmp_path.glob("[a-z]*")) == 30
+
+
+def test_a_file_wanted_by_several_is_made_once(tmp_path):
+    made = []
+
+    def make(path):
+        made.append(path)
+        time.sleep(0.2)
+        path.write_bytes(b"full")
+
+    caches = [ShardCache(tmp_path, 30) for _ in range(4)]
+    threads = [threading.Thread(target=cache.get, args=("a", 4, make)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
 
 
 def test_remains_of_a_killed_process_are_no_shard(tmp_path):

@@ -118,9 +118,15 @@ class FlatSource:
         part = bisect_right(self._ends, start)
         done = 0
         while start < stop:
-            begin, end = self._begins[part], min(stop, self._ends[part])
+            begin, end = self._begins[part], self._ends[part]
+            run = self._runs[part]
+            if run is None:
+                run = self._open(part)
+            if stop <= end:
+                out[done:] = run[start - begin : stop - begin]
+                return
             count = end - start
-            out[done : done + count] = self._run(part)[start - begin : end - begin]
+            out[done : done + count] = run[start - begin : end - begin]
             start, done, part = end, done + count, part + 1
 
     def document_starts(
@@ -132,7 +138,7 @@ class FlatSource:
             return marks
         if self.eos_id is not None:
             np.equal(tokens[:-1], self.eos_id, out=marks[1:])
-            marks[0] = start > 0 and int(self.read(start - 1, start)[0]) == self.eos_id
+            marks[0] = start > 0 and self.read(start - 1, start)[0] == self.eos_id
         marks[0] |= start == 0
         part = bisect_right(self._ends, start)
         while part < len(self._ends) and self._begins[part] < stop:

@@ -41,7 +41,8 @@ class LocalStore:
         packed = self.folder / shard.packed.basename
 
         def make(target: Path) -> None:
-            _check_file(packed, shard.packed)
+            if not packed.exists():
+                raise DataError(f"shard {packed} is missing: copy it again")
             decompress(shard.compression or "", packed, target)
             _check_file(target, shard.raw, str(packed))
 

@@ -1,0 +1,97 @@
+"""The sources a config can name: those of its corpus and those it lists itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config.faults import did_you_mean
+from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.data.corpus import read_manifest
+from llmtrain.data.formats import open_source
+from llmtrain.data.source import TokenSource
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import DataError
+
+
+@dataclass
+class Catalogue:
+    """Source configs by name, for training and held out, and what is known of the tokenizer.
+
+    bytes_per_token: of held-out sources that a corpus counted.
+    """
+
+    train: dict[str, SourceConfig]
+    heldout: dict[str, SourceConfig]
+    bytes_per_token: dict[str, float]
+    eos_id: int | None
+    vocab_size: int | None
+    tokenizer_path: Path | None
+    cache: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise DataError for the first name that is no source."""
+        for name in names:
+            if name not in self.train:
+                hint = did_you_mean(name, self.train, f"the sources are {', '.join(self.train)}")
+                raise DataError(f"data: weights name the source {name!r}, which is unknown; {hint}")
+
+    def open_train(self, name: str) -> TokenSource:
+        """The token stream to train on."""
+        return self._open(name, self.train[name])
+
+    def open_heldout(self, name: str) -> TokenSource:
+        """The held-out token stream."""
+        return self._open(name, self.heldout[name])
+
+    def _open(self, name: str, config: SourceConfig) -> TokenSource:
+        return open_source(name, config, eos_id=self.eos_id, cache_dir=self.cache)
+
+
+def open_catalogue(cfg: RunConfig) -> Catalogue:
+    """Read the corpus' manifest and the config. Raises DataError when the corpus is missing."""
+    data = cfg.data
+    train: dict[str, SourceConfig] = {}
+    heldout: dict[str, SourceConfig] = {}
+    per_token: dict[str, float] = {}
+    manifest: dict[str, Any] = {}
+    tokenizer = Path(data.tokenizer) if data.tokenizer else None
+    if data.corpus is not None:
+        found = read_manifest(data.corpus)
+        if found is None:
+            raise DataError(
+                f"data.corpus: {data.corpus} holds no prepared corpus; make it with "
+                "`llmtrain data prepare CONFIG`"
+            )
+        manifest, root = found, Path(data.corpus)
+        tokenizer = tokenizer or root / "tokenizer.json"
+        for name, entry in manifest["sources"].items():
+            train[name] = SourceConfig(path=str(root / name / "train"), format="mds")
+            held = entry["heldout"]
+            if held["tokens"]:
+                heldout[name] = SourceConfig(path=str(root / name / "heldout"), format="mds")
+                per_token[name] = held["bytes"] / held["tokens"]
+    for name, source in data.sources.items():
+        path = source.path or train.get(name, source).path
+        train[name] = dataclasses.replace(source, path=path)
+    heldout.update(data.heldout)
+    for name in data.heldout:
+        per_token.pop(name, None)
+    eos, vocab = data.eos_id, cfg.model.vocab_size
+    if manifest:
+        eos = manifest["tokenizer"]["eos_id"] if eos is None else eos
+        vocab = manifest["tokenizer"]["vocab_size"]
+    if tokenizer is not None and (not manifest or data.tokenizer):
+        loaded = load_tokenizer(tokenizer)
+        eos, vocab = loaded.eos_id if eos is None else eos, loaded.vocab_size
+    if eos is None and (data.document_mask or data.reset_positions):
+        raise DataError(
+            "data.document_mask and data.reset_positions need to know where documents end; set "
+            "data.eos_id, or data.tokenizer, or data.corpus"
+        )
+    cache = Path(cfg.out) / cfg.name / "cache"
+    return Catalogue(train, heldout, per_token, eos, vocab, tokenizer, cache, manifest)

@@ -1,0 +1,119 @@
+"""Mixture phases of a config as stretches of global samples, and how they may change later."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from llmtrain.config.schema import PhaseConfig, RunConfig
+from llmtrain.data.mixture import Mixture, Stretch
+from llmtrain.errors import DataError
+
+# A linear ramp is this many steps of constant weights at most, each of whole blocks; every step
+# has the ramp's mean over it, so that the totals are those of the straight line.
+RAMP_STEPS = 256
+
+
+def stretches_of(cfg: RunConfig, total_samples: int) -> list[Stretch]:
+    """The configured schedule over global samples [0, total_samples)."""
+    steps = total_samples // cfg.train.global_batch_size
+    phases = cfg.data.phases or [PhaseConfig(weights=cfg.data.weights)]
+    out: list[Stretch] = []
+    start, before = 0, None
+    for i, phase in enumerate(phases):
+        stop = phase.until.samples(cfg.data.seq_len, cfg.train.global_batch_size, steps)
+        stop = total_samples if i == len(phases) - 1 else min(stop, total_samples)
+        weights = _normalised(phase.weights)
+        if stop > start:
+            if phase.ramp == "linear" and before is not None:
+                out += _ramp(start, stop, before, weights, cfg.data.block_size)
+            else:
+                out.append(Stretch(start, stop, _positive(weights)))
+        start, before = max(stop, start), weights
+    return out
+
+
+def _normalised(weights: dict[str, float]) -> dict[str, Fraction]:
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    total = sum(exact.values())
+    return {name: weight / total for name, weight in exact.items()}
+
+
+def _positive(weights: dict[str, Fraction]) -> dict[str, Fraction]:
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def _ramp(
+    start: int, stop: int, old: dict[str, Fraction], new: dict[str, Fraction], block: int
+) -> list[Stretch]:
+    blocks = -(-(stop - start) // block)
+    pieces = min(RAMP_STEPS, blocks)
+    edges = [start + min(i * blocks // pieces * block, stop - start) for i in range(pieces)]
+    edges.append(stop)
+    out = []
+    for low, high in itertools.pairwise(edges):
+        done = Fraction(low + high - 2 * start, 2 * (stop - start))
+        weights = {
+            name: old.get(name, Fraction(0)) * (1 - done) + new.get(name, Fraction(0)) * done
+            for name in {**old, **new}
+        }
+        out.append(Stretch(low, high, _positive(weights)))
+    return out
+
+
+def to_json(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
+    """Stretches as JSON values; weights as exact fractions in text."""
+    return [
+        {"start": s.start, "stop": s.stop, "weights": {n: str(w) for n, w in s.weights.items()}}
+        for s in stretches
+    ]
+
+
+def from_json(items: Sequence[dict[str, Any]]) -> list[Stretch]:
+    """Inverse of ``to_json``."""
+    return [
+        Stretch(s["start"], s["stop"], {n: Fraction(w) for n, w in s["weights"].items()})
+        for s in items
+    ]
+
+
+def first_difference(old: Sequence[Stretch], new: Sequence[Stretch]) -> int | None:
+    """First global sample whose stretch (edges or weights) differs; None when none does."""
+    for ours, theirs in zip(old, new, strict=False):
+        if ours.start != theirs.start or ours.weights != theirs.weights:
+            return min(ours.start, theirs.start)
+        if ours.stop != theirs.stop:
+            return min(ours.stop, theirs.stop)
+    if len(old) == len(new):
+        return None
+    longer = old if len(old) > len(new) else new
+    return longer[min(len(old), len(new))].start
+
+
+def continue_schedule(
+    realised: Mixture, configured: Sequence[Stretch], planned: Sequence[Stretch], consumed: int
+) -> list[Stretch]:
+    """The schedule of a resumed run: what was realised, then what is planned now.
+
+    realised: of the run so far; configured: what its config said; planned: what the config says
+    now; consumed: global samples already seen. The past must agree; where the future differs the
+    new schedule takes over at the next block boundary, since a block that has begun is shuffled
+    as a whole. Raises DataError naming the sample where the past differs.
+    """
+    difference = first_difference(configured, planned)
+    if difference is None:
+        return realised.stretches
+    if difference < consumed:
+        raise DataError(
+            f"data.phases or data.weights: the schedule differs from sample {difference} on, but "
+            f"{consumed} samples have been seen; only the future may change. Put the earlier "
+            "weights back, or start a new run with checkpoint.resume=never and another name"
+        )
+    turn = realised.block_end(difference)
+    past = [
+        Stretch(s.start, min(s.stop, turn), s.weights) for s in realised.stretches if s.start < turn
+    ]
+    future = [Stretch(max(s.start, turn), s.stop, s.weights) for s in planned if s.stop > turn]
+    return past + future

@@ -1,0 +1,191 @@
+"""The data plan of a run: sources, schedule, repetition, and what may change on resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.data.catalogue import Catalogue, open_catalogue
+from llmtrain.data.mixture import Mixture, Stretch
+from llmtrain.data.packing import samples_in
+from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_json
+from llmtrain.data.source import TokenSource
+from llmtrain.errors import DataError
+
+VERSION = 1
+
+
+@dataclass
+class DataPlan:
+    """Everything that decides which tokens are trained on when.
+
+    names, sources, sizes (samples per epoch) and loss_weights go by source index. configured is
+    what the config says, mixture what is realised: the two differ only after a resume that
+    changed the future.
+    """
+
+    cfg: RunConfig
+    catalogue: Catalogue
+    names: list[str]
+    sources: list[TokenSource]
+    sizes: list[int]
+    loss_weights: list[float]
+    configured: list[Stretch]
+    mixture: Mixture
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The tokenizer's; None when no tokenizer is known."""
+        return self.catalogue.vocab_size
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer's file or folder, if known."""
+        return self.catalogue.tokenizer_path
+
+    def counts(self, i: int) -> NDArray[np.int64]:
+        """Samples of each source among the first ``i`` of the run: [sources] int64."""
+        return self.mixture.counts(i)
+
+    def tree(self) -> str:
+        """Tokens, epochs and share of every source in every phase, as text."""
+        from llmtrain.data.plan_text import plan_tree
+
+        return plan_tree(self)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for checkpoints: what ``check_resume`` compares."""
+        data = self.cfg.data
+        return {
+            "version": VERSION,
+            "seed": self.cfg.seed,
+            "seq_len": data.seq_len,
+            "block_size": data.block_size,
+            "vocab_size": self.vocab_size,
+            "sources": {
+                name: {"fingerprint": source.fingerprint, "tokens": source.num_tokens}
+                for name, source in zip(self.names, self.sources, strict=True)
+            },
+            "configured": to_json(self.configured),
+            "realised": to_json(self.mixture.stretches),
+        }
+
+    def check_resume(self, old: dict[str, Any], consumed: int) -> None:
+        """Continue the schedule of a checkpoint after ``consumed`` samples.
+
+        The past may not change: seed, seq_len, block size, contents of the sources used so far
+        and the weights so far. The future may, and sources may be added. Raises DataError saying
+        what differs and how to go on.
+        """
+        ours = self.state()
+        for key, where in (
+            ("seed", "seed"),
+            ("seq_len", "data.seq_len"),
+            ("block_size", "data.block_size"),
+        ):
+            if old[key] != ours[key]:
+                raise DataError(
+                    f"{where} is {ours[key]} but the checkpoint was made with {old[key]}, which "
+                    f"would change samples already seen; resume with {where}={old[key]}"
+                )
+        realised = from_json(old["realised"])
+        used = Mixture(list(old["sources"]), realised, old["block_size"], old["seed"])
+        counts = used.counts(consumed)
+        for (name, source), count in zip(old["sources"].items(), counts, strict=True):
+            if count:
+                self._check_source(name, source)
+        stretches = continue_schedule(used, from_json(old["configured"]), self.configured, consumed)
+        missing = {n for s in stretches for n in s.weights} - set(self.names)
+        if missing:
+            raise DataError(
+                f"data.sources: {', '.join(sorted(missing))} took part in this run's past and is "
+                "no longer configured; add it again (its weight may be 0 from now on)"
+            )
+        self.mixture = Mixture(self.names, stretches, self.cfg.data.block_size, self.cfg.seed)
+
+    def heldout_sets(self) -> list[Any]:
+        """The held-out sets, see ``loader.HeldoutSet``."""
+        from llmtrain.data.loader import heldout_sets
+
+        return list(heldout_sets(self.cfg, self.catalogue))
+
+    def _check_source(self, name: str, old: dict[str, Any]) -> None:
+        if name not in self.names:
+            raise DataError(
+                f"data.sources: {name!r} was trained on before this checkpoint and is no longer "
+                "configured; add it again (its weight may be 0 from now on)"
+            )
+        source = self.sources[self.names.index(name)]
+        if source.fingerprint != old["fingerprint"]:
+            raise DataError(
+                f"data source {name!r} has changed since the checkpoint ({old['tokens']:,} tokens "
+                f"then, {source.num_tokens:,} now); put the old data back, or add the new data "
+                "as a source of another name"
+            )
+
+
+def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
+    """Open the sources and lay out ``total_samples`` samples.
+
+    Raises DataError for sources that are missing, damaged or too small for their repetition cap,
+    and for weights that name no source.
+    """
+    catalogue = open_catalogue(cfg)
+    configured = stretches_of(cfg, total_samples)
+    wanted = {name for stretch in configured for name in stretch.weights}
+    named = [*(n for p in cfg.data.phases for n in p.weights), *cfg.data.weights]
+    catalogue.require(named)
+    names = [name for name in catalogue.train if name in wanted or name in named]
+    sources = [catalogue.open_train(name) for name in names]
+    sizes = [samples_in(source.num_tokens, cfg.data.seq_len) for source in sources]
+    for name, source, size in zip(names, sources, sizes, strict=True):
+        if size == 0 and name in wanted:
+            raise DataError(
+                f"data source {name!r} has {source.num_tokens} token(s): nothing to train on; "
+                "give it data or take its weight away"
+            )
+    configs: list[SourceConfig] = [catalogue.train[name] for name in names]
+    mixture = Mixture(names, configured, cfg.data.block_size, cfg.seed)
+    plan = DataPlan(
+        cfg,
+        catalogue,
+        names,
+        sources,
+        sizes,
+        [config.loss_weight for config in configs],
+        configured,
+        mixture,
+    )
+    _check_caps(plan, configs)
+    return plan
+
+
+def _check_caps(plan: DataPlan, configs: list[SourceConfig]) -> None:
+    """Repetition caps hold for the whole run; all that break are reported together."""
+    seq_len = plan.cfg.data.seq_len
+    faults = []
+    counts = plan.counts(plan.mixture.total)
+    for name, config, size, count in zip(plan.names, configs, plan.sizes, counts, strict=True):
+        if config.max_epochs is None or count <= config.max_epochs * size:
+            continue
+        faults.append(
+            f"data source {name!r}: the schedule takes {int(count) * seq_len:,} tokens of "
+            f"{size * seq_len:,}, {count / size:.2f} epochs, over its max_epochs of "
+            f"{config.max_epochs:g}; lower its weight to "
+            f"{config.max_epochs * size / int(count):.3g} of what it is, shorten the run, or "
+            "raise max_epochs"
+        )
+    if faults:
+        raise DataError("\n".join(faults))
+
+
+def plan_report(cfg: RunConfig) -> str:
+    """The text of ``llmtrain data plan``."""
+    tokens = cfg.train.global_batch_size * cfg.data.seq_len
+    steps = max(cfg.train.duration.steps(tokens), 1)
+    return build_plan(cfg, steps * cfg.train.global_batch_size).tree()

@@ -1,0 +1,69 @@
+"""The data plan as a table for people."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtrain.data.plan import DataPlan
+
+
+def plan_tree(plan: DataPlan) -> str:
+    """One block per phase and one for the run: tokens, share and epochs of each source."""
+    mixture, seq_len = plan.mixture, plan.cfg.data.seq_len
+    edges = _phase_edges(plan)
+    lines = [f"data plan: {_tokens(mixture.total * seq_len)} tokens in {mixture.total:,} samples"]
+    parts = [*itertools.pairwise(edges)]
+    if len(parts) > 1:
+        parts.append((0, mixture.total))
+    for i, (low, high) in enumerate(parts):
+        last = i == len(parts) - 1
+        title = "whole run" if low == 0 and high == mixture.total else f"phase {i + 1}"
+        lines.append(f"{'`-' if last else '|-'} {title}: samples {low:,} to {high:,}")
+        taken = mixture.counts(high) - mixture.counts(low)
+        rows = [("source", "tokens", "share", "epochs", "of tokens")]
+        for name, source, size, count in zip(
+            plan.names, plan.sources, plan.sizes, taken, strict=True
+        ):
+            rows.append(
+                (
+                    name,
+                    _tokens(int(count) * seq_len),
+                    f"{100 * count / max(high - low, 1):.2f}%",
+                    f"{count / max(size, 1):.3f}",
+                    _tokens(source.num_tokens),
+                )
+            )
+        lines += [f"{'  ' if last else '| '}   {line}" for line in _aligned(rows)]
+    return "\n".join(lines)
+
+
+def _phase_edges(plan: DataPlan) -> list[int]:
+    """Ends of the configured phases in samples; the steps of a ramp count as one phase."""
+    cfg, total = plan.cfg, plan.mixture.total
+    steps = total // cfg.train.global_batch_size
+    ends = [
+        min(phase.until.samples(cfg.data.seq_len, cfg.train.global_batch_size, steps), total)
+        for phase in cfg.data.phases[:-1]
+    ]
+    return sorted({0, *ends, total})
+
+
+def _tokens(n: int) -> str:
+    for scale, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if n >= scale:
+            return f"{n / scale:.4g}{letter}"
+    return str(n)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,111 @@
+"""Global batches are the same whatever the ranks, the micro-batch and the prefetching."""
+
+import threading
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from helpers.streams import MemorySource, documents
+
+from llmtrain.config.schema import DataConfig, RunConfig
+from llmtrain.data.catalogue import Catalogue
+from llmtrain.data.loader import HeldoutSet, Loader
+from llmtrain.data.mixture import Mixture, Stretch
+from llmtrain.data.packing import samples_in
+from llmtrain.data.plan import DataPlan
+from llmtrain.errors import DataError
+
+
+def make_plan(prefetch: int = 2) -> DataPlan:
+    cfg = RunConfig(data=DataConfig(seq_len=16, document_mask=True, prefetch=prefetch))
+    sources = [MemorySource("a", documents(1, 90)), MemorySource("b", documents(2, 30))]
+    weights = {"a": Fraction(2, 3), "b": Fraction(1, 3)}
+    mixture = Mixture(["a", "b"], [Stretch(0, 960, weights)], 64, 5)
+    sizes = [samples_in(s.num_tokens, 16) for s in sources]
+    catalogue = Catalogue({}, {}, {}, 0, 99, None, cfg.out)  # type: ignore[arg-type]
+    return DataPlan(
+        cfg, catalogue, ["a", "b"], list(sources), sizes, [1.0, 0.5], mixture.stretches, mixture
+    )
+
+
+def joined(plan: DataPlan, world: int, step: int) -> dict[str, torch.Tensor]:
+    parts = [Loader(plan, 24, rank, world).batch(step) for rank in range(world)]
+    return {key: torch.cat([getattr(p, key) for p in parts]) for key in vars(parts[0])}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_together_are_the_global_batch(world: int) -> None:
+    plan = make_plan()
+    for step in (0, 7, 39):
+        alone = joined(plan, 1, step)
+        for key, value in joined(plan, world, step).items():
+            assert torch.equal(value, alone[key]), key
+        assert alone["sample_ids"].tolist() == list(range(step * 24, step * 24 + 24))
+
+
+def test_a_run_reads_every_sample_of_a_source_once_per_epoch() -> None:
+    plan = make_plan()
+    loader = Loader(plan, 24, 0, 1)
+    seen: dict[int, list[bytes]] = {0: [], 1: []}
+    for step in range(40):
+        batch = loader.batch(step)
+        for label, row in zip(batch.source_ids.tolist(), batch.tokens, strict=True):
+            seen[label].append(row.numpy().tobytes())
+    for label, size in enumerate(plan.sizes):
+        first_epoch = seen[label][:size]
+        assert len(seen[label]) > size
+        assert len(set(first_epoch)) == size
+        assert set(seen[label][size : 2 * size]) <= set(first_epoch)
+
+
+def test_source_weights_reach_the_tokens() -> None:
+    batch = Loader(make_plan(), 24, 0, 1).batch(3)
+    for label, weights in zip(batch.source_ids.tolist(), batch.weights, strict=True):
+        assert set(weights.tolist()) <= {0.0, [1.0, 0.5][label]}
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_reading_ahead_changes_nothing_and_ends_its_thread(prefetch: int) -> None:
+    loader = Loader(make_plan(prefetch), 24, 0, 1)
+    got = [b.tokens for b in loader.iterate(5, 11)]
+    assert len(got) == 6
+    for step, tokens in zip(range(5, 11), got, strict=True):
+        assert torch.equal(tokens, loader.batch(step).tokens)
+    batches = loader.iterate(0, 40)
+    next(batches)
+    loader.close()
+    assert not any(t.name == "loader" for t in threading.enumerate())
+    assert loader.wait_seconds >= 0
+
+
+def test_what_goes_wrong_is_raised_at_its_batch() -> None:
+    plan = make_plan()
+
+    class Broken(MemorySource):
+        def read(self, start: int, stop: int) -> np.ndarray:
+            raise DataError("shard 3 is truncated")
+
+    loader = Loader(plan, 24, 0, 1)
+    batches = loader.iterate(0, 40)
+    next(batches)
+    plan.sources[1] = Broken("b", documents(2, 30))
+    with pytest.raises(DataError, match="shard 3"):
+        for _ in batches:
+            pass
+    assert not any(t.name == "loader" for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_heldout_samples_are_shared_out_evenly_and_counted_once(world: int) -> None:
+    source = MemorySource("a", documents(4, 50))
+    held = HeldoutSet("a", source, DataConfig(seq_len=16), samples=7, bytes_per_token=2.0)
+    shapes, weights, rows = [], 0.0, []
+    for rank in range(world):
+        batches = list(held.batches(2, rank, world))
+        shapes.append([tuple(b.tokens.shape) for b in batches])
+        weights += sum(float(b.weights.sum()) for b in batches)
+        rows += [t for b in batches for t, w in zip(b.tokens, b.weights, strict=True) if w.any()]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert weights == 7 * 16
+    assert torch.equal(torch.cat(rows), torch.from_numpy(source.tokens[: 7 * 16]))
