@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from llmtrain.config.schema import SourceConfig
 from llmtrain.data.formats import open_source
+from llmtrain.data.formats.maps import POOL
 from llmtrain.data.streaming import import_streaming
 
 pytestmark = pytest.mark.dist
@@ -116,3 +118,15 @@ def test_reading_after_a_fork(tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+def test_fork_while_a_lock_is_held(tmp_path):
+    """A child made while another thread holds the lock of the maps can still open files."""
+    np.save(tmp_path / "a.npy", np.arange(9, dtype=np.uint16))
+    source = open_source("s", SourceConfig(str(tmp_path)), eos_id=None)
+    with POOL._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if source.read(8, 9)[0] == 8 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
