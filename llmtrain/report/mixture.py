@@ -1,6 +1,6 @@
 """Realised against planned mixture.
 
-Planned shares come from the phases in ``plan.json``; realised ones from the cumulative tokens
+Planned shares come from the schedule in ``plan.json``; realised ones from the cumulative tokens
 per source in the step records. Both are taken over exactly the same stretches, the ones between
 logged steps, so that a difference is a difference and not a matter of where one looked.
 """
@@ -10,24 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
+from llmtrain.errors import LlmtrainError
 from llmtrain.report.read import Floats, Run, lookup, number
 
 WINDOWS = 120  # most points of a curve
 FEW_WINDOWS = 12
 WINDOW_SAMPLES = 1024  # a window of fewer samples shows little but the shuffle inside blocks
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch [start, end) of samples. first, last: weights at its ends, source -> share."""
-
-    start: float
-    end: float
-    first: dict[str, float]
-    last: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -60,32 +53,41 @@ class Mixture:
     phases: list[PhaseShares]
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """edges: [m + 1] samples; taken: [m + 1, sources] planned samples before each edge."""
+
+    edges: Floats
+    taken: Floats
+
+    def shares(self, low: Floats, high: Floats) -> Floats:
+        """Mean planned shares over samples [low, high): [n, sources]; NaN beyond the plan."""
+        columns = [
+            np.interp(high, self.edges, column, right=math.nan) - np.interp(low, self.edges, column)
+            for column in self.taken.T
+        ]
+        return np.stack(columns, axis=1) / (high - low)[:, None]
+
+
 def mixture(run: Run) -> Mixture | None:
     """The mixture of a run, or None where its records count no sources."""
     names = run.sources
     position, tokens, counts = _cumulative(run, names)
     if len(position) < 2 or counts[-1].sum() <= 0:
         return None
-    phases = _phases(run)
     windows = min(max(FEW_WINDOWS, int(position[-1]) // WINDOW_SAMPLES), WINDOWS, len(position) - 1)
-    at = np.unique(np.linspace(0, len(position) - 1, windows + 1).round())
-    cut = at.astype(np.int64)
+    cut = np.unique(np.linspace(0, len(position) - 1, windows + 1).round()).astype(np.int64)
     moved = np.diff(counts[cut], axis=0)
-    total = moved.sum(axis=1)
-    good = total > 0
-    shares = moved[good] / total[good, None]
-    planned = np.array(
-        [
-            [_planned(phases, name, position[a], position[b]) for name in names]
-            for a, b in zip(cut[:-1][good], cut[1:][good], strict=True)
-        ]
-    )
-    middle = (tokens[cut[:-1]] + tokens[cut[1:]])[good] / 2
+    good = moved.sum(axis=1) > 0
+    low, high = cut[:-1][good], cut[1:][good]
+    shares = moved[good] / moved[good].sum(axis=1, keepdims=True)
+    schedule = _schedule(run, names)
+    planned = schedule.shares(position[low], position[high]) if schedule else None
     return Mixture(
-        middle,
+        (tokens[low] + tokens[high]) / 2,
         {name: shares[:, i] for i, name in enumerate(names)},
-        {name: planned[:, i] for i, name in enumerate(names)} if phases else {},
-        _by_phase(phases, names, position, tokens, counts),
+        {} if planned is None else {name: planned[:, i] for i, name in enumerate(names)},
+        _by_phase(run, schedule, position, tokens, counts),
     )
 
 
@@ -102,68 +104,75 @@ def _cumulative(run: Run, names: Sequence[str]) -> tuple[Floats, Floats, Floats]
     table = np.array([[0.0] * (len(names) + 2), *rows], dtype=np.float64)
     table[:, 2:] = np.nan_to_num(table[:, 2:])
     table = table[np.isfinite(table).all(axis=1)]
+    grows = table[1:, 0] > np.maximum.accumulate(table[:, 0])[:-1]
+    table = table[np.concatenate([[True], grows])]
     return table[:, 0], table[:, 1], table[:, 2:]
 
 
-def _phases(run: Run) -> list[Phase]:
-    """Phases of ``plan.json`` with weights that sum to 1; empty where there are none."""
-    found: list[Phase] = []
-    start, before = 0.0, None
-    entries = run.plan.get("phases")
-    for entry in entries if isinstance(entries, list) else ():
-        end = number(lookup(entry, "end_sample"))
-        weights = _normalised(lookup(entry, "weights"))
-        if not (math.isfinite(end) and weights):
-            return []
-        linear = lookup(entry, "ramp") == "linear" and before is not None
-        first = before if linear and before is not None else weights
-        found.append(Phase(start, end, first, weights))
-        start, before = end, weights
-    return found
+def _schedule(run: Run, names: Sequence[str]) -> _Schedule | None:
+    """The stretches of constant weights in ``plan.json``; None where there are none.
+
+    ``realised`` there is the schedule in force, which is the configured one unless a resume
+    changed its future.
+    """
+    stretches = run.plan.get("realised") or run.plan.get("configured")
+    edges, taken = [0.0], [np.zeros(len(names))]
+    for stretch in stretches if isinstance(stretches, list) else ():
+        stop, weights = number(lookup(stretch, "stop")), lookup(stretch, "weights")
+        if not isinstance(weights, dict) or not stop > edges[-1]:
+            return None
+        share = np.array([_fraction(weights.get(name, 0)) for name in names])
+        taken.append(taken[-1] + share * (stop - edges[-1]))
+        edges.append(stop)
+    return _Schedule(np.array(edges), np.array(taken)) if len(edges) > 1 else None
 
 
-def _normalised(weights: object) -> dict[str, float]:
-    if not isinstance(weights, dict):
-        return {}
-    total = math.fsum(number(w) for w in weights.values())
-    return {k: number(w) / total for k, w in weights.items()} if total > 0 else {}
+def _fraction(value: object) -> float:
+    try:
+        return float(Fraction(str(value)))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return math.nan
 
 
-def _planned(phases: Sequence[Phase], name: str, start: float, end: float) -> float:
-    """Mean planned share of a source over samples [start, end)."""
-    total = covered = 0.0
-    for phase in phases:
-        low, high = max(start, phase.start), min(end, phase.end)
-        if high <= low:
-            continue
-        first, last = phase.first.get(name, 0.0), phase.last.get(name, 0.0)
-        middle = ((low + high) / 2 - phase.start) / (phase.end - phase.start)
-        total += (first + (last - first) * middle) * (high - low)
-        covered += high - low
-    return total / covered if covered else math.nan
+def _phase_edges(run: Run, schedule: _Schedule | None, seen: float) -> list[float]:
+    """Samples where phases begin and end: the config's, as a ramp has many stretches."""
+    from llmtrain.config import load_config
+
+    if schedule is None:
+        return [0.0, seen]
+    total = float(schedule.edges[-1])
+    try:
+        cfg = load_config(run.path / "config.yaml")
+    except LlmtrainError:
+        return [0.0, total]
+    batch = cfg.train.global_batch_size
+    ends = [
+        phase.until.samples(cfg.data.seq_len, batch, int(total) // batch)
+        for phase in cfg.data.phases[:-1]
+    ]
+    return sorted({0.0, *(float(end) for end in ends if 0 < end < total), total})
 
 
 def _by_phase(
-    phases: Sequence[Phase], names: Sequence[str], position: Floats, tokens: Floats, counts: Floats
+    run: Run, schedule: _Schedule | None, position: Floats, tokens: Floats, counts: Floats
 ) -> list[PhaseShares]:
-    """Shares per phase between the logged steps nearest inside its ends; one row without plan."""
-    whole = Phase(0.0, float(position[-1]), {}, {})
+    """Shares per phase between the logged steps nearest inside its ends."""
+    edges = _phase_edges(run, schedule, float(position[-1]))
     rows = []
-    for i, phase in enumerate(phases or [whole], 1):
-        a = int(np.searchsorted(position, phase.start, side="left"))
-        b = int(np.searchsorted(position, phase.end, side="right")) - 1
-        if b <= a:
+    for i, (start, end) in enumerate(pairwise(edges), 1):
+        a = int(np.searchsorted(position, start, side="left"))
+        b = int(np.searchsorted(position, end, side="right")) - 1
+        total = float((counts[b] - counts[a]).sum()) if a < b else 0.0
+        if total <= 0:
             continue
-        moved = counts[b] - counts[a]
-        total = float(moved.sum())
+        planned = np.full((1, counts.shape[1]), math.nan)
+        if schedule is not None:
+            planned = schedule.shares(position[a : a + 1], position[b : b + 1])
         shares = [
-            Share(
-                name,
-                _planned(phases, name, float(position[a]), float(position[b])),
-                float(moved[j]) / total if total else math.nan,
-                float(moved[j]),
+            Share(name, float(planned[0, j]), moved / total, moved)
+            for j, (name, moved) in enumerate(
+                zip(run.sources, (counts[b] - counts[a]).tolist(), strict=True)
             )
-            for j, name in enumerate(names)
         ]
         rows.append(PhaseShares(i, float(tokens[a]), float(tokens[b]), shares))
     return rows

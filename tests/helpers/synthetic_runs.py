@@ -8,19 +8,19 @@ import random
 from pathlib import Path
 from typing import Any
 
+from llmtrain.config import from_dict, to_yaml
+from llmtrain.data.phases import stretches_of, to_json
+
 SEQ_LEN, BATCH = 256, 32
 SOURCES = {"code": (2.1, 6.2), "docs": (3.0, 6.6), "math": (1.3, 4.4)}  # final loss, unigram
-PHASES = [
-    {"end_sample": 0.8, "weights": {"code": 0.5, "docs": 0.4, "math": 0.1}, "ramp": "step"},
-    {"end_sample": 1.0, "weights": {"code": 0.2, "docs": 0.4, "math": 0.4}, "ramp": "linear"},
-]
+BEFORE = {"code": 0.5, "docs": 0.4, "math": 0.1}
+AFTER = {"code": 0.2, "docs": 0.4, "math": 0.4}
 
 
 def share(position: float) -> dict[str, float]:
-    """Weights of the two phases at a fraction of the run."""
-    first, second = PHASES[0]["weights"], PHASES[1]["weights"]
+    """Weights at a fraction of the run: constant up to 0.8, then on a straight line."""
     part = min(max((position - 0.8) / 0.2, 0.0), 1.0)
-    return {name: first[name] + (second[name] - first[name]) * part for name in first}
+    return {name: BEFORE[name] + (AFTER[name] - BEFORE[name]) * part for name in BEFORE}
 
 
 def records(
@@ -100,13 +100,26 @@ def write_run(folder: Path, lines: list[dict[str, Any]], lr: float = 2e-3) -> Pa
     steps = max((r["step"] for r in lines), default=0)
     text = "".join(json.dumps(r) + "\n" for r in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    config = (
-        f"name: {folder.name}\noptim:\n  lr: {lr}\n  name: adamw\ndata:\n  corpus: corpus\n"
-        "eval:\n  prompts:\n  - '<b>bold</b> & co'\n"
+    cfg = from_dict(
+        {
+            "name": folder.name,
+            "optim": {"lr": lr},
+            "train": {"duration": f"{max(steps, 1)}step", "global_batch_size": BATCH},
+            "data": {
+                "corpus": "corpus",
+                "seq_len": SEQ_LEN,
+                "block_size": 32,
+                "phases": [
+                    {"until": "0.8dur", "weights": BEFORE},
+                    {"until": "1dur", "weights": AFTER, "ramp": "linear"},
+                ],
+            },
+            "eval": {"prompts": ["<b>bold</b> & co"]},
+        }
     )
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    phases = [{**phase, "end_sample": int(phase["end_sample"] * steps * BATCH)} for phase in PHASES]
-    (folder / "plan.json").write_text(json.dumps({"phases": phases}), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    plan = {"realised": to_json(stretches_of(cfg, max(steps, 1) * BATCH))}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return folder
 
 

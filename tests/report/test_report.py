@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.synthetic_runs import PHASES, SOURCES, records, share, write_corpus, write_run
+from helpers.synthetic_runs import SOURCES, records, share, write_corpus, write_run
 
 from llmtrain.cli import report as command
 from llmtrain.errors import DataError, EnvironmentFault
@@ -276,14 +276,25 @@ def test_mixture_against_a_numerical_integral(run: Path) -> None:
 
 
 def test_a_mixture_off_its_plan_shows(run: Path) -> None:
-    plan = {"phases": [{"end_sample": 300 * 32, "weights": {"code": 9, "docs": 0, "math": 1}}]}
+    stretch = {"start": 0, "stop": 300 * 32, "weights": {"code": "9/10", "math": "1/10"}}
+    plan = {"configured": [stretch]}
     (run / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     mix = mixture(read_run(run))
     assert mix is not None
     code = next(s for s in mix.phases[0].shares if s.source == "code")
     assert code.planned == pytest.approx(0.9)
-    assert code.realised == pytest.approx(0.8 * 0.5 + 0.2 * 0.35, abs=1e-3)
-    assert PHASES[0]["weights"]["code"] == 0.5
+    assert code.realised == pytest.approx(0.5, abs=1e-3)
+    assert mix.planned["docs"].tolist() == [0.0] * len(mix.x)
+
+
+def test_a_run_without_a_plan_still_shows_what_came(run: Path) -> None:
+    (run / "plan.json").write_text("{}", encoding="utf-8")
+    mix = mixture(read_run(run))
+    assert mix is not None
+    assert mix.planned == {}
+    (phase,) = mix.phases
+    assert [s.source for s in phase.shares] == list(SOURCES)
+    assert phase.shares[0].realised == pytest.approx(0.8 * 0.5 + 0.2 * 0.35, abs=1e-3)
 
 
 def test_thinning_keeps_the_extremes_and_the_ends() -> None:
