@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmtrain.config.schema import LossConfig
 from llmtrain.linear import Matmul
+from llmtrain.ops import cross_entropy_
 
 
 class HeadLike(Protocol):
@@ -55,34 +56,6 @@ class _Terms:
     grad: bool
 
 
-def _chunk_loss(
-    logits: Tensor, targets: Tensor, weights: Tensor, terms: _Terms, grad: bool
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """nll, loss and z-loss per token, all [n], unweighted.
-
-    logits: [n, padded]; overwritten with the gradient of the weighted loss if ``grad``.
-    """
-    real = logits[:, : terms.vocab_size].float()
-    log_prob = torch.log_softmax(real, -1)
-    index = targets[:, None]
-    nll = -log_prob.gather(1, index).squeeze(1)
-    lse = real.gather(1, index).squeeze(1) + nll
-    loss, z = nll, terms.z_loss * lse.square()
-    if terms.smoothing:
-        loss = (1 - terms.smoothing) * nll - terms.smoothing * log_prob.mean(-1)
-    if grad:
-        slope = log_prob.exp_()
-        if terms.z_loss:
-            slope.mul_((1 + 2 * terms.z_loss * lse)[:, None])
-        if terms.smoothing:
-            slope.sub_(terms.smoothing / terms.vocab_size)
-        hit = slope.new_full((1, 1), terms.smoothing - 1).expand_as(index)
-        slope.scatter_add_(1, index, hit).mul_(weights[:, None])
-        logits[:, : terms.vocab_size] = slope
-        logits[:, terms.vocab_size :] = 0
-    return nll, loss + z, z
-
-
 class _HeadLoss(torch.autograd.Function):
     """(sum of weighted losses, nll [n], z part) of hidden [n, d]; weights carry 1/denominator."""
 
@@ -101,14 +74,20 @@ class _HeadLoss(torch.autograd.Function):
         matmul = terms.matmul
         x = hidden.to(matmul.dtype)
         nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        loss, z = torch.empty_like(nll), torch.zeros_like(nll)
+        loss, z = torch.empty_like(nll), torch.empty_like(nll)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = None
         for start in range(0, len(x), terms.chunk):
             part = slice(start, start + terms.chunk)
             logits = matmul.fprop(x[part], operand, None)
-            nll[part], loss[part], z[part] = _chunk_loss(
-                logits, targets[part], weights[part], terms, needs_hidden or needs_weight
+            nll[part], loss[part], z[part] = cross_entropy_(
+                logits,
+                targets[part],
+                weights[part],
+                terms.vocab_size,
+                terms.z_loss,
+                terms.smoothing,
+                needs_hidden or needs_weight,
             )
             if d_hidden is not None:
                 d_hidden[part] = matmul.dgrad(logits, operand)

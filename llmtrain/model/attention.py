@@ -6,14 +6,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm
-from llmtrain.model.rotary import rotate, split_rotary
+from llmtrain.ops import causal_attention, rotate, split_rotary
 
 
 @cache
@@ -23,19 +22,12 @@ def _flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. q: [b, s, h, d], k and v: [b, s, g, d] -> [b, s, h, d].
-
-    mask: see ``AttentionContext``.
-    """
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is None or isinstance(mask, Tensor):
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
-    else:
-        out = _flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. q: [b, h, s, d], k and v: [b, g, s, d] -> [b, s, h, d]."""
+    if context.block_mask is None:
+        return causal_attention(q, k, v, context.first)
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = _flex_attention()(q, k, v, block_mask=context.block_mask, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -74,10 +66,11 @@ class Attention(nn.Module):
             q, k, v = self._split(qkv)
             if context.rotary is not None:
                 q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        out: Tensor = self.out(attend(q, k, v, context.mask).reshape(b, s, -1))
+        out: Tensor = self.out(attend(q, k, v, context).reshape(b, s, -1))
         return out
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [b, h, s, d], k and v [b, g, s, d] of qkv [b, s, g, h / g + 2, d], normalised."""
         b, s = qkv.shape[:2]
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         q = q.reshape(b, s, self.n_heads, self.d_head)
@@ -87,4 +80,4 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             q = q.view(b, s, self.n_heads, self.d_head)
             k = k.view(b, s, self.n_groups, self.d_head)
-        return q, k, v
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -42,8 +42,9 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.pre_norm:
-            x = x + self.attention(self.attention_norm(x), context)
-            x = x + self.mlp(self.mlp_norm(x))
+            x, normed = self.attention_norm.after(x, None)
+            x, normed = self.mlp_norm.after(x, self.attention(normed, context))
+            x = x + self.mlp(normed)
         else:
             x = x + self.attention_norm(self.attention(x, context))
             x = x + self.mlp_norm(self.mlp(x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul, OperandCache, apply_linear, matmul_for
 from llmtrain.model.block import RECOMPUTE_MODES, Block
-from llmtrain.model.masks import AttentionContext, document_mask
+from llmtrain.model.masks import AttentionContext, document_block_mask, first_of_document
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import rotary_table
@@ -118,20 +118,24 @@ class Decoder(nn.Module):
         if self.cfg.position == "learned":
             index = torch.arange(tokens.shape[1], device=tokens.device)
             x = x + self.position_embedding(index if positions is None else positions)
-        context = AttentionContext(
-            self._rotary(positions, x), None if doc_ids is None else document_mask(doc_ids)
-        )
+        context = self._context(positions, doc_ids, x)
         for block in self.blocks:
             x = block(x, context)
         hidden = self.final_norm(x)
         return self.head(hidden) if head_fn is None else head_fn(hidden, self.head)
 
-    def _rotary(self, positions: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _context(
+        self, positions: Tensor | None, doc_ids: Tensor | None, x: Tensor
+    ) -> AttentionContext:
+        first = None if doc_ids is None else first_of_document(doc_ids)
+        # flex_attention skips blocks between documents, but has no backward on the CPU.
+        block_mask = document_block_mask(first) if first is not None and first.is_cuda else None
         if self.cfg.position != "rope":
-            return None
+            return AttentionContext(None, first, block_mask)
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
         length = x.shape[1] if positions is None else max(x.shape[1], self.cfg.max_seq_len)
-        return rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, x)
+        rotary = rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, x.device)
+        return AttentionContext(rotary, first, block_mask)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:

@@ -1,43 +1,42 @@
-"""Attention masks: which earlier positions a position sees."""
+"""What all blocks of one forward share: rotary tables and the bounds of documents."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all blocks of one forward share.
-
-    rotary: (cos, sin) of ``rotary_table``, or None. mask: None for plain causal attention, a
-    bool tensor [b, 1, s, s] (True: sees) for SDPA, or a flex_attention BlockMask.
-    """
+    """rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s] int32, the first key each
+    query sees, or None for plain causal attention. block_mask: the same as a BlockMask where
+    flex_attention runs it."""
 
     rotary: tuple[Tensor, Tensor] | None
-    mask: Any
+    first: Tensor | None = None
+    block_mask: Any = None
 
 
-def document_mask(doc_ids: Tensor) -> Any:
-    """Causal attention inside documents. doc_ids: [b, s] integers, constant in a document.
+def first_of_document(doc_ids: Tensor) -> Tensor:
+    """Position at which the document of each position begins.
 
-    Positions see the earlier ones (and themselves) that carry the same number. On CUDA a
-    BlockMask for compiled flex_attention, which skips empty blocks; elsewhere, where
-    flex_attention has no backward, a bool mask [b, 1, s, s].
+    doc_ids: [b, s] integers; a document is a run of equal numbers. Returns [b, s] int32.
     """
-    if doc_ids.is_cuda:
-        return _block_mask(doc_ids)
-    same = doc_ids[:, None, :, None] == doc_ids[:, None, None, :]
-    return same.tril_()
+    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
-def _block_mask(doc_ids: Tensor) -> Any:
+def document_block_mask(first: Tensor) -> Any:
+    """BlockMask of causal attention from ``first`` [b, s] on, for flex_attention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
+        return (k <= q) & (k >= first[b, q])
 
-    b, s = doc_ids.shape
-    return create_block_mask(sees, b, None, s, s, device=doc_ids.device)
+    b, s = first.shape
+    return create_block_mask(sees, b, None, s, s, device=str(first.device))

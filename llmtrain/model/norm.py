@@ -1,10 +1,12 @@
-"""RMSNorm and LayerNorm with statistics in float32."""
+"""RMSNorm and LayerNorm with statistics in float32, alone or after a residual addition."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmtrain.ops import add_rms_norm, rms_norm
 
 
 class Norm(nn.Module):
@@ -22,12 +24,21 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
         if self.kind == "rmsnorm":
-            out = F.rms_norm(x, (self.width,), weight, self.eps)
-            return out if self.bias is None else out + self.bias.to(x.dtype)
+            return self._biased(rms_norm(x, self.weight, self.eps))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
+        return F.layer_norm(x, (self.width,), self.weight.to(x.dtype), bias, self.eps)
+
+    def after(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream x + branch (x where branch is None) and its normalisation."""
+        if self.kind == "rmsnorm":
+            total, out = add_rms_norm(x, branch, self.weight, self.eps)
+            return total, self._biased(out)
+        total = x if branch is None else x + branch
+        return total, self(total)
+
+    def _biased(self, x: Tensor) -> Tensor:
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.kind}, eps={self.eps:g}, bias={self.bias is not None}"

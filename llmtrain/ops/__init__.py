@@ -1,0 +1,31 @@
+"""Fused operators: the Python face of ``csrc/`` with their plain PyTorch references.
+
+Each module here holds one operator three times: a reference in plain PyTorch, an autograd
+function over the compiled kernels, and the public function that picks between them by device
+and dtype. Without the compiled library (``python -m llmtrain.ops.build``) everything runs on the
+references: the same numbers to round-off, slower.
+"""
+
+from llmtrain.ops.attention import attention_reference, causal_attention
+from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.native import kernels_line, native_loaded
+from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
+from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
+from llmtrain.ops.swiglu import swiglu, swiglu_reference
+
+__all__ = [
+    "add_rms_norm",
+    "attention_reference",
+    "causal_attention",
+    "cross_entropy_",
+    "cross_entropy_reference_",
+    "kernels_line",
+    "native_loaded",
+    "rms_norm",
+    "rms_norm_reference",
+    "rotate",
+    "split_rotary",
+    "split_rotary_reference",
+    "swiglu",
+    "swiglu_reference",
+]

@@ -1,0 +1,59 @@
+"""Causal attention, plain or confined to documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtrain.ops.native import attention_usable, kernels
+
+
+def visible(first: Tensor) -> Tensor:
+    """Bool mask [b, 1, s, s], True where query i sees key j: first[b, i] <= j <= i."""
+    key = torch.arange(first.shape[1], device=first.device)
+    return ((key >= first[:, :, None]) & (key <= key[:, None]))[:, None]
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> Tensor:
+    """``causal_attention`` through scaled_dot_product_attention."""
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if first is None else visible(first),
+        is_causal=first is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    ).transpose(1, 2)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out, lse = kernels().attention(q, k, v, first, q.shape[-1] ** -0.5)
+        ctx.save_for_backward(q, k, v, out, lse, first)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse, first = ctx.saved_tensors
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = kernels().attention_backward(grad, q, k, v, out, lse, first, scale)
+        return dq, dk, dv, None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over earlier positions, with float32 scores.
+
+    q: [b, h, s, d]; k, v: [b, g, s, d], g dividing h: query head i reads key head i g / h.
+    first: [b, s] int32, the first key each query sees (a document's first position), None for 0.
+    Returns [b, s, h, d].
+    """
+    if not attention_usable(q):
+        return attention_reference(q, k, v, first)
+    out: Tensor = _Native.apply(q, k, v, first)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,105 @@
+"""Compile the CPU kernels: ``python -m llmtrain.ops.build``.
+
+Needs g++ (or $CXX) and takes seconds: torch is used through its stable C++ interface, so the
+library also serves other torch versions from 2.11 on. Row kernels are compiled for several
+instruction sets and chosen on the machine they run on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llmtrain.errors import EnvironmentFault, LlmtrainError
+from llmtrain.ops.native import LIBRARY
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+
+COMMON = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter "
+    # g++ 12 takes the don't-care operands of its own vector intrinsics for uninitialised.
+    "-Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized"
+)
+# Vectorise the loops marked `omp simd` without OpenMP's threads; errno and traps of the
+# mathematical functions are not looked at.
+KERNEL = "-fopenmp-simd -fno-math-errno -fno-trapping-math"
+AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
+
+# Object: (source, flags). KERNEL_SET names the namespace.
+X86_OBJECTS = {
+    "rows_avx512": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
+    "rows_avx2": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "attention_amx": (
+        "attention.cpp",
+        f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    ),
+    "attention_avx512bf16": (
+        "attention.cpp",
+        f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16",
+    ),
+}
+OBJECTS = {"rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline")}
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the compiler {command[0]} does not start ({error.strerror}); install g++ or set CXX"
+        ) from None
+    if done.returncode:
+        raise EnvironmentFault(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+
+
+def build(target: Path = LIBRARY) -> Path:
+    """Compile and link the library, published by one rename. Raises EnvironmentFault."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    if not SOURCES.is_dir():
+        raise EnvironmentFault(f"{SOURCES} is missing: kernels are built in a source checkout")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    objects = dict(OBJECTS)
+    if platform.machine() in ("x86_64", "AMD64"):
+        objects.update(X86_OBJECTS)
+    headers = " ".join(f"-I{path}" for path in include_paths())
+    # Only what torch 2.11 has; the library runs with it and with every later one.
+    objects["ops"] = ("ops.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        commands = [
+            [
+                *(*compiler, *f"{COMMON} {flags}".split()),
+                *("-c", str(SOURCES / source), "-o", f"{folder}/{name}.o"),
+            ]
+            for name, (source, flags) in objects.items()
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(_run, commands))
+        library = f"{folder}/{target.name}"
+        torch_libraries = str(Path(torch.__file__).parent / "lib")
+        parts = [f"{folder}/{name}.o" for name in objects]
+        links = [f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"]
+        _run([*compiler, "-shared", "-o", library, *parts, *links])
+        os.replace(library, target)
+    return target
+
+
+def main() -> int:
+    """Build; without a compiler say so in one line. Returns the exit code."""
+    try:
+        print(f"built {build()}")
+    except LlmtrainError as error:
+        print(f"llmtrain: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

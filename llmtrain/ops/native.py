@@ -1,0 +1,64 @@
+"""The compiled library: found, loaded once, and asked what it can do here."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+
+
+@cache
+def _load() -> str | None:
+    """Load the library. Returns None, or one clause that says why it is not there."""
+    if not LIBRARY.exists():
+        return "not built; run: make build"
+    try:
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"does not load ({error}); run: make build"
+    return None
+
+
+def native_loaded() -> bool:
+    """Whether the compiled kernels are in use."""
+    return _load() is None
+
+
+def kernels_line() -> str:
+    """One line for the log: which kernels run on the CPU, or why they do not."""
+    missing = _load()
+    if missing is not None:
+        return f"CPU kernels: plain PyTorch, slower (the compiled library is {missing})"
+    return f"CPU kernels: compiled, {torch.ops.llmtrain.kernel_set()}"
+
+
+def kernels() -> Any:
+    """The loaded operators, ``torch.ops.llmtrain``."""
+    return torch.ops.llmtrain
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the compiled kernels take ``x``: on the CPU, float32 or bfloat16, and not under
+    torch.compile, which fuses the references itself."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and _load() is None
+    )
+
+
+@cache
+def _attention_ready() -> bool:
+    return _load() is None and bool(torch.ops.llmtrain.has_attention())
+
+
+def attention_usable(q: Tensor) -> bool:
+    """Whether compiled attention takes queries ``q`` [..., d]: bfloat16 on a processor with
+    bfloat16 products, d a multiple of 32."""
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and usable(q) and _attention_ready()
