@@ -109,7 +109,8 @@ def continue_schedule(
         raise DataError(
             f"data.phases or data.weights: the schedule differs from sample {difference} on, but "
             f"{consumed} samples have been seen; only the future may change. Put the earlier "
-            "weights back, or start a new run with checkpoint.resume=never and another name"
+            "weights back (phases in dur move with train.duration), or start a new run under "
+            "another name"
         )
     turn = realised.block_end(difference)
     past = [
