@@ -15,14 +15,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
 LOG := $(VENV)/install.log
+KERNELS := llmtrain/ops/_cpu.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu check format docs clean
+.PHONY: help install build quickstart test test-gpu check format docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
 
-install: $(INSTALLED)  ## virtual environment with everything but GPU kernels
+install: $(KERNELS)  ## virtual environment with everything, and the CPU kernels
+	@:
+
+build: $(KERNELS)  ## compile the CPU kernels (needs g++ or CXX); all runs without, slower
 	@:
 
 $(BIN)/python:
@@ -45,7 +49,12 @@ $(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
 	    | tail -n 25 >&2; echo "installation failed; all of it is in $(LOG)" >&2; exit 1; }
 	@touch $@
 
-quickstart: $(INSTALLED)  ## prepare a corpus, train a small model on it, write the report
+# A machine without a compiler goes on with the PyTorch references.
+$(KERNELS): $(INSTALLED) $(wildcard csrc/cpu/*)
+	@echo "== compiling the CPU kernels"
+	@$(BIN)/python -m llmtrain.ops.build || echo "going on without them: the same, slower"
+
+quickstart: $(KERNELS)  ## prepare a corpus, train a small model on it, write the report
 	@echo "== 1/3 the corpus: text that every Python installation carries"
 	@$(BIN)/llmtrain data prepare configs/quickstart.yaml
 	@echo "== 2/3 training"
@@ -59,10 +68,10 @@ quickstart: $(INSTALLED)  ## prepare a corpus, train a small model on it, write 
 	@echo "report       runs/quickstart/report.html (open it in a browser)"
 	@echo "next         docs/quickstart.md"
 
-test: $(INSTALLED)  ## the tests that need no GPU
+test: $(KERNELS)  ## the tests that need no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
-test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## lint, format, types

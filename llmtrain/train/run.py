@@ -17,6 +17,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
+from llmtrain.ops import kernels_line
 from llmtrain.parallel import World, build_mesh, close_world, init_world
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
@@ -139,6 +140,8 @@ def _preamble(
     counts = param_counts(model_cfg)
     batch = cfg.train.global_batch_size
     console.say(tier_line(world.device, precision))
+    if world.device.type == "cpu":
+        console.say(kernels_line())
     console.say(
         f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
         f"without embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
