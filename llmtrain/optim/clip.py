@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
 
 
 def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:
@@ -24,3 +26,27 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, bound: float) -
         return
     grads = [p.grad for p in params if p.grad is not None]
     torch._foreach_mul_(grads, bound / float(norm))
+
+
+def clipped_step(
+    optimizer: Optimizer, params: Iterable[nn.Parameter], norm: Tensor, bound: float | None
+) -> None:
+    """One update with the gradients scaled by min(1, bound / norm). norm: ``gradient_norm``.
+
+    The fused AdamW kernel scales while it reads, which saves a pass over all gradients; it knows
+    plain tensors only, so sharded gradients and other optimizers are scaled first.
+    """
+    listed = list(params)
+    if bound is None or float(norm) <= bound:
+        optimizer.step()
+        return
+    if not isinstance(optimizer, AdamW) or any(isinstance(p, DTensor) for p in listed):
+        clip_gradients(listed, norm, bound)
+        optimizer.step()
+        return
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = norm / bound, torch.zeros_like(norm)
+    try:
+        optimizer.step()
+    finally:
+        fused.grad_scale = fused.found_inf = None

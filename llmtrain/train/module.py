@@ -23,7 +23,7 @@ from llmtrain.optim import (
     Schedule,
     build_groups,
     build_optimizer,
-    clip_gradients,
+    clipped_step,
     create_state,
     gradient_norm,
     set_learning_rate,
@@ -122,10 +122,8 @@ class TrainModule:
 
     def update(self, norm: Tensor, lr: float) -> None:
         """Clip, then one optimizer update at learning rate ``lr``; gradients are freed."""
-        if self.cfg.optim.clip_norm is not None:
-            clip_gradients(self.params.values(), norm, self.cfg.optim.clip_norm)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        clipped_step(self.optimizer, self.params.values(), norm, self.cfg.optim.clip_norm)
         self.drop_gradients()
 
     def drop_gradients(self) -> None:

@@ -12,6 +12,7 @@ from llmtrain.optim import (
     build_groups,
     build_optimizer,
     clip_gradients,
+    clipped_step,
     create_state,
     gradient_norm,
     groups_table,
@@ -149,3 +150,28 @@ def test_an_update_advances_the_version_of_every_parameter(name: str) -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert all(p._version > before[k] for k, p in params.items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("bound", [None, 0.5, 100.0])
+def test_a_clipped_step_is_clipping_then_stepping(name: str, bound: float | None) -> None:
+    results = []
+    for together in (True, False):
+        cfg = OptimConfig(name=name, lr=0.1)
+        params = parameters()
+        optimizer = build_optimizer(build_groups(params, ROLES, cfg), cfg)
+        create_state(optimizer)
+        torch.manual_seed(11)
+        for _ in range(3):
+            for p in params.values():
+                p.grad = torch.randn_like(p)
+            norm = gradient_norm(params.values())
+            if together:
+                clipped_step(optimizer, params.values(), norm, bound)
+            else:
+                if bound is not None:
+                    clip_gradients(params.values(), norm, bound)
+                optimizer.step()
+        results.append({**params, **state_tensors(optimizer, params)})
+    for key, value in results[0].items():
+        torch.testing.assert_close(value.detach(), results[1][key].detach(), atol=1e-6, rtol=1e-5)
