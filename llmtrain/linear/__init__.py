@@ -8,12 +8,13 @@ factor; none exists yet.
 
 from llmtrain.linear.function import apply_linear
 from llmtrain.linear.linear import Linear, OperandCache
-from llmtrain.linear.matmul import BF16, FP32, Matmul, matmul_for
+from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.placement import Placement
 
 __all__ = [
     "BF16",
     "FP32",
+    "FP32_ONEDNN",
     "Linear",
     "Matmul",
     "OperandCache",

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llmtrain.linear.function import apply_linear
 from llmtrain.linear.matmul import FP32, Matmul
 from llmtrain.linear.placement import Placement
+
+
+def _advance_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
+
+
+# Fused optimizers (torch 2.13) write parameters without advancing their version counters, which
+# autograd's own check for changed weights relies on as much as OperandCache does.
+register_optimizer_step_post_hook(_advance_versions)
 
 
 class OperandCache:
@@ -15,7 +30,8 @@ class OperandCache:
 
     Micro-batches, recomputed forwards and backward share the copy, and its memory is reused when
     the parameter changes. Changes are seen through the parameter's version counter, which every
-    in-place operation on the parameter advances; writing through ``.data`` does not.
+    in-place operation on the parameter and every optimizer step advances; writing through
+    ``.data`` does not.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,8 @@ A ``Matmul`` is stateless. It works on local two-dimensional tensors: x [n, in],
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -61,13 +63,57 @@ class DenseMatmul:
         return (grad.t() @ x).to(dtype)
 
 
+class OneDNNMatmul(DenseMatmul):
+    """Float32 products on the CPU through oneDNN instead of torch's default, MKL.
+
+    On AMD processors MKL takes a slow path, and oneDNN is about twice as fast at the same
+    precision; on Intel they are level.
+    """
+
+    def _product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a b^T + bias."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return out
+
+    def _takes(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+
+    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(x, weight, bias) if self._takes(x) else super().fprop(x, weight, bias)
+
+    def dgrad(self, grad: Tensor, weight: Tensor) -> Tensor:
+        if not self._takes(grad):
+            return super().dgrad(grad, weight)
+        return self._product(grad, weight.t())
+
+    def wgrad(self, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self._takes(grad):
+            return super().wgrad(grad, x, dtype)
+        return self._product(grad.t(), x.t()).to(dtype)
+
+
 FP32 = DenseMatmul("fp32", torch.float32)
+FP32_ONEDNN = OneDNNMatmul("fp32 (oneDNN)", torch.float32)
 BF16 = DenseMatmul("bf16", torch.bfloat16)
 
 
+@cache
+def _prefers_onednn() -> bool:
+    # By vendor and not by a measurement: the same machine must always get the same bits.
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return amd and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
 def matmul_for(dtype: torch.dtype) -> Matmul:
-    """The plain matmul of a compute dtype: float32 or bfloat16."""
-    found = {m.dtype: m for m in (FP32, BF16)}.get(dtype)
-    if found is None:
-        raise ValueError(f"no matmul computes in {dtype}")
-    return found
+    """The plain matmul of a compute dtype: float32 or bfloat16.
+
+    Raises ValueError for any other dtype. Float32 goes through oneDNN on AMD processors.
+    """
+    if dtype == torch.bfloat16:
+        return BF16
+    if dtype == torch.float32:
+        return FP32_ONEDNN if _prefers_onednn() else FP32
+    raise ValueError(f"no matmul computes in {dtype}; there are float32 and bfloat16")
