@@ -40,6 +40,15 @@ class Catalogue:
                 hint = did_you_mean(name, self.train, f"the sources are {', '.join(self.train)}")
                 raise DataError(f"data: weights name the source {name!r}, which is unknown; {hint}")
 
+    def unigram_losses(self) -> dict[str, float]:
+        """Held-out nats per token of a model that knows token frequencies only, by source."""
+        found: dict[str, float] = {}
+        for name, entry in self.manifest.get("sources", {}).items():
+            value = entry["heldout"].get("unigram_loss_nats")
+            if value is not None and entry["heldout"]["tokens"] and name in self.heldout:
+                found[name] = float(value)
+        return found
+
     def open_train(self, name: str) -> TokenSource:
         """The token stream to train on."""
         return self._open(name, self.train[name])

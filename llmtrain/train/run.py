@@ -21,7 +21,7 @@ from llmtrain.ops import kernels_line
 from llmtrain.parallel import World, build_mesh, close_world, init_world
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
-from llmtrain.train.console import Console, human
+from llmtrain.train.console import Console, human, table
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.hooks import load_hooks
 from llmtrain.train.metrics import build_loggers
@@ -94,6 +94,7 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
             _write_run_files(cfg, trainer.plan)
         trainer.run(signals)
         _samples(cfg, trainer.module, trainer.plan, recorder, trainer.step_done)
+        _say_unigram(trainer)
         recorder.console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
     except LlmtrainError as error:
         recorder.event(trainer.step_done, str(error), quiet=True)
@@ -166,6 +167,18 @@ def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
     folder = run_folder(cfg)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(plan.state(), indent=1), encoding="utf-8")
+
+
+def _say_unigram(trainer: Trainer) -> None:
+    """The held-out loss beside that of a model which knows token frequencies only."""
+    unigram = trainer.plan.catalogue.unigram_losses()
+    rows = [("held-out", "loss", "unigram")]
+    for name, metrics in trainer.last_evaluation.items():
+        if name in unigram:
+            rows.append((name, f"{metrics['loss']:.4f}", f"{unigram[name]:.4f}"))
+    if len(rows) > 1:
+        for line in table(rows):
+            trainer.recorder.console.say(line)
 
 
 def _samples(

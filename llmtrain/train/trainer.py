@@ -61,6 +61,7 @@ class Trainer:
         self.guard = Guard(cfg.guard)
         self.schedule = module.schedule(self.clockwork.total)
         self.step_done = 0
+        self.last_evaluation: dict[str, dict[str, float]] = {}
 
     def run(self, signals: SignalWatch) -> None:
         """Train to the end. Raises Preempted after a signal (saved), GuardStop (not saved)."""
@@ -141,7 +142,7 @@ class Trainer:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out loss per domain, recorded and handed to the hooks."""
         self.recorder.pause()
-        metrics = self.evaluation.run(self.module)
+        metrics = self.last_evaluation = self.evaluation.run(self.module)
         self.recorder.evaluation(self.step_done, metrics)
         for hook in self.hooks:
             hook.on_eval(self, metrics)
