@@ -73,7 +73,13 @@ def entry() -> NoReturn:
     from llmtrain.cli.process import this_is_the_command
 
     this_is_the_command()
-    sys.exit(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # A gloo worker thread that still holds a tensor owned by Python would abort the
+        # interpreter on its way out and hide the exit code. All is closed and flushed by now.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
