@@ -99,17 +99,23 @@ def _domain_table(runs: Sequence[Run]) -> str:
     for run in runs:
         for d in domain_results(run):
             row = [d.name, fixed(d.loss), short(d.perplexity), fixed(d.bits_per_byte)]
-            rows.append([*([run.name] if len(runs) > 1 else []), *row, fixed(d.unigram)])
-    head = ["domain", "loss (nats/token)", "perplexity", "bits per byte", "unigram entropy"]
+            row += [fixed(d.unigram), fixed(d.unigram_loss)]
+            rows.append([*([run.name] if len(runs) > 1 else []), *row])
+    head = ["domain", "loss (nats/token)", "perplexity", "bits per byte"]
+    head += ["unigram entropy", "unigram loss"]
     if len(runs) > 1:
         rows.sort(key=lambda row: row[1])
         head = ["run", *head]
-    unknown = all(row[-1] == NOTHING for row in rows)
-    if unknown:
+    while rows and all(row[-1] == NOTHING for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     if not rows:
         return "<p class='empty'>no evaluation yet</p>"
-    return _table(head, rows, 2 if len(runs) > 1 else 1)
+    note = (
+        "<p class='note'>Unigram: what token frequencies alone give, without context; entropy: "
+        "those of the held-out text itself, loss: those of the training text.</p>"
+    )
+    table = _table(head, rows, 2 if len(runs) > 1 else 1)
+    return table + (note if head[-1].startswith("unigram") else "")
 
 
 def _losses(runs: Sequence[Run]) -> list[Chart]:

@@ -38,8 +38,9 @@ class Run:
     """What a run's folder says.
 
     steps, evals: records in order of their step, one per step. samples, events: records as
-    written. config: the YAML text. plan: ``plan.json``. unigram: domain -> entropy of the
-    token frequencies of its held-out text, nats per token. unreadable: lines left out.
+    written. config: the YAML text. plan: ``plan.json``. unigram, unigram_loss: domain -> nats
+    per token of its held-out text by token frequencies alone, its own (the entropy, which no
+    model without context goes below) or the training text's. unreadable: lines left out.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Run:
     config: str = ""
     plan: Record = field(default_factory=dict)
     unigram: dict[str, float] = field(default_factory=dict)
+    unigram_loss: dict[str, float] = field(default_factory=dict)
     unreadable: int = 0
 
     @property
@@ -123,6 +125,7 @@ def read_run(path: Path) -> Run:
         )
     records, unreadable = _read_records(metrics)
     text = _read_text(config)
+    manifest = _manifest(path, text)
     kinds: dict[str, list[Record]] = {
         kind: [r for r in records if r.get("kind") == kind]
         for kind in ("step", "eval", "sample", "event")
@@ -136,7 +139,8 @@ def read_run(path: Path) -> Run:
         events=kinds["event"],
         config=text,
         plan=_read_json(path / "plan.json"),
-        unigram=_unigram(path, text),
+        unigram=_by_domain(manifest, "unigram_entropy_nats"),
+        unigram_loss=_by_domain(manifest, "unigram_loss_nats"),
         unreadable=unreadable,
     )
 
@@ -219,21 +223,21 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def _unigram(run: Path, config: str) -> dict[str, float]:
-    """Unigram entropies from the corpus's manifest, where the corpus is still in reach."""
+def _manifest(run: Path, config: str) -> Record:
+    """The manifest of the run's corpus, where the corpus is still in reach; else empty."""
     corpus = lookup(parse_config(config), "data", "corpus")
     if not isinstance(corpus, str) or not corpus:
         return {}
     for base in (Path(), *run.resolve().parents):
         manifest = base / corpus / "manifest.json"
         if manifest.is_file():
-            break
-    else:
-        return {}
-    sources = _read_json(manifest).get("sources")
-    found = {}
-    for name, entry in sources.items() if isinstance(sources, dict) else ():
-        entropy = number(lookup(entry, "heldout", "unigram_entropy_nats"))
-        if math.isfinite(entropy):
-            found[name] = entropy
-    return found
+            return _read_json(manifest)
+    return {}
+
+
+def _by_domain(manifest: Record, key: str) -> dict[str, float]:
+    """A number of each source's held-out text."""
+    sources = manifest.get("sources")
+    entries = sources.items() if isinstance(sources, dict) else ()
+    found = {name: number(lookup(entry, "heldout", key)) for name, entry in entries}
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -13,13 +13,14 @@ from llmtrain.report.read import Run, lookup, number
 
 @dataclass(frozen=True)
 class DomainResult:
-    """Last held-out numbers of a domain. unigram: entropy of its token frequencies, nats."""
+    """Last held-out numbers of a domain. unigram, unigram_loss: as in ``Run``, nats."""
 
     name: str
     loss: float
     perplexity: float
     bits_per_byte: float
     unigram: float
+    unigram_loss: float
 
 
 def domain_results(run: Run) -> list[DomainResult]:
@@ -35,6 +36,7 @@ def domain_results(run: Run) -> list[DomainResult]:
                 number(lookup(last, "perplexity")),
                 number(lookup(last, "bits_per_byte")),
                 run.unigram.get(name, math.nan),
+                run.unigram_loss.get(name, math.nan),
             )
         )
     return found
@@ -79,7 +81,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A few lines per run for the terminal: the held-out loss beside the unigram entropy."""
+    """A few lines per run for the terminal: held-out loss beside what frequencies alone give."""
     lines = []
     for run in runs:
         named = dict(facts(run))
@@ -89,11 +91,8 @@ def summary(runs: Sequence[Run]) -> str:
         )
         for d in domain_results(run):
             bits = f", {d.bits_per_byte:.3f} bits/byte" if math.isfinite(d.bits_per_byte) else ""
-            against = ""
-            if math.isfinite(d.unigram):
-                side = "below" if d.loss < d.unigram else "above"
-                apart = abs(d.unigram - d.loss)
-                against = f", {apart:.4f} nats {side} the unigram entropy {d.unigram:.4f}"
+            known = (("unigram entropy", d.unigram), ("unigram loss", d.unigram_loss))
+            against = "".join(f", {name} {v:.4f}" for name, v in known if math.isfinite(v))
             lines.append(f"  {d.name}: held-out loss {fixed(d.loss)}{bits}{against}")
         if run.unreadable:
             lines.append(f"  {run.unreadable} unreadable lines of metrics.jsonl were left out")

@@ -127,7 +127,7 @@ def write_corpus(folder: Path) -> None:
     """Write a corpus manifest with the unigram entropies of the domains."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = {
-        name: {"heldout": {"unigram_entropy_nats": entropy}}
+        name: {"heldout": {"unigram_entropy_nats": entropy, "unigram_loss_nats": entropy + 0.1}}
         for name, (_, entropy) in SOURCES.items()
     }
     (folder / "manifest.json").write_text(json.dumps({"sources": sources}), encoding="utf-8")
