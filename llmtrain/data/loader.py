@@ -15,7 +15,7 @@ from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.order import sample_numbers
-from llmtrain.data.packing import Packing, Rows, samples_in
+from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
 
@@ -69,11 +69,13 @@ class Loader:
             _, numbers[mine] = sample_numbers(
                 self.plan.cfg.seed, self.plan.names[label], before[mine], self.plan.sizes[label]
             )
-        rows = Rows.empty(n, self._packing.seq_len)
-        for row, (label, number) in enumerate(zip(labels.tolist(), numbers.tolist(), strict=True)):
-            self._packing.fill(
-                rows, row, self.plan.sources[label], number, self.plan.loss_weights[label]
-            )
+        plan = self.plan
+        rows = self._packing.rows(
+            [
+                Pick(plan.sources[label], number, plan.loss_weights[label])
+                for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
+            ]
+        )
         return _to_batch(rows, labels, np.arange(low, low + n))
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
@@ -160,10 +162,10 @@ class HeldoutSet:
         for offset in range(0, share, size):
             n = min(size, share - offset)
             first = rank * share + offset
-            rows = Rows.empty(n, self._packing.seq_len)
-            for row in range(n):
-                if first + row < self.samples:
-                    self._packing.fill(rows, row, self._source, first + row, 1.0)
+            numbers = range(first, first + n)
+            rows = self._packing.rows(
+                [Pick(self._source, i, 1.0) if i < self.samples else None for i in numbers]
+            )
             yield _to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
 
 

@@ -13,12 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.data.apportion import Apportionment
 from llmtrain.data.order import mix, stream_key
+
+# First sample of a block, source index of each of its samples, and how many samples of that
+# source come before each.
+_Contents: TypeAlias = tuple[int, NDArray[np.int64], NDArray[np.int64]]
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Mixture:
             self._bases.append(base)
             self._parts.append(part)
             self._indices.append(indices)
-        self._last: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._kept: tuple[_Contents, ...] = ()
 
     @property
     def total(self) -> int:
@@ -120,11 +126,11 @@ class Mixture:
         out[self._indices[index]] += counted
         return out
 
-    def _contents(self, i: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
-        """(first sample, labels, before) of the block around global sample i; the last is kept."""
-        last = self._last
-        if last is not None and last[0] <= i < last[0] + len(last[1]):
-            return last
+    def _contents(self, i: int) -> _Contents:
+        """The block around global sample i; the last few are kept, for several readers."""
+        for kept in self._kept:
+            if kept[0] <= i < kept[0] + len(kept[1]):
+                return kept
         index, first = self._block(i)
         stretch, part, indices = self.stretches[index], self._parts[index], self._indices[index]
         stop = min(first + self.block, stretch.stop)
@@ -139,5 +145,6 @@ class Mixture:
         before = np.empty(len(local), np.int64)
         before[order] = rank
         before += (self._bases[index][indices] + start)[local]
-        self._last = (first, indices[local], before)
-        return self._last
+        contents = (first, indices[local], before)
+        self._kept = (contents, *self._kept[: _KEPT - 1])
+        return contents

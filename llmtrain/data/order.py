@@ -1,17 +1,20 @@
 """The order of samples within a source: a seeded permutation per epoch in O(1) memory.
 
-A balanced Feistel network over the smallest power of four that holds the source is a bijection
-whatever its round function is; numbers that fall outside the source are permuted again until
-they fall inside (cycle walking), which keeps it a bijection on the source.
+A Feistel network is a bijection whatever its round function is. Its two halves here are digits
+to two bases whose product is just above the size of the source (Black and Rogaway, "Ciphers with
+arbitrary finite domains", 2002); the few numbers that fall outside the source are permuted again
+until they fall inside (cycle walking), which keeps it a bijection on the source.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-_ROUNDS = 4
+_ROUNDS = 6
 
 
 def stream_key(seed: int, *parts: str | int) -> int:
@@ -22,30 +25,29 @@ def stream_key(seed: int, *parts: str | int) -> int:
 
 def mix(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     """Keyed 64-bit integer hash, element by element (the finaliser of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        x = values + np.uint64(key)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = values + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """Image of ``index`` (values in [0, size)) under the permutation of [0, size) named ``key``."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
+    low_base = math.isqrt(size - 1) + 1
+    high_base = -(-size // low_base)
+    bases = np.uint64(low_base), np.uint64(high_base)
     keys = [stream_key(key, r) for r in range(_ROUNDS)]
     out = index.astype(np.uint64)
-    todo = np.ones(out.shape, dtype=bool)
-    while todo.any():
-        x = out[todo]
-        left, right = x >> shift, x & mask
-        for round_key in keys:
-            left, right = right, left ^ (mix(right, round_key) & mask)
-        x = (left << shift) | right
-        out[todo] = x
-        todo[todo] = x >= np.uint64(size)
-    return out.astype(np.int64)
+    todo: NDArray[np.bool_] | slice = slice(None)
+    while True:
+        high, low = np.divmod(out[todo], bases[0])
+        for low_key, high_key in zip(keys[::2], keys[1::2], strict=True):
+            low = (low + mix(high, low_key) % bases[0]) % bases[0]
+            high = (high + mix(low, high_key) % bases[1]) % bases[1]
+        out[todo] = high * bases[0] + low
+        todo = out >= np.uint64(size)
+        if not todo.any():
+            return out.astype(np.int64)
 
 
 def sample_numbers(

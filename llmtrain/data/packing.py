@@ -7,6 +7,7 @@ the last sample is padded with weight 0. Nothing is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ def samples_in(num_tokens: int, seq_len: int) -> int:
     return max(0, -(-(num_tokens - 1) // seq_len))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """Arrays [n, seq_len] of n samples; see ``Batch`` for their meaning."""
 
@@ -30,17 +31,14 @@ class Rows:
     doc_ids: NDArray[np.int32]
     positions: NDArray[np.int64]
 
-    @classmethod
-    def empty(cls, n: int, seq_len: int) -> Rows:
-        """Room for ``n`` samples, padding everywhere."""
-        shape = (n, seq_len)
-        return cls(
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.float32),
-            np.full(shape, -1, np.int32),
-            np.zeros(shape, np.int64),
-        )
+
+@dataclass(frozen=True)
+class Pick:
+    """Sample ``number`` of ``source``, whose tokens weigh ``weight``."""
+
+    source: TokenSource
+    number: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,36 @@ class Packing:
     mask_boundaries: bool
     reset_positions: bool
 
-    def fill(self, rows: Rows, row: int, source: TokenSource, number: int, weight: float) -> None:
-        """Write sample ``number`` of ``source`` to ``rows[row]``; its tokens weigh ``weight``."""
-        start = number * self.seq_len
-        stop = min(start + self.seq_len + 1, source.num_tokens)
-        n = stop - start - 1
-        tokens = source.read(start, stop)
-        starts = source.document_starts(start, stop, tokens)
-        rows.tokens[row, :n] = tokens[:-1]
-        rows.targets[row, :n] = tokens[1:]
-        weights = rows.weights[row, :n]
-        weights[:] = weight
+    def rows(self, picks: Sequence[Pick | None]) -> Rows:
+        """The samples ``picks`` in order; None is a row of padding."""
+        n, s = len(picks), self.seq_len
+        windows = np.zeros((n, s + 1), np.int64)
+        starts = np.zeros((n, s + 1), np.bool_)
+        lengths = np.zeros(n, np.int64)
+        factors = np.zeros(n, np.float32)
+        for row, pick in enumerate(picks):
+            if pick is None:
+                continue
+            low = pick.number * s
+            high = min(low + s + 1, pick.source.num_tokens)
+            window = windows[row, : high - low]
+            pick.source.read_into(low, high, window)
+            starts[row, : high - low] = pick.source.document_starts(low, high, window)
+            lengths[row], factors[row] = high - low - 1, pick.weight
+        weights = np.repeat(factors[:, None], s, axis=1)
         if self.mask_boundaries:
-            weights[starts[1:]] = 0.0
-        begins = starts[:-1].copy()
-        begins[0] = True
-        rows.doc_ids[row, :n] = np.cumsum(begins) - 1
-        where = np.arange(n)
-        rows.positions[row, :n] = where
+            weights[starts[:, 1:]] = 0.0
+        begins = starts[:, :-1]
+        begins[:, 0] = False
+        doc_ids = np.cumsum(begins, axis=1, dtype=np.int32)
+        where = np.arange(s)
+        positions = np.repeat(where[None], n, axis=0)
         if self.reset_positions:
-            rows.positions[row, :n] -= np.maximum.accumulate(np.where(begins, where, 0))
+            positions -= np.maximum.accumulate(np.where(begins, where, 0), axis=1)
+        tokens, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
+        for row in np.flatnonzero(lengths < s).tolist():
+            padding = slice(lengths[row], s)
+            tokens[row, padding] = targets[row, padding] = positions[row, padding] = 0
+            weights[row, padding] = 0.0
+            doc_ids[row, padding] = -1
+        return Rows(tokens, targets, weights, doc_ids, positions)

@@ -83,7 +83,7 @@ def test_what_goes_wrong_is_raised_at_its_batch() -> None:
     plan = make_plan()
 
     class Broken(MemorySource):
-        def read(self, start: int, stop: int) -> np.ndarray:
+        def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
             raise DataError("shard 3 is truncated")
 
     loader = Loader(plan, 24, 0, 1)

@@ -51,4 +51,4 @@ def test_known_values_hold_on_every_machine() -> None:
     assert numbers.tolist() == KNOWN
 
 
-KNOWN = [838, 951, 824, 769, 227, 657, 567, 789]
+KNOWN = [320, 739, 657, 795, 645, 124, 986, 775]

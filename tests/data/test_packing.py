@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 from helpers.streams import EOS, MemorySource, documents
 
-from llmtrain.data.packing import Packing, Rows, samples_in
+from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 
 
 def all_samples(source: MemorySource, packing: Packing, weight: float = 1.0) -> Rows:
     n = samples_in(source.num_tokens, packing.seq_len)
-    rows = Rows.empty(n, packing.seq_len)
-    for j in range(n):
-        packing.fill(rows, j, source, j, weight)
-    return rows
+    return packing.rows([Pick(source, j, weight) for j in range(n)])
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 16, 33])

@@ -25,8 +25,9 @@ class MemorySource:
     def document_starts(
         self, start: int, stop: int, tokens: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
-        before = np.concatenate([[EOS], self.tokens[: max(stop - 1, 0)]])[start:stop]
-        return before == EOS
+        if start == 0:
+            return np.append(True, self.tokens[: max(stop - 1, 0)] == EOS)[:stop]
+        return self.tokens[start - 1 : stop - 1] == EOS
 
     def close(self) -> None:
         pass
