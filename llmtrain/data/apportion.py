@@ -194,11 +194,16 @@ class _Choice:
     def furthest(self, step: int, start: int, stop: int) -> int | None:
         """Of the sources [start, stop): furthest ahead of those that can give (step -1), or
         furthest behind of those that can take (step 1); the first of equals."""
+        gains, errors, most = self.gains, self.errors, self.most
         best, found = -_UNBOUNDED, None
-        for i in range(start, stop):
-            far = -self.errors[i] if step > 0 else self.errors[i]
-            if far > best and (self.gains[i] < self.most[i] if step > 0 else self.gains[i]):
-                best, found = far, i
+        if step > 0:
+            for i in range(start, stop):
+                if -errors[i] > best and gains[i] < most[i]:
+                    best, found = -errors[i], i
+        else:
+            for i in range(start, stop):
+                if errors[i] > best and gains[i]:
+                    best, found = errors[i], i
         return found
 
     def move(self, i: int, step: int) -> None:

@@ -44,6 +44,15 @@ def test_ranks_together_are_the_global_batch(world: int) -> None:
         assert alone["sample_ids"].tolist() == list(range(step * 24, step * 24 + 24))
 
 
+@pytest.mark.parametrize("size", [1, 10, 40])
+def test_another_batch_size_sees_the_same_samples_in_the_same_order(size: int) -> None:
+    plan = make_plan()
+    whole = Loader(plan, 120, 0, 1).batch_at(77)
+    parts = [Loader(plan, size, 0, 1).batch_at(77 + i) for i in range(0, 120, size)]
+    for key, value in vars(whole).items():
+        assert torch.equal(torch.cat([getattr(part, key) for part in parts]), value), key
+
+
 def test_a_run_reads_every_sample_of_a_source_once_per_epoch() -> None:
     plan = make_plan()
     loader = Loader(plan, 24, 0, 1)
