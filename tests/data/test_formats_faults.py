@@ -277,6 +277,8 @@ def test_npy_faults(tmp_path):
     path.write_bytes(np.arange(1, 2000, dtype="<u2").tobytes() + b"\xff\xff")
     assert opened(path).num_tokens == 2000
     fails(path, "dtype of its source is wrong", dtype="uint32")
+    path.write_bytes(np.full(500, -5, "<i4").tobytes())
+    fails(path, "ids from -5 to -5", dtype="int32")
 
 
 def test_file_that_changes_while_in_use(tmp_path):

@@ -10,7 +10,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -182,6 +182,15 @@ def foundry_ndarray_zstd(folder, rng):
     return foundry(folder, rng, "ndarray:int32", "int32", compression="zstd:7")
 
 
+def foundry_varying(folder, rng):
+    """Pieces of different lengths: with the format given they are joined, not taken for documents."""
+    tokens, starts = flat(documents(rng, 100))
+    pieces = np.split(tokens.astype(np.uint16), np.sort(rng.integers(1, len(tokens), 150)))
+    samples = ({"tokens": piece} for piece in pieces if len(piece))
+    write_mds(folder, {"tokens": "ndarray:uint16"}, samples)
+    return Truth(tokens, starts, SourceConfig(path=str(folder), format="foundry"), "mds")
+
+
 def npy(folder, rng, dtype="uint16"):
     """Three files; the last token of a file need not be an eos for the next to be a start."""
     docs = documents(rng, 90)
@@ -307,6 +316,7 @@ WRITERS = [
     foundry_uint16,
     foundry_ndarray,
     foundry_ndarray_zstd,
+    foundry_varying,
     packed("zstd", foundry),
     npy,
     npy_two_dimensional,
@@ -378,7 +388,7 @@ def test_fingerprint_follows_the_content(written, tmp_path):
     source = open_source("s", truth.cfg, eos_id=EOS, cache_dir=cache)
     shutil.move(tmp_path / "data", tmp_path / "moved")
     path = truth.cfg.path.replace(str(tmp_path / "data"), str(tmp_path / "moved"))
-    cfg = SourceConfig(path=path, dtype=truth.cfg.dtype)
+    cfg = replace(truth.cfg, path=path)
     moved = open_source("t", cfg, eos_id=EOS, cache_dir=tmp_path / "other")
     assert moved.fingerprint == source.fingerprint
     assert len(source.fingerprint) == 32

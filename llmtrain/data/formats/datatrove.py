@@ -34,7 +34,7 @@ class DatatroveParts(FileParts):
         super().__init__(files)
         self.indices = indices
 
-    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64] | None:
+    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64]:
         """A document starts where the one before it ends; found by bisection in the index."""
         if not self.indices:
             return super().starts(part, run, low, high)

@@ -36,6 +36,7 @@ class FileParts:
 
     def __init__(self, files: Sequence[TokenFile]) -> None:
         self.files = files
+        self.indexed = True
         self.counts: Sequence[int] = [file.count for file in files]
         for file in files:
             _probe(file)
@@ -55,7 +56,7 @@ class FileParts:
     def gone(self, part: int) -> bool:
         return False
 
-    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64] | None:
+    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64]:
         return np.zeros(1 if low == 0 else 0, np.int64)
 
     def verify(self) -> int:

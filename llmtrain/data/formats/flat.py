@@ -27,6 +27,7 @@ class Parts(Protocol):
     """The parts of a stream (shards, files), as a format knows them."""
 
     counts: Sequence[int]  # tokens of each part
+    indexed: bool  # whether the format itself knows where documents start
 
     def open(self, part: int) -> TokenRun:
         """Maps a part. Raises DataError naming the file when it is missing or damaged."""
@@ -36,8 +37,8 @@ class Parts(Protocol):
         """Whether an open part has left its cache, so that its map only holds disk space."""
         ...
 
-    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64] | None:
-        """Document starts among tokens [low, high) of a part; None: the format has no index."""
+    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64]:
+        """Document starts among tokens [low, high) of a part; only asked when ``indexed``."""
         ...
 
     def verify(self) -> int:
@@ -136,21 +137,28 @@ class FlatSource:
         marks = np.zeros(stop - start, np.bool_)
         if start == stop:
             return marks
+        part = bisect_right(self._ends, start)
         if self.eos_id is not None:
             np.equal(tokens[:-1], self.eos_id, out=marks[1:])
-            marks[0] = start > 0 and self.read(start - 1, start)[0] == self.eos_id
-        marks[0] |= start == 0
-        part = bisect_right(self._ends, start)
+            begin = self._begins[part]
+            if start > begin:
+                marks[0] = self._run(part)[start - begin - 1 : start - begin][0] == self.eos_id
+            elif start > 0:
+                marks[0] = self.read(start - 1, start)[0] == self.eos_id
+        if start == 0:
+            marks[0] = True
+        if self._parts.indexed:
+            self._mark(marks, start, stop, part)
+        return marks
+
+    def _mark(self, marks: NDArray[np.bool_], start: int, stop: int, part: int) -> None:
+        """Marks the starts among tokens [start, stop) that the format knows of."""
         while part < len(self._ends) and self._begins[part] < stop:
             begin = self._begins[part]
             low, high = max(0, start - begin), min(stop, self._ends[part]) - begin
             if low < high:  # not an empty part
-                found = self._parts.starts(part, self._run(part), low, high)
-                if found is None:
-                    break
-                marks[found + (begin - start)] = True
+                marks[self._parts.starts(part, self._run(part), low, high) + (begin - start)] = True
             part += 1
-        return marks
 
     def verify(self) -> int:
         """Reads everything and compares it with the recorded hashes.

@@ -40,7 +40,7 @@ class MdsParts:
         self.index = index
         self.store = store
         self._concatenated = concatenated
-        self._documents = False
+        self.indexed = False
         self.counts: Sequence[int] = self._count(memo)
 
     def open(self, part: int) -> TokenRun:
@@ -49,9 +49,7 @@ class MdsParts:
     def gone(self, part: int) -> bool:
         return self.store.gone(self.index.shards[part])
 
-    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64] | None:
-        if not self._documents:
-            return None
+    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64]:
         if isinstance(run, SampleRun):
             return run.starts(low, high)
         length = len(run) // self.index.shards[part].samples
@@ -87,7 +85,7 @@ class MdsParts:
             stride = (shards[0].raw.bytes - first.header) // shards[0].samples
             if all(shard.raw.bytes == constant + (4 + stride) * shard.samples for shard in shards):
                 return [shard.samples * length for shard in shards]
-        self._documents = not self._concatenated
+        self.indexed = not self._concatenated
         known = _recall(memo, len(shards))
         if known is None:
             known = [len(self._shard(part).run) for part in range(len(shards))]

@@ -62,7 +62,7 @@ class MegatronParts(FileParts):
         super().__init__(files)
         self.indices = indices
 
-    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64] | None:
+    def starts(self, part: int, run: TokenRun, low: int, high: int) -> NDArray[np.int64]:
         """Bisection among the documents, then those up to ``high``."""
         index = self.indices[part]
         number = bisect_left(range(len(index.documents)), low, key=index.document_start)
