@@ -247,14 +247,27 @@ void store_rows(const float* x, int64_t s, int64_t d, Matrix out) {
       store16(out.data + i * out.row + c, _mm512_loadu_ps(x + i * d + c));
 }
 
-// out [s, d] = x^T for x [d, n]: 16 columns of x at a time become words of 16 rows.
+// out [s, d] = x^T for x [d, n], 16 x 16 at a time.
 void store_columns(const float* x, int64_t n, int64_t s, int64_t d, bf16* out, int64_t row) {
-  const __m512i stride = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-      _mm512_set1_epi32(static_cast<int32_t>(n)));
-  for (int64_t i = 0; i < s; ++i)
-    for (int64_t c = 0; c < d; c += 16)
-      store16(out + i * row + c, _mm512_i32gather_ps(stride, x + c * n + i, 4));
+  __m512i r[16];
+  for (int64_t c = 0; c < d; c += 16)
+    for (int64_t i = 0; i < s; i += 16) {
+      for (int64_t k = 0; k < 16; ++k) r[k] = _mm512_loadu_si512(x + (c + k) * n + i);
+      transpose16(r);
+      for (int64_t k = 0; k < 16 && i + k < s; ++k)
+        store16(out + (i + k) * row + c, _mm512_castsi512_ps(r[k]));
+    }
+}
+
+// out [d, n] = x^T for x [n, d]: words of two rows are transposed, n and d multiples of 32.
+void transpose_rows(const bf16* x, int64_t n, int64_t d, bf16* out) {
+  __m512i r[16];
+  for (int64_t i = 0; i < n; i += 32)
+    for (int64_t c = 0; c < d; c += 16) {
+      for (int64_t p = 0; p < 16; ++p) r[p] = pair(x + (i + 2 * p) * d + c, d);
+      transpose16(r);
+      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(out + (c + k) * n + i, r[k]);
+    }
 }
 
 void backward(const AttentionShape& shape, Matrix q, Matrix k, Matrix v, Matrix out,
@@ -264,8 +277,7 @@ void backward(const AttentionShape& shape, Matrix q, Matrix k, Matrix v, Matrix 
   const Backward b = carve(scratch, n, d);
   gather_rows(k, 0, s, d, b.k_rows);
   gather_rows(v, 0, s, d, b.v_rows);
-  for (int64_t c = 0; c < d; ++c)
-    for (int64_t i = 0; i < n; ++i) b.k_columns[c * n + i] = b.k_rows[i * d + c];
+  transpose_rows(b.k_rows, n, d, b.k_columns);
   __builtin_memset(b.dk, 0, n * d * 4);
   __builtin_memset(b.dv, 0, n * d * 4);
   for (int64_t head = 0; head < shape.group; ++head) {

@@ -6,12 +6,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "attention.h"
+#include "products.h"
 #include "rows.h"
 
 #ifdef __x86_64__
@@ -27,6 +29,7 @@ extern const llmtrain::KernelSet kernels;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
+extern const llmtrain::ProductKernels products;
 }
 namespace avx512bf16 {
 extern const llmtrain::AttentionKernels attention;
@@ -140,6 +143,10 @@ auto with_type(const Tensor& x, const F& fn) {
   if (x.scalar_type() == ScalarType::Float) return fn(static_cast<float*>(nullptr));
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "float32 or bfloat16 only");
   return fn(static_cast<bf16*>(nullptr));
+}
+
+std::unique_ptr<float[]> uninitialised(int64_t n) {
+  return std::make_unique_for_overwrite<float[]>(n);
 }
 
 int64_t row_count(const Tensor& x) { return x.numel() / std::max<int64_t>(1, x.size(-1)); }
@@ -271,8 +278,8 @@ Triple cross_entropy_(Tensor logits, const Tensor& targets, const Tensor& weight
     const float* pw = in<float>(weights);
     float *pn = out<float>(nll), *pl = out<float>(loss), *pz = out<float>(z);
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(vocab);
-      rows<T>().cross_entropy(px, pt, pw, pn, pl, pz, scratch.data(), terms, begin, end);
+      const auto scratch = uninitialised(vocab);
+      rows<T>().cross_entropy(px, pt, pw, pn, pl, pz, scratch.get(), terms, begin, end);
     });
   });
   return {nll, loss, z};
@@ -371,6 +378,41 @@ Tensor rotary_merge(const Tensor& dq, const Tensor& dk, const Tensor& dv, const 
   return qkv;
 }
 
+// Null without AMX: elsewhere oneDNN's products are as good.
+const ProductKernels* product_kernels() {
+#ifdef __x86_64__
+  if (level() == kAmx) return &amx::products;
+#endif
+  return nullptr;
+}
+
+bool has_products() { return product_kernels() != nullptr; }
+
+void weight_gradient_(Tensor result, const Tensor& grad, const Tensor& x, bool add) {
+  STD_TORCH_CHECK(has_products(), "this processor has no AMX");
+  check(grad, ScalarType::BFloat16, "grad");
+  check(x, ScalarType::BFloat16, "x");
+  check(result, ScalarType::Float, "out");
+  const int64_t n = x.size(0), rows = grad.size(1), columns = x.size(1);
+  STD_TORCH_CHECK(grad.size(0) == n && result.size(0) == rows && result.size(1) == columns,
+                  "wrong shapes");
+  const ProductKernels& kernels = *product_kernels();
+  const int64_t share = kernels.block_rows(rows, torch::stable::get_num_threads());
+  const WeightGradient job{in<bf16>(grad), in<bf16>(x), out<float>(result),
+                           n,              rows,        columns,
+                           share,          add};
+  Tensor packed =
+      torch::stable::new_empty(x, {kernels.packed_words(n, columns)}, ScalarType::Int);
+  auto* words = reinterpret_cast<uint32_t*>(out<int32_t>(packed));
+  torch::stable::parallel_for(0, (n + 31) / 32, 8, [&](int64_t begin, int64_t end) {
+    kernels.pack(job.x, n, columns, words, begin, end);
+  });
+  torch::stable::parallel_for(0, kernels.blocks(job), 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = uninitialised(kernels.scratch());
+    for (int64_t i = begin; i < end; ++i) kernels.block(job, words, i, scratch.get());
+  });
+}
+
 Matrix matrix(const Tensor& x, int64_t b, int64_t head) {
   const Heads<bf16> heads(x);
   return {heads.at(b, head, 0), heads.position, heads.head};
@@ -402,12 +444,12 @@ void each_head(AttentionShape shape, int64_t batch, int64_t groups, int64_t scra
                const std::optional<Tensor>& first, const F& fn) {
   const int32_t* starts = first ? in<int32_t>(*first) : nullptr;
   torch::stable::parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(scratch);
+    const auto memory = uninitialised(scratch);
     AttentionShape own = shape;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / groups;
       if (starts != nullptr) own.first = starts + b * shape.s;
-      fn(b, i % groups, own, memory.data());
+      fn(b, i % groups, own, memory.get());
     }
   });
 }
@@ -459,6 +501,8 @@ Triple attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
 STABLE_TORCH_LIBRARY(llmtrain, m) {
   m.def("kernel_set() -> str");
   m.def("has_attention() -> bool");
+  m.def("has_products() -> bool");
+  m.def("weight_gradient_(Tensor(a!) out, Tensor grad, Tensor x, bool add) -> ()");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? first, float scale) -> (Tensor, Tensor)");
   m.def(
@@ -484,9 +528,11 @@ STABLE_TORCH_LIBRARY(llmtrain, m) {
 STABLE_TORCH_LIBRARY_IMPL(llmtrain, CompositeExplicitAutograd, m) {
   m.impl("kernel_set", TORCH_BOX(&kernel_set));
   m.impl("has_attention", TORCH_BOX(&has_attention));
+  m.impl("has_products", TORCH_BOX(&has_products));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmtrain, CPU, m) {
+  m.impl("weight_gradient_", TORCH_BOX(&weight_gradient_));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));

@@ -19,10 +19,11 @@ constexpr int64_t kBlock = 32;
 constexpr int64_t kTile = 256;  // words of a packed tile
 
 // c [32, 32] (+)= a [32, 32 steps] times a packed right operand: two tiles side by side, b and
-// b + side, for each step of 32 along the sum, `next` words apart.
+// b + side, for each step of 32 along the sum, `next` words apart. The steps of a, whose rows are
+// a_row apart, are `a_next` elements apart.
 #ifdef __AMX_BF16__
 inline void product(const bf16* a, int64_t a_row, const uint32_t* b, int64_t side, int64_t next,
-                    int64_t steps, float* c, int64_t c_row, bool add) {
+                    int64_t steps, float* c, int64_t c_row, bool add, int64_t a_next = 32) {
   float* low = c + 16 * c_row;
   if (add) {
     _tile_loadd(0, c, c_row * 4);
@@ -35,7 +36,7 @@ inline void product(const bf16* a, int64_t a_row, const uint32_t* b, int64_t sid
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t i = 0; i < steps; ++i, a += 32, b += next) {
+  for (int64_t i = 0; i < steps; ++i, a += a_next, b += next) {
     _tile_loadd(4, a, a_row * 2);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -76,11 +77,11 @@ class TileScope {
 };
 #else
 inline void product16(const bf16* a, int64_t a_row, const uint32_t* b, int64_t next,
-                      int64_t steps, float* c, int64_t c_row, bool add) {
+                      int64_t steps, float* c, int64_t c_row, bool add, int64_t a_next) {
   __m512 sum[16];
   for (int r = 0; r < 16; ++r)
     sum[r] = add ? _mm512_loadu_ps(c + r * c_row) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < steps; ++i, a += 32, b += next) {
+  for (int64_t i = 0; i < steps; ++i, a += a_next, b += next) {
     for (int p = 0; p < 16; ++p) {
       const __m512bh right = (__m512bh)_mm512_loadu_si512(b + 16 * p);
 #pragma GCC unroll 16
@@ -95,10 +96,12 @@ inline void product16(const bf16* a, int64_t a_row, const uint32_t* b, int64_t n
 }
 
 inline void product(const bf16* a, int64_t a_row, const uint32_t* b, int64_t side, int64_t next,
-                    int64_t steps, float* c, int64_t c_row, bool add) {
+                    int64_t steps, float* c, int64_t c_row, bool add, int64_t a_next = 32) {
   for (int64_t half = 0; half < 32; half += 16) {
-    product16(a + half * a_row, a_row, b, next, steps, c + half * c_row, c_row, add);
-    product16(a + half * a_row, a_row, b + side, next, steps, c + half * c_row + 16, c_row, add);
+    const bf16* rows = a + half * a_row;
+    float* sums = c + half * c_row;
+    product16(rows, a_row, b, next, steps, sums, c_row, add, a_next);
+    product16(rows, a_row, b + side, next, steps, sums + 16, c_row, add, a_next);
   }
 }
 
@@ -140,28 +143,56 @@ inline __m512i interleave(__m256i low, __m256i high) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
+// Transposes 16 x 16 words held in 16 registers.
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
 // Right operand whose sum runs along d: tile (n / 16, i / 32) of x [s, d], columns are rows of x.
 inline void pack_columns(const bf16* x, int64_t s, int64_t d, uint32_t* out) {
-  const auto* words = reinterpret_cast<const uint32_t*>(x);
-  const int64_t width = d / 2;
-  const __m512i stride = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-      _mm512_set1_epi32(static_cast<int32_t>(width)));
+  __m512i r[16];
   for (int64_t n = 0; n < s; n += 16)
-    for (int64_t i = 0; i < width; ++i, out += 16)
-      _mm512_storeu_si512(out, _mm512_i32gather_epi32(stride, words + n * width + i, 4));
+    for (int64_t i = 0; i < d; i += 32, out += kTile) {
+      for (int64_t k = 0; k < 16; ++k) r[k] = _mm512_loadu_si512(x + (n + k) * d + i);
+      transpose16(r);
+      for (int64_t k = 0; k < 16; ++k) _mm512_storeu_si512(out + 16 * k, r[k]);
+    }
+}
+
+// Words of 16 columns of two rows of x, `row` apart.
+inline __m512i pair(const bf16* x, int64_t row) {
+  return interleave(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)),
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + row)));
 }
 
 // Right operand whose sum runs along s: tile (n / 32, i / 16) of x [s, d], columns are columns.
 inline void pack_rows(const bf16* x, int64_t s, int64_t d, uint32_t* out) {
   for (int64_t n = 0; n < s; n += 32)
     for (int64_t i = 0; i < d; i += 16)
-      for (int64_t p = 0; p < 16; ++p, out += 16) {
-        const bf16* even = x + (n + 2 * p) * d + i;
-        const auto* low = reinterpret_cast<const __m256i*>(even);
-        const auto* high = reinterpret_cast<const __m256i*>(even + d);
-        _mm512_storeu_si512(out, interleave(_mm256_loadu_si256(low), _mm256_loadu_si256(high)));
-      }
+      for (int64_t p = 0; p < 16; ++p, out += 16)
+        _mm512_storeu_si512(out, pair(x + (n + 2 * p) * d + i, d));
 }
 
 }  // namespace KERNEL_SET

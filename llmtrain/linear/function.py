@@ -35,7 +35,7 @@ class _LinearFunction(torch.autograd.Function):
         if needs_x:
             dx = ctx.matmul.dgrad(flat, operand).to(ctx.x_dtype).view(ctx.x_shape)
         if needs_weight:
-            dw = ctx.matmul.wgrad(flat, x, ctx.weight_dtype)
+            dw = ctx.matmul.wgrad(flat, x).to(ctx.weight_dtype)
         if needs_bias:
             db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, None, None

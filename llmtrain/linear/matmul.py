@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.ops import weight_gradient
+
 
 class Matmul(Protocol):
     """fprop, dgrad and wgrad of y = x weight^T + bias in one number format.
@@ -36,8 +38,8 @@ class Matmul(Protocol):
         """Gradient of x: [n, in] = grad weight, of ``dtype``."""
         ...
 
-    def wgrad(self, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gradient of the weight: [out, in] = grad^T x, as ``dtype``."""
+    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """Gradient of the weight: [out, in] = grad^T x in float32, added to ``into`` if given."""
         ...
 
 
@@ -59,8 +61,8 @@ class DenseMatmul:
     def dgrad(self, grad: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight
 
-    def wgrad(self, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return (grad.t() @ x).to(dtype)
+    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+        return weight_gradient(grad, x, into)
 
 
 class OneDNNMatmul(DenseMatmul):
@@ -86,10 +88,11 @@ class OneDNNMatmul(DenseMatmul):
             return super().dgrad(grad, weight)
         return self._product(grad, weight.t())
 
-    def wgrad(self, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
         if not self._takes(grad):
-            return super().wgrad(grad, x, dtype)
-        return self._product(grad.t(), x.t()).to(dtype)
+            return super().wgrad(grad, x, into)
+        product = self._product(grad.t(), x.t())
+        return product if into is None else into.add_(product)
 
 
 FP32 = DenseMatmul("fp32", torch.float32)

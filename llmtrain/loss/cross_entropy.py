@@ -92,8 +92,7 @@ class _HeadLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = matmul.dgrad(logits, operand)
             if needs_weight:
-                piece = matmul.wgrad(logits, x[part], torch.float32)
-                d_weight = piece if d_weight is None else d_weight.add_(piece)
+                d_weight = matmul.wgrad(logits, x[part], d_weight)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         z_part = z @ weights
         ctx.mark_non_differentiable(nll, z_part)

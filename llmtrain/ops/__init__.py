@@ -8,10 +8,11 @@ references: the same numbers to round-off, slower.
 
 from llmtrain.ops.attention import attention_reference, causal_attention
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
+from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
-from llmtrain.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "add_rms_norm",
@@ -28,4 +29,6 @@ __all__ = [
     "split_rotary_reference",
     "swiglu",
     "swiglu_reference",
+    "weight_gradient",
+    "weight_gradient_reference",
 ]

@@ -30,15 +30,14 @@ COMMON = (
 # mathematical functions are not looked at.
 KERNEL = "-fopenmp-simd -fno-math-errno -fno-trapping-math"
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
+AMX = f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 
 # Object: (source, flags). KERNEL_SET names the namespace.
 X86_OBJECTS = {
     "rows_avx512": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "rows_avx2": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
-    "attention_amx": (
-        "attention.cpp",
-        f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
-    ),
+    "attention_amx": ("attention.cpp", AMX),
+    "products_amx": ("products.cpp", AMX),
     "attention_avx512bf16": (
         "attention.cpp",
         f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16",

@@ -62,3 +62,13 @@ def attention_usable(q: Tensor) -> bool:
     """Whether compiled attention takes queries ``q`` [..., d]: bfloat16 on a processor with
     bfloat16 products, d a multiple of 32."""
     return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and usable(q) and _attention_ready()
+
+
+@cache
+def _products_ready() -> bool:
+    return _load() is None and bool(torch.ops.llmtrain.has_products())
+
+
+def products_usable(x: Tensor) -> bool:
+    """Whether the compiled matrix products take ``x``: bfloat16 on a processor with AMX."""
+    return x.dtype == torch.bfloat16 and usable(x) and _products_ready()
