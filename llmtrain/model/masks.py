@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ def first_of_document(doc_ids: Tensor) -> Tensor:
     return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
+@cache
+def _compiled_create_block_mask() -> Any:
+    # Compiled, it never holds the whole [b, s, s] mask.
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)
+
+
 def document_block_mask(first: Tensor) -> Any:
     """BlockMask of causal attention from ``first`` [b, s] on, for flex_attention."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -39,4 +48,5 @@ def document_block_mask(first: Tensor) -> Any:
         return (k <= q) & (k >= first[b, q])
 
     b, s = first.shape
-    return create_block_mask(sees, b, None, s, s, device=str(first.device))
+    create = _compiled_create_block_mask() if first.is_cuda else create_block_mask
+    return create(sees, b, None, s, s, device=str(first.device))

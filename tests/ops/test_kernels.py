@@ -185,6 +185,38 @@ def test_attention_hides_no_nan() -> None:
     assert out[0, 40:].isnan().all() and out[0, :40].isfinite().all()
 
 
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (70, 33, 130), (1100, 290, 520)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+def test_weight_gradient(
+    dtype: torch.dtype, tolerance: float, n: int, rows: int, columns: int
+) -> None:
+    grad, x = _randn(n, rows, seed=1, dtype=dtype), _randn(n, columns, seed=2, dtype=dtype)
+    exact = grad.double().t() @ x.double()
+    for run in (ops.weight_gradient, ops.weight_gradient_reference):
+        out = run(grad, x)
+        assert out.dtype == torch.float32
+        assert (out - exact).norm() <= tolerance * exact.norm()
+        into = torch.full((rows, columns), 3.0)
+        assert run(grad, x, into) is into
+        assert (into - 3 - exact).norm() <= tolerance * (exact.norm() + 3)
+
+
+@NATIVE
+@pytest.mark.skipif(ops.kernels_line().split()[-1] != "amx", reason="needs AMX")
+def test_weight_gradient_is_not_rounded_and_does_not_depend_on_threads() -> None:
+    grad, x = (_randn(900, 700, seed=i, dtype=torch.bfloat16) for i in (1, 2))
+    exact = grad.double().t() @ x.double()
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            outs.append(ops.weight_gradient(grad, x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert (outs[0] - exact).norm() < 1e-6 * exact.norm()
+
+
 COMPARISON = """
 import torch
 from llmtrain import ops
