@@ -183,7 +183,7 @@ def foundry_ndarray_zstd(folder, rng):
 
 
 def foundry_varying(folder, rng):
-    """Pieces of different lengths: with the format given they are joined, not taken for documents."""
+    """Pieces of different lengths: joined when the format is given, not taken for documents."""
     tokens, starts = flat(documents(rng, 100))
     pieces = np.split(tokens.astype(np.uint16), np.sort(rng.integers(1, len(tokens), 150)))
     samples = ({"tokens": piece} for piece in pieces if len(piece))
