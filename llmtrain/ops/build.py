@@ -43,7 +43,10 @@ X86_OBJECTS = {
         f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16",
     ),
 }
-OBJECTS = {"rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline")}
+OBJECTS = {
+    "rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
+    "dispatch": ("dispatch.cpp", "-O2"),
+}
 
 
 def _run(command: list[str]) -> None:
@@ -70,7 +73,8 @@ def build(target: Path = LIBRARY) -> Path:
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())
     # Only what torch 2.11 has; the library runs with it and with every later one.
-    objects["ops"] = ("ops.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
+    for name in ("ops_rows", "ops_products"):
+        objects[name] = (f"{name}.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         commands = [
             [

@@ -1,0 +1,107 @@
+// Which kernels run on this processor.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace avx512 {
+extern const llmtrain::KernelSet kernels;
+}
+namespace avx2 {
+extern const llmtrain::KernelSet kernels;
+}
+namespace amx {
+extern const llmtrain::AttentionKernels attention;
+extern const llmtrain::ProductKernels products;
+}
+namespace avx512bf16 {
+extern const llmtrain::AttentionKernels attention;
+}
+#endif
+namespace baseline {
+extern const llmtrain::KernelSet kernels;
+}
+
+namespace llmtrain {
+
+enum Level { kAmx, kAvx512Bf16, kAvx512, kAvx2, kBaseline };
+constexpr const char* kLevelNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "baseline"};
+
+#ifdef __x86_64__
+// Whether the processor has AMX for bfloat16 and Linux lets this process use it.
+bool amx_granted() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d >> 22 & 1u) || !(d >> 24 & 1u)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Level best_level() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kBaseline;
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq"))
+    return kAvx2;
+  if (!__builtin_cpu_supports("avx512bf16")) return kAvx512;
+  return amx_granted() ? kAmx : kAvx512Bf16;
+}
+#else
+Level best_level() { return kBaseline; }
+#endif
+
+Level level() {
+  static const Level chosen = [] {
+    const Level best = best_level();
+    const char* asked = std::getenv("LLMTRAIN_CPU_KERNELS");
+    if (asked == nullptr) return best;
+    for (int i = best; i <= kBaseline; ++i)
+      if (std::strcmp(asked, kLevelNames[i]) == 0) return static_cast<Level>(i);
+    return best;
+  }();
+  return chosen;
+}
+
+const char* kernel_set() { return kLevelNames[level()]; }
+
+const KernelSet& best_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::kernels;
+  if (level() == kAvx2) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+template <>
+const RowKernels<float>& rows<float>() {
+  return best_kernels().f32;
+}
+
+template <>
+const RowKernels<bf16>& rows<bf16>() {
+  return best_kernels().b16;
+}
+
+// Null where the processor has no bfloat16 products.
+const AttentionKernels* attention_kernels() {
+#ifdef __x86_64__
+  if (level() == kAmx) return &amx::attention;
+  if (level() == kAvx512Bf16) return &avx512bf16::attention;
+#endif
+  return nullptr;
+}
+
+// Null without AMX: elsewhere oneDNN's products are as good.
+const ProductKernels* product_kernels() {
+#ifdef __x86_64__
+  if (level() == kAmx) return &amx::products;
+#endif
+  return nullptr;
+}
+
+}  // namespace llmtrain

@@ -1,0 +1,24 @@
+// The kernels of the best instruction set that this processor has.
+#pragma once
+
+#include "attention.h"
+#include "products.h"
+#include "rows.h"
+
+namespace llmtrain {
+
+// The name of the set in use, best first: amx, avx512_bf16, avx512, avx2, baseline. The variable
+// LLMTRAIN_CPU_KERNELS names the best one to use, to compare the others with it.
+const char* kernel_set();
+
+// For T float and bf16.
+template <class T>
+const RowKernels<T>& rows();
+
+// Null where the processor has no bfloat16 products.
+const AttentionKernels* attention_kernels();
+
+// Null without AMX: elsewhere oneDNN's products are as good.
+const ProductKernels* product_kernels();
+
+}  // namespace llmtrain
