@@ -22,5 +22,22 @@ if command -v nvidia-smi >/dev/null; then
 fi
 processes="${NPROC:-$((gpus > 0 ? gpus : 2))}"
 
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-  -m llmtrain train "$@"
+# torchrun exits with 1 whatever went wrong; the first rank leaves its own code in this file.
+LLMTRAIN_EXIT_FILE="$(mktemp)"
+export LLMTRAIN_EXIT_FILE
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+  -m llmtrain train "$@" &
+launcher=$!
+trap 'kill -TERM "$launcher" 2>/dev/null' TERM USR1 HUP
+
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2>/dev/null; do  # a signal ends `wait`, not the run
+  status=0
+  wait "$launcher" || status=$?
+done
+code="$(cat "$LLMTRAIN_EXIT_FILE")"
+rm -f "$LLMTRAIN_EXIT_FILE"
+exit "${code:-$status}"

@@ -33,16 +33,13 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
         raise LlmtrainError("--tokens must be at least 1; --temperature and --top-k at least 0")
     prepare_process()
-    from llmtrain.config.schema import PrecisionConfig
     from llmtrain.errors import CheckpointError
     from llmtrain.eval.generation import generate
     from llmtrain.eval.loading import load_trained
-    from llmtrain.parallel.hardware import resolve_precision
     from llmtrain.parallel.world import pick_device
 
     device = pick_device(args.device, 0)
-    compute = resolve_precision(PrecisionConfig(), device).compute
-    trained = load_trained(Path(args.checkpoint), device, compute)
+    trained = load_trained(Path(args.checkpoint), device)
     for fault in trained.skipped:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     tokenizer = trained.tokenizer

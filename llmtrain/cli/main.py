@@ -77,9 +77,19 @@ def entry() -> NoReturn:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # A gloo worker thread that still holds a tensor owned by Python would abort the
         # interpreter on its way out and hide the exit code. All is closed and flushed by now.
+        sys.stdout.flush()
         sys.stderr.flush()
+        _tell_launcher(code)
         os._exit(code)
     sys.exit(code)
+
+
+def _tell_launcher(code: int) -> None:
+    """torchrun turns every failure into 1; launch/local.sh reads the real code from this file."""
+    file = os.environ.get("LLMTRAIN_EXIT_FILE")
+    if file and os.environ.get("RANK", "0") == "0":
+        with open(file, "w") as out:
+            out.write(str(code))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from llmtrain.cli.process import prepare_process
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from llmtrain.train.dryrun import dry_run
 
-        print(dry_run(cfg))
+        text = dry_run(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            print(text)
         return 0
     from llmtrain.train.run import train
 

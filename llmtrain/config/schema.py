@@ -238,6 +238,10 @@ class ParallelConfig:
 
     shard: int | None = key(None, "FSDP2 shards; null: world size / replicate", ge=1)
     replicate: int = key(1, "replicas of the shards (HSDP); world size: plain data parallel", ge=1)
+    reduce_every_micro_batch: bool = key(
+        False,
+        "reduce gradients after each micro-batch: no full gradient on a rank, more traffic",
+    )
     reshard_after_forward: bool = key(True, "free gathered weights between forward and backward")
 
 

@@ -30,7 +30,6 @@ class Catalogue:
     eos_id: int | None
     vocab_size: int | None
     tokenizer_path: Path | None
-    cache: Path
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def require(self, names: Iterable[str]) -> None:
@@ -49,6 +48,26 @@ class Catalogue:
                 found[name] = float(value)
         return found
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files by name, for checkpoints; empty without a tokenizer.
+
+        Raises DataError when tokenizer.json is gone.
+        """
+        if self.tokenizer_path is None:
+            return {}
+        path = self.tokenizer_path
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(
+                f"the tokenizer {file} is missing; put it back, prepare the corpus again, or set "
+                "data.tokenizer"
+            )
+        found = {"tokenizer.json": file.read_bytes()}
+        beside = file.with_name("tokenizer_config.json")
+        if beside.is_file():
+            found[beside.name] = beside.read_bytes()
+        return found
+
     def open_train(self, name: str) -> TokenSource:
         """The token stream to train on."""
         return self._open(name, self.train[name])
@@ -58,7 +77,7 @@ class Catalogue:
         return self._open(name, self.heldout[name])
 
     def _open(self, name: str, config: SourceConfig) -> TokenSource:
-        return open_source(name, config, eos_id=self.eos_id, cache_dir=self.cache)
+        return open_source(name, config, eos_id=self.eos_id)
 
 
 def open_catalogue(cfg: RunConfig) -> Catalogue:
@@ -102,5 +121,4 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             "data.document_mask and data.reset_positions need to know where documents end; set "
             "data.eos_id, or data.tokenizer, or data.corpus"
         )
-    cache = Path(cfg.out) / cfg.name / "cache"
-    return Catalogue(train, heldout, per_token, eos, vocab, tokenizer, cache, manifest)
+    return Catalogue(train, heldout, per_token, eos, vocab, tokenizer, manifest)

@@ -18,6 +18,7 @@ from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
+from llmtrain.errors import DataError
 
 _END = object()
 
@@ -76,7 +77,28 @@ class Loader:
                 for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
             ]
         )
+        self._check_vocabulary(rows, labels, low)
         return _to_batch(rows, labels, np.arange(low, low + n))
+
+    def _check_vocabulary(self, rows: Rows, labels: NDArray[np.int64], low: int) -> None:
+        limit = self.plan.cfg.model.vocab_size or self.plan.vocab_size
+        if limit is None:
+            return
+        bad = np.flatnonzero(
+            (rows.tokens.max(1) >= limit)
+            | (rows.targets.max(1) >= limit)
+            | (rows.tokens.min(1) < 0)
+            | (rows.targets.min(1) < 0)
+        )
+        if len(bad):
+            row = int(bad[0])
+            both = np.concatenate([rows.tokens[row], rows.targets[row]])
+            worst = int(both.max() if both.max() >= limit else both.min())
+            raise DataError(
+                f"data source {self.plan.names[labels[row]]!r}: sample {low + row} holds the token "
+                f"id {worst}, but the vocabulary ends at {limit - 1}; prepare the data with the "
+                "model's tokenizer, or set model.vocab_size and the source's dtype to fit"
+            )
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps [start, stop), read ahead by ``data.prefetch`` batches in a thread.
@@ -156,15 +178,15 @@ class HeldoutSet:
     def batches(self, size: int, rank: int, world: int) -> Iterator[Batch]:
         """This rank's share in batches of at most ``size`` rows.
 
-        Every rank gets as many batches of the same shape; rows beyond the end weigh 0.
+        Every rank gets as many batches, all of one shape; rows beyond the end weigh 0.
         """
         share = -(-self.samples // world)
-        for offset in range(0, share, size):
-            n = min(size, share - offset)
+        n = min(size, share)
+        for offset in range(0, share, n):
             first = rank * share + offset
-            numbers = range(first, first + n)
+            end = min((rank + 1) * share, self.samples)
             rows = self._packing.rows(
-                [Pick(self._source, i, 1.0) if i < self.samples else None for i in numbers]
+                [Pick(self._source, i, 1.0) if i < end else None for i in range(first, first + n)]
             )
             yield _to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
 

@@ -17,7 +17,8 @@ from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_
 from llmtrain.data.source import TokenSource
 from llmtrain.errors import DataError
 
-VERSION = 1
+# Raised whenever the same config would give another order of samples.
+VERSION = 2
 
 
 @dataclass
@@ -82,6 +83,12 @@ class DataPlan:
         and the weights so far. The future may, and sources may be added. Raises DataError saying
         what differs and how to go on.
         """
+        if old["version"] != VERSION:
+            raise DataError(
+                f"this checkpoint's data order is of version {old['version']} and this llmtrain "
+                f"makes version {VERSION}; go on with the llmtrain that wrote it, or start anew "
+                "from its weights with `llmtrain checkpoint export`"
+            )
         ours = self.state()
         for key, where in (
             ("seed", "seed"),

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmtrain.config.schema import PrecisionConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import heldout_sets
 from llmtrain.eval.heldout import evaluate_domains
 from llmtrain.eval.loading import load_trained
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import Head
-from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.parallel.world import World, pick_device
 
 
@@ -36,8 +34,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> Ch
     Raises LlmtrainError for what is missing, damaged or misspelt.
     """
     place = pick_device(device, 0)
-    compute = resolve_precision(PrecisionConfig(), place).compute
-    trained = load_trained(path, place, compute, overrides)
+    trained = load_trained(path, place, overrides)
     cfg = trained.cfg
 
     def loss(batch: Batch, denominator: float) -> LossOutput:

@@ -17,6 +17,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.model import Decoder, resolve_model
+from llmtrain.parallel.hardware import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,12 @@ class Trained:
     skipped: list[str]
 
 
-def load_trained(
-    path: Path, device: torch.device, compute: torch.dtype, overrides: Sequence[str] = ()
-) -> Trained:
+def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
-    compute: dtype of the matmuls; the weights stay float32. overrides: changes to the stored
-    config. Optimizer state is not read. Raises CheckpointError naming what is missing or damaged.
+    overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
+    the weights stay float32. Optimizer state is not read. Raises CheckpointError naming what is
+    missing or damaged.
     """
     alone = Ranks(None)
     found, skipped = find(alone, path.expanduser())
@@ -52,7 +52,7 @@ def load_trained(
     state = json.loads(files["data.json"])
     model_cfg = resolve_model(cfg, int(state["vocab_size"]))
     with torch.device("meta"):
-        model = Decoder(model_cfg, compute)
+        model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute)
     model.to_empty(device=device)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     load_into(alone, found, tensors, ("optim.",), False)

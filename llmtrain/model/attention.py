@@ -19,7 +19,7 @@ from llmtrain.ops import causal_attention, rotate, split_rotary
 def _flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul, OperandCache, apply_linear, matmul_for
 from llmtrain.model.block import RECOMPUTE_MODES, Block
-from llmtrain.model.masks import AttentionContext, document_block_mask, first_of_document
+from llmtrain.model.masks import (
+    FLEX_MIN_HEAD,
+    AttentionContext,
+    document_block_mask,
+    first_of_document,
+)
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import rotary_table
@@ -129,7 +134,9 @@ class Decoder(nn.Module):
     ) -> AttentionContext:
         first = None if doc_ids is None else first_of_document(doc_ids)
         # flex_attention skips blocks between documents, but has no backward on the CPU.
-        block_mask = document_block_mask(first) if first is not None and first.is_cuda else None
+        block_mask = None
+        if first is not None and first.is_cuda and (self.cfg.d_head or 0) >= FLEX_MIN_HEAD:
+            block_mask = document_block_mask(first)
         if self.cfg.position != "rope":
             return AttentionContext(None, first, block_mask)
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None

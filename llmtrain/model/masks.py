@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The narrowest head that compiled flex_attention takes.
+FLEX_MIN_HEAD = 16
+
 
 @dataclass(frozen=True)
 class AttentionContext:

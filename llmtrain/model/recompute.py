@@ -13,6 +13,9 @@ from torch.utils.checkpoint import (
 
 aten = torch.ops.aten
 
+# Operators that exist only on some builds.
+KEPT_BY_NAME = frozenset({"llmtrain.attention.default", "mkldnn._linear_pointwise.default"})
+
 # Results worth keeping: matrix products and attention. Norms, rotations and activations are
 # bandwidth only and are computed again.
 KEPT = frozenset(
@@ -30,7 +33,7 @@ KEPT = frozenset(
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in KEPT or str(op) == "llmtrain.attention.default"
+    kept = op in KEPT or str(op) in KEPT_BY_NAME
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.optim import AdamW, Optimizer
 
@@ -23,7 +21,7 @@ def build_optimizer(groups: list[ParamGroup], cfg: OptimConfig) -> Optimizer:
     for group in groups:
         peak = cfg.lr * group.lr_factor
         decay = group.weight_decay
-        if cfg.decoupled == "fully" and decay:
+        if cfg.decoupled == "fully" and peak:
             decay = decay / peak
         entries.append(
             {
@@ -34,22 +32,9 @@ def build_optimizer(groups: list[ParamGroup], cfg: OptimConfig) -> Optimizer:
             }
         )
     betas = (cfg.betas[0], cfg.betas[1])
-    optimizer: Optimizer
     if cfg.name == "lion":
-        optimizer = Lion(entries, lr=cfg.lr, betas=betas)
-    else:
-        optimizer = AdamW(entries, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
-    optimizer.register_step_post_hook(_mark_changed)
-    return optimizer
-
-
-def _mark_changed(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Advance the parameters' version counters, which the fused kernels leave as they were.
-
-    Copies of the weights in another number format are kept per version.
-    """
-    for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])
+        return Lion(entries, lr=cfg.lr, betas=betas)
+    return AdamW(entries, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

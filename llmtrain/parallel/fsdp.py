@@ -46,6 +46,17 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Free gathered weights after a forward without backward; a no-op without FSDP2.
+
+    The root keeps its weights gathered from forward to backward. After an evaluation or a
+    generation there is no backward, and the next forward would use them as they are even when
+    the parameters have changed in between.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
     """Reduce gradients only in the ``last`` micro-batch of a step; a no-op without FSDP2."""
     if isinstance(model, FSDPModule):

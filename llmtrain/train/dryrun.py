@@ -13,6 +13,7 @@ from llmtrain.model import (
     Decoder,
     activation_bytes,
     flops_per_token,
+    padded_vocab,
     param_counts,
     param_roles,
     resolve_model,
@@ -103,10 +104,14 @@ def memory_estimate(
         gathered = per_element * (outside + 2 * counts["hidden"] // model_cfg.n_layers)
     else:
         gathered = per_element * n_params
+    gradients = 4 * n_params // shard
+    per_rank = cfg.train.global_batch_size // world
+    if shard > 1 and batch < per_rank and not cfg.parallel.reduce_every_micro_batch:
+        gradients += 4 * n_params  # accumulated unsharded until the last micro-batch
     dtype = precision.compute
     return {
         "weights (fp32)": 4 * n_params // shard,
-        "gradients (fp32)": 4 * n_params // shard,
+        "gradients (fp32)": gradients,
         "optimizer state": 4 * moments * n_params // shard,
         "compute copies": gathered,
         "activations": activation_bytes(
@@ -114,7 +119,7 @@ def memory_estimate(
         ),
         "logits chunk": 3
         * 4
-        * (model_cfg.vocab_size or 0)
+        * padded_vocab(model_cfg)
         * min(cfg.loss.chunk_tokens, batch * cfg.data.seq_len),
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import HeldoutSet
 from llmtrain.eval.heldout import evaluate_domains
-from llmtrain.parallel import World
+from llmtrain.parallel import World, release_gathered
 from llmtrain.train.module import TrainModule
 
 
@@ -19,9 +19,12 @@ class Evaluation:
 
     def run(self, module: TrainModule) -> dict[str, dict[str, float]]:
         """Domain -> loss, perplexity, bits_per_byte (where bytes are known), tokens."""
-        micro = self.cfg.eval.micro_batch_size or self.cfg.train.micro_batch_size or 16
+        train = self.cfg.train
+        whole = train.global_batch_size // self.world.size
+        micro = self.cfg.eval.micro_batch_size or train.micro_batch_size or whole
         module.model.eval()
         try:
             return evaluate_domains(module.loss, self.sets, micro, self.world)
         finally:
             module.model.train()
+            release_gathered(module.model)

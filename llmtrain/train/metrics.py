@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,26 +96,31 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, resume_tokens: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(
-            str(folder), purge_step=resume_tokens + 1 if resume_tokens else None
-        )
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_tokens + 1)
 
     def write(self, record: Record) -> None:
         """Write the scalars, and samples and events as text."""
         for key, value in scalars(record).items():
             self._writer.add_scalar(key, value, record["tokens"])
         if record["kind"] in ("sample", "event"):
-            self._writer.add_text(record["kind"], record["text"], record["step"])
+            self._writer.add_text(record["kind"], record["text"], record["tokens"])
 
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
 
 
+def _service_id(file: Path, fresh: str) -> str:
+    """The run's id at a service, kept in the run's folder so that a resumed run goes on there."""
+    if not file.exists():
+        file.write_text(fresh, encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
 class WandbLogger:
     """Weights & Biases (extra ``wandb``)."""
 
-    def __init__(self, cfg: RunConfig, config: dict[str, Any]) -> None:
+    def __init__(self, cfg: RunConfig, folder: Path, config: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -122,14 +128,21 @@ class WandbLogger:
                 "log.wandb is set but wandb is not installed; pip install 'llmtrain[wandb]'"
             ) from error
         self._run: Any = wandb.init(
-            project=cfg.log.wandb, name=cfg.name, id=cfg.name, resume="allow", config=config
+            project=cfg.log.wandb,
+            name=cfg.name,
+            id=_service_id(folder / "wandb_id", secrets.token_hex(8)),
+            resume="allow",
+            config=config,
         )
+        # Steps of W&B may not go back, as a resumed run's do; tokens may.
+        self._run.define_metric("tokens")
+        self._run.define_metric("*", step_metric="tokens")
 
     def write(self, record: Record) -> None:
-        """Log the scalars at the record's step."""
+        """Log the scalars over tokens."""
         values = scalars(record)
         if values:
-            self._run.log({**values, "tokens": record["tokens"]}, step=record["step"])
+            self._run.log({**values, "tokens": record["tokens"]})
 
     def close(self) -> None:
         """Finish the run."""
@@ -139,7 +152,7 @@ class WandbLogger:
 class MlflowLogger:
     """MLflow (extra ``mlflow``)."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, folder: Path, config: dict[str, Any]) -> None:
         try:
             import mlflow
         except ImportError as error:
@@ -148,7 +161,13 @@ class MlflowLogger:
             ) from error
         self._mlflow: Any = mlflow
         mlflow.set_experiment(cfg.log.mlflow)
-        mlflow.start_run(run_name=cfg.name)
+        known = folder / "mlflow_id"
+        if known.exists():
+            mlflow.start_run(run_id=known.read_text(encoding="utf-8").strip())
+            return
+        started = mlflow.start_run(run_name=cfg.name)
+        _service_id(known, started.info.run_id)
+        mlflow.log_dict(config, "config.json")
 
     def write(self, record: Record) -> None:
         """Log the scalars at the record's step."""
@@ -169,7 +188,7 @@ def build_loggers(
     if cfg.log.tensorboard:
         loggers.append(TensorBoardLogger(folder / "tensorboard", resume[1]))
     if cfg.log.wandb:
-        loggers.append(WandbLogger(cfg, config))
+        loggers.append(WandbLogger(cfg, folder, config))
     if cfg.log.mlflow:
-        loggers.append(MlflowLogger(cfg))
+        loggers.append(MlflowLogger(cfg, folder, config))
     return loggers

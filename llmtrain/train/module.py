@@ -107,7 +107,8 @@ class TrainModule:
         weight = torch.zeros_like(nll)
         micros = self.micro_batches(batch)
         for i, micro in enumerate(micros):
-            set_gradient_sync(self.model, last=i == len(micros) - 1)
+            last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
+            set_gradient_sync(self.model, last=last)
             output = self.loss(micro, denominator)
             output.loss.backward()  # type: ignore[no-untyped-call]
             total += output.loss.detach()

@@ -10,6 +10,7 @@ import torch
 
 from llmtrain.checkpoint import Saved
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import Batch
 from llmtrain.data.plan import DataPlan
 from llmtrain.parallel import World
 from llmtrain.train.clockwork import Clockwork
@@ -40,7 +41,11 @@ class Recorder:
         self.cfg, self.world, self.plan, self.clockwork = cfg, world, plan, clockwork
         self.throughput = throughput
         self.console, self.loggers = outputs
-        self._sums = torch.zeros(2, len(plan.names), dtype=torch.float64)
+        # Rows: weighted loss, weight (since the last log line), samples (since the start).
+        n = len(plan.names)
+        self._sums = torch.zeros(2, n, dtype=torch.float64, device=world.device)
+        self._seen = torch.zeros(n, dtype=torch.float64, device=world.device)
+        self._before: dict[str, dict[str, float]] = {}
         self._waited = 0.0
 
     def begin(self, step_done: int) -> None:
@@ -61,10 +66,21 @@ class Recorder:
         self.throughput.pause()
         self.console.stop_bar()
 
-    def count(self, sums: StepSums) -> None:
-        """Add a step's per-source sums."""
-        self._sums[0] += sums.nll.cpu()
-        self._sums[1] += sums.weight.cpu()
+    def count(self, sums: StepSums, batch: Batch, skipped: bool) -> None:
+        """Add a step of this rank: what it read and, unless skipped, its losses by source."""
+        ones = torch.ones(len(batch), dtype=torch.float64, device=batch.source_ids.device)
+        self._seen.index_add_(0, batch.source_ids, ones)
+        if not skipped:
+            self._sums[0] += sums.nll
+            self._sums[1] += sums.weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters over all ranks, by source, as JSON values. Collective."""
+        return {"sources": self._reduced()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self._before = state["sources"]
 
     def step(self, result: StepResult, waited: float) -> None:
         """Count a step and log it when due. waited: seconds the loader has stalled in all."""
@@ -74,7 +90,7 @@ class Recorder:
         if not (due or result.step == self.clockwork.stop):
             return
         rate, mfu, seconds = self.throughput.read()
-        sources = self._sources(result.step)
+        sources = self._sources()
         (memory,) = self.world.max([float(memory_bytes(self.world.device))])
         record: Record = {
             "kind": "step",
@@ -135,20 +151,34 @@ class Recorder:
         samples = step * self.cfg.train.global_batch_size
         return {"step": step, "tokens": samples * self.cfg.data.seq_len, "samples": samples}
 
-    def _sources(self, step: int) -> dict[str, dict[str, Any]]:
-        """Realised tokens and epochs per source since the start, and the loss since last time."""
+    def _reduced(self) -> dict[str, dict[str, float]]:
+        """Source -> loss sum, weight (both since the last log line), samples, over all ranks."""
+        parts = [*self._sums[0].tolist(), *self._sums[1].tolist(), *self._seen.tolist()]
+        sums = self.world.sum(parts)
         n = len(self.plan.names)
-        reduced = self.world.sum(self._sums.flatten().tolist())
-        self._sums.zero_()
-        counts = self.plan.counts(step * self.cfg.train.global_batch_size)
-        out: dict[str, dict[str, Any]] = {}
+        out = {}
         for i, name in enumerate(self.plan.names):
-            nll, weight = reduced[i], reduced[n + i]
+            old = self._before.get(name, {"nll": 0.0, "weight": 0.0, "samples": 0.0})
+            values = zip(("nll", "weight", "samples"), sums[i::n], strict=True)
+            out[name] = {key: old[key] + value for key, value in values}
+        return out
+
+    def _sources(self) -> dict[str, dict[str, Any]]:
+        """Realised tokens, share and epochs per source since the start; loss since last time."""
+        reduced = self._reduced()
+        total = math.fsum(source["samples"] for source in reduced.values())
+        out: dict[str, dict[str, Any]] = {}
+        for name, size in zip(self.plan.names, self.plan.sizes, strict=True):
+            source = reduced[name]
             out[name] = {
-                "tokens": int(counts[i]) * self.cfg.data.seq_len,
-                "epochs": float(counts[i]) / max(self.plan.sizes[i], 1),
-                "loss": nll / weight if weight > 0 else None,
+                "tokens": int(source["samples"]) * self.cfg.data.seq_len,
+                "share": source["samples"] / max(total, 1.0),
+                "epochs": source["samples"] / max(size, 1),
+                "loss": source["nll"] / source["weight"] if source["weight"] > 0 else None,
             }
+        self._sums.zero_()
+        for source in self._before.values():
+            source["nll"] = source["weight"] = 0.0
         return out
 
     def _write(self, record: Record) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.checkpoint import Checkpointer
+from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.schema import ModelConfig, RunConfig
@@ -18,19 +19,28 @@ from llmtrain.errors import EXIT_OK, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
 from llmtrain.ops import kernels_line
-from llmtrain.parallel import World, build_mesh, close_world, init_world
+from llmtrain.parallel import (
+    World,
+    build_mesh,
+    close_world,
+    init_world,
+    release_gathered,
+)
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.hooks import load_hooks
-from llmtrain.train.metrics import build_loggers
+from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
 from llmtrain.train.saver import ResumePoint, Saver
 from llmtrain.train.signals import SignalWatch
 from llmtrain.train.throughput import Throughput, device_peak
 from llmtrain.train.trainer import Services, Trainer
+
+# A longer plan is left to its own command: what comes before step 1 fits on a screen.
+_PLAN_LINES = 24
 
 
 def train(cfg: RunConfig) -> int:
@@ -82,7 +92,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
 
 def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
     """Load, train, sample; what goes wrong is recorded before it is raised."""
-    cfg, recorder, world = trainer.cfg, trainer.recorder, trainer.world
+    cfg, recorder = trainer.cfg, trainer.recorder
     try:
         if resume is not None:
             checkpointer = trainer.saver.checkpointer
@@ -90,8 +100,6 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
             trainer.load_state_dict(resume.step, resume.extra)
             _say_resume(recorder.console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
-        if world.is_main:
-            _write_run_files(cfg, trainer.plan)
         trainer.run(signals)
         _samples(cfg, trainer.module, trainer.plan, recorder, trainer.step_done)
         _say_unigram(trainer)
@@ -123,9 +131,13 @@ def _recorder(
     position = (0, 0)
     if resume is not None:
         position = (resume.step, resume.samples * cfg.data.seq_len)
-    loggers = []
-    if world.is_main:
-        loggers = build_loggers(cfg, run_folder(cfg), position, to_dict(cfg))
+    loggers: list[Logger] = []
+
+    def open_loggers() -> None:
+        _write_run_files(cfg, plan)
+        loggers.extend(build_loggers(cfg, run_folder(cfg), position, to_dict(cfg)))
+
+    Ranks(world.cpu_group).on_main(open_loggers)
     return Recorder(cfg, world, plan, times, throughput, (console, loggers))
 
 
@@ -153,7 +165,11 @@ def _preamble(
         f"{human(times.total * times.tokens_per_step)} tokens, {world.size} process"
         + ("" if world.size == 1 else f"es ({cfg.parallel.replicate} replicas)")
     )
-    console.say(plan.tree())
+    tree = plan.tree().splitlines()
+    if len(tree) > _PLAN_LINES:
+        hint = f"  {len(plan.names)} sources; `llmtrain data plan CONFIG` prints tokens and epochs"
+        tree = [tree[0], hint]
+    console.say("\n".join(tree))
 
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
@@ -172,7 +188,7 @@ def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
 def _say_unigram(trainer: Trainer) -> None:
     """The held-out loss beside that of a model which knows token frequencies only."""
     unigram = trainer.plan.catalogue.unigram_losses()
-    rows = [("held-out", "loss", "unigram")]
+    rows = [("held-out", "loss", "unigram loss")]
     for name, metrics in trainer.last_evaluation.items():
         if name in unigram:
             rows.append((name, f"{metrics['loss']:.4f}", f"{unigram[name]:.4f}"))
@@ -191,6 +207,8 @@ def _samples(
     module.model.eval()
     for prompt in cfg.eval.prompts:
         ids = tokenizer.encode(prompt)
+        if not ids:
+            continue
         new = generate(
             module.model,
             ids,
@@ -200,3 +218,4 @@ def _samples(
             eos_id=tokenizer.eos_id,
         )
         recorder.sample(step, prompt, tokenizer.decode(new))
+    release_gathered(module.model)

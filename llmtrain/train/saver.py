@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import llmtrain
-from llmtrain.checkpoint import Checkpointer, Saved, read_files
+from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
 from llmtrain.config import to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
@@ -41,6 +41,9 @@ class Saver:
     def __init__(self, cfg: RunConfig, plan: DataPlan, world: World, checkpointer: Checkpointer):
         self.cfg, self.plan, self.world, self.checkpointer = cfg, plan, world, checkpointer
         self._last: int | None = None
+        self._origin: str | None = None
+        # Read now: a file that goes away during the run must not cost the first checkpoint.
+        self._tokenizer = plan.catalogue.tokenizer_files()
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any], permanent: bool
@@ -50,6 +53,7 @@ class Saver:
         meta = {
             "samples": samples,
             "tokens": samples * self.cfg.data.seq_len,
+            "origin": self._origin,
             "versions": {"llmtrain": llmtrain.__version__, "python": platform.python_version()},
         }
         files: dict[str, str | bytes] = {
@@ -57,8 +61,7 @@ class Saver:
             "data.json": json.dumps(self.plan.state(), indent=1),
             "extra.json": json.dumps(extra),
         }
-        if self.plan.tokenizer_path is not None:
-            files["tokenizer.json"] = self.plan.tokenizer_path.read_bytes()
+        files.update(self._tokenizer)
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
         self._last = step
 
@@ -74,12 +77,29 @@ class Saver:
         """Until everything is on disk. Raises CheckpointError when that failed."""
         return self.checkpointer.wait()
 
+    def _resolve(self) -> Resume:
+        """``checkpoint.resume``; a path is where this run began, not where it goes on for ever.
+
+        Once the run has checkpoints of its own that go back to that path, the newest is taken,
+        so that the same command may be run again after a preemption.
+        """
+        wanted = self.cfg.checkpoint.resume
+        if wanted in ("auto", "never"):
+            return self.checkpointer.resolve(wanted)
+        self._origin = str(Path(wanted).expanduser().resolve())
+        own = self.checkpointer.resolve("auto")
+        if own.path is not None:
+            meta = json.loads(read_files(own.path)["meta.json"])
+            if meta.get("origin") == self._origin:
+                return own
+        return self.checkpointer.resolve(wanted)
+
     def find(self) -> ResumePoint | None:
         """Where ``checkpoint.resume`` says to go on, or None for a fresh start.
 
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
-        resume = self.checkpointer.resolve(self.cfg.checkpoint.resume)
+        resume = self._resolve()
         if resume.path is None:
             if resume.skipped:
                 raise CheckpointError(

@@ -67,12 +67,14 @@ class Trainer:
         """Train to the end. Raises Preempted after a signal (saved), GuardStop (not saved)."""
         for hook in self.hooks:
             hook.on_run_start(self)
+        automatic = gc.isenabled()
         if self.cfg.train.gc_every:
             gc.disable()
         try:
             self._loop(signals)
         finally:
-            gc.enable()
+            if automatic:
+                gc.enable()
             self.recorder.stop()
 
     def _loop(self, signals: SignalWatch) -> None:
@@ -86,19 +88,13 @@ class Trainer:
                 self.recorder.step(result, loader.wait_seconds)
                 self._collect()
                 if self.cfg.train.gc_every and result.step % self.cfg.train.gc_every == 0:
-                    gc.collect(1)
+                    gc.collect()
+                if stop and result.step != times.stop:
+                    self._leave(signals)
                 if times.evaluates(result.step):
                     self.evaluate()
                 if times.saves(result.step) and result.step != times.stop:
                     self.save()
-                if stop and result.step != times.stop:
-                    self.save()
-                    self._finish_saving()
-                    raise Preempted(
-                        f"preempted: {signals.received or 'a signal on another rank'} arrived; "
-                        f"step {result.step} was finished and saved. Run the same command again "
-                        "to go on"
-                    )
         finally:
             loader.close()
         for hook in self.hooks:
@@ -106,6 +102,18 @@ class Trainer:
         if not self.saver.has(self.step_done):
             self.save(final=True)
         self._finish_saving()
+
+    def _leave(self, signals: SignalWatch) -> None:
+        """Save and raise Preempted. Evaluation waits: the time to leave is short."""
+        self.save()
+        self._finish_saving()
+        again = "Run the same command again to go on"
+        if self.cfg.checkpoint.resume == "never":
+            again += ", with --resume auto"
+        raise Preempted(
+            f"{signals.received or 'a signal on another rank'} arrived; step {self.step_done} "
+            f"was finished and saved. {again}"
+        )
 
     def step(self, batch: Batch, signals: SignalWatch) -> tuple[StepResult, bool]:
         """One optimizer update from this rank's part of the global batch.
@@ -123,6 +131,8 @@ class Trainer:
             hook.after_backward(self)
         norm = self.module.gradient_norm()
         (loss,) = self.world.sum([float(sums.loss)])
+        # Equal on all ranks to the last bit, or they might come to different verdicts.
+        norm.fill_(self.world.max([float(norm)])[0])
         step = self.step_done + 1
         verdict = self.guard.judge(step, loss, float(norm), self._sample_range(step))
         lr = self.cfg.optim.lr * self.schedule.factor(self.step_done)
@@ -131,7 +141,7 @@ class Trainer:
         else:
             self.module.update(norm, lr)
         self.step_done = step
-        self.recorder.count(sums)
+        self.recorder.count(sums, batch, skipped=verdict.skip)
         if verdict.event:
             self.recorder.event(step, verdict.event)
         result = StepResult(step, loss, float(norm), lr, weight, verdict.skip)
@@ -162,6 +172,7 @@ class Trainer:
         """State beside tensors and data position: guard and hooks, as JSON values."""
         return {
             "guard": self.guard.state_dict(),
+            "recorder": self.recorder.state_dict(),
             "hooks": {self._hook_key(i): h.state_dict() for i, h in enumerate(self.hooks)},
         }
 
@@ -180,6 +191,7 @@ class Trainer:
         """Continue after update ``step`` with ``state`` of its checkpoint."""
         self.step_done = step
         self.guard.load_state_dict(state["guard"])
+        self.recorder.load_state_dict(state["recorder"])
         for i, hook in enumerate(self.hooks):
             if self._hook_key(i) in state["hooks"]:
                 hook.load_state_dict(state["hooks"][self._hook_key(i)])

@@ -23,7 +23,7 @@ def make_plan(prefetch: int = 2) -> DataPlan:
     weights = {"a": Fraction(2, 3), "b": Fraction(1, 3)}
     mixture = Mixture(["a", "b"], [Stretch(0, 960, weights)], 64, 5)
     sizes = [samples_in(s.num_tokens, 16) for s in sources]
-    catalogue = Catalogue({}, {}, {}, 0, 99, None, cfg.out)  # type: ignore[arg-type]
+    catalogue = Catalogue({}, {}, {}, 0, 99, None)
     return DataPlan(
         cfg, catalogue, ["a", "b"], list(sources), sizes, [1.0, 0.5], mixture.stretches, mixture
     )
@@ -118,3 +118,14 @@ def test_heldout_samples_are_shared_out_evenly_and_counted_once(world: int) -> N
     assert all(shape == shapes[0] for shape in shapes)
     assert weights == 7 * 16
     assert torch.equal(torch.cat(rows), torch.from_numpy(source.tokens[: 7 * 16]))
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_its_source() -> None:
+    plan = make_plan()
+    tokens = documents(2, 30)
+    tokens[:] = 99
+    plan.sources[1] = MemorySource("b", tokens)
+    loader = Loader(plan, 24, 0, 1)
+    with pytest.raises(DataError, match=r"'b'.*token id 99.*ends at 98"):
+        for step in range(40):
+            loader.batch(step)

@@ -46,3 +46,21 @@ def test_layouts_agree_over_twenty_steps(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
         for name, source in theirs["sources"].items():
             assert ours["sources"][name]["tokens"] == source["tokens"]
+
+
+@pytest.mark.dist
+def test_weights_changed_by_a_hook_after_an_evaluation_are_the_ones_trained_on(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path
+) -> None:
+    runs = []
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"hook{ranks}")
+        changes = ["eval.every=4step", "train.duration=6step", "checkpoint.every=null"]
+        hook = "hooks=[{use: helpers.hooks:HalveOnEval}]"
+        config = tiny_config(folder, corpus)
+        done = llmtrain("train", str(config), *changes, hook, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        runs.append(records(folder / "runs" / "tiny"))
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)

@@ -28,8 +28,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder / "runs" / "tiny"
 
 
-def trajectory(run: Path) -> list[tuple[int, float, float, float]]:
-    return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in records(run)]
+def trajectory(run: Path) -> list[tuple[int, float, float, float, str]]:
+    return [
+        (r["step"], r["loss"], r["grad_norm"], r["lr"], str(r["sources"])) for r in records(run)
+    ]
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -82,7 +84,7 @@ def test_killed_twice_and_resumed_is_bit_identical(
 def test_half_a_run_then_the_other_half(tmp_path: Path, corpus: Path, straight: Path) -> None:
     config = tiny_config(tmp_path, corpus)
     run = tmp_path / "runs" / "tiny"
-    half = llmtrain("train", str(config), "train.stop_after=10step")
+    half = llmtrain("train", str(config), "train.stop_after=10step", "log.every=1")
     assert half.returncode == 0, half.stderr
     assert records(run)[-1]["step"] == 10
     rest = llmtrain("train", str(config))
@@ -105,7 +107,7 @@ def test_resume_on_two_ranks_and_back_with_another_micro_batch(
     ):
         done = llmtrain("train", str(config), *changes, ranks=ranks)
         assert done.returncode == 0, done.stderr
-    for (step, loss, norm, lr), (step0, loss0, norm0, lr0) in zip(
+    for (step, loss, norm, lr, _), (step0, loss0, norm0, lr0, _) in zip(
         trajectory(run), trajectory(straight), strict=True
     ):
         assert (step, lr) == (step0, lr0)
@@ -166,3 +168,46 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_resumes(
     assert "resumed from" in done.stdout
     assert trajectory(run) == trajectory(straight)
     assert weights(run) == weights(straight)
+
+
+@pytest.mark.dist
+def test_a_run_begun_from_a_path_goes_on_from_its_own_checkpoints(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    """The same command again, as after a preemption, does not begin at the path once more."""
+    config = tiny_config(tmp_path, corpus)
+    start = straight / "checkpoints" / "step-00000010"
+    start = start if start.exists() else sorted((straight / "checkpoints").glob("step-*"))[0]
+    begun = ["train", str(config), "--resume", str(start)]
+    first = llmtrain(*begun, "train.stop_after=17step")
+    assert first.returncode == 0, first.stderr
+    second = llmtrain(*begun)
+    assert second.returncode == 0, second.stderr
+    assert "step-00000017" in second.stdout
+    run = tmp_path / "runs" / "tiny"
+    assert weights(run) == weights(straight)
+
+
+@pytest.mark.dist
+def test_the_local_launcher_passes_signals_on_and_keeps_the_exit_code(
+    tmp_path: Path, corpus: Path
+) -> None:
+    config = tiny_config(tmp_path, corpus, train__duration="4000step", eval__every=None)
+    run = tmp_path / "runs" / "tiny"
+    launcher = Path(__file__).parents[2] / "launch" / "local.sh"
+    process = subprocess.Popen(
+        [str(launcher), str(config)],
+        env=environment(NPROC="2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 90
+    while not (run / "metrics.jsonl").exists() or not records(run):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    stopped = records(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{stopped:08d}").exists()

@@ -92,7 +92,9 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 def environment(**extra: str) -> dict[str, str]:
     """One thread per process, and nothing inherited from a launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "LLMTRAIN"))}
-    return {**kept, "LLMTRAIN_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    tests = str(Path(__file__).parents[1])
+    own = {"LLMTRAIN_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
+    return {**kept, **own, **extra}
 
 
 def llmtrain(
