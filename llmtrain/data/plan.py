@@ -115,12 +115,6 @@ class DataPlan:
             )
         self.mixture = Mixture(self.names, stretches, self.cfg.data.block_size, self.cfg.seed)
 
-    def heldout_sets(self) -> list[Any]:
-        """The held-out sets, see ``loader.HeldoutSet``."""
-        from llmtrain.data.loader import heldout_sets
-
-        return list(heldout_sets(self.cfg, self.catalogue))
-
     def _check_source(self, name: str, old: dict[str, Any]) -> None:
         if name not in self.names:
             raise DataError(

@@ -41,18 +41,6 @@ class World:
         """Element-wise maximum over all ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.sum([0.0])
-
-    def broadcast_text(self, text: str) -> str:
-        """The main rank's ``text`` on every rank."""
-        if self.size == 1:
-            return text
-        box = [text]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
-        return box[0]
-
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return [float(v) for v in values]

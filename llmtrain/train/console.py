@@ -45,7 +45,7 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 class Console:
     """Prints on the main rank only. A progress bar where stdout is a terminal."""
 
-    def __init__(self, active: bool, total_steps: int, width_hint: int | None = None) -> None:
+    def __init__(self, active: bool, total_steps: int) -> None:
         self._active = active
         self._total = total_steps
         self._bar: Progress | None = None

@@ -16,7 +16,8 @@ from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmtrain.data.batch import Batch
-    from llmtrain.train.trainer import StepResult, Trainer
+    from llmtrain.train.module import StepResult
+    from llmtrain.train.trainer import Trainer
 
 
 class Hook:

@@ -46,6 +46,22 @@ class StepSums:
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, equal on every rank.
+
+    step: number of updates made, this one included. loss: mean weighted cross-entropy in nats
+    (with z-loss) over the global batch. grad_norm: before clipping. weight: of the global batch.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    weight: float
+    skipped: bool
+
+
 class TrainModule:
     """Owns the model, its parallel layout and the optimizer.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +16,8 @@ from llmtrain.parallel import World
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, step_line
 from llmtrain.train.metrics import Logger, Record
-from llmtrain.train.module import StepSums
+from llmtrain.train.module import StepResult, StepSums
 from llmtrain.train.throughput import Throughput, memory_bytes
-
-if TYPE_CHECKING:
-    from llmtrain.train.trainer import StepResult
 
 
 class Recorder:

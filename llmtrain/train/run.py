@@ -13,6 +13,7 @@ from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, LlmtrainError
@@ -82,7 +83,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         )
         recorder = _recorder(cfg, world, plan, times, (console, module, resume))
         try:
-            evaluation = Evaluation(cfg, world, plan.heldout_sets())
+            evaluation = Evaluation(cfg, world, heldout_sets(cfg, plan.catalogue))
             services = Services(times, evaluation, recorder, saver)
             trainer = Trainer(cfg, world, module, plan, load_hooks(cfg.hooks), services)
             _drive(trainer, resume, signals)

@@ -19,26 +19,10 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.guard import Guard
 from llmtrain.train.hooks import Hook
-from llmtrain.train.module import TrainModule
+from llmtrain.train.module import StepResult, TrainModule
 from llmtrain.train.recorder import Recorder
 from llmtrain.train.saver import Saver
 from llmtrain.train.signals import SignalWatch
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step came to, equal on every rank.
-
-    step: number of updates made, this one included. loss: mean weighted cross-entropy in nats
-    (with z-loss) over the global batch. grad_norm: before clipping. weight: of the global batch.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    weight: float
-    skipped: bool
 
 
 class Trainer:
