@@ -12,19 +12,20 @@ from llmtrain.ops.native import kernels, usable
 
 
 class _Reference(torch.autograd.Function):
-    """Four elementwise passes backward, no saved intermediates."""
+    """Elementwise passes without saved intermediates, nor in-place ones, which recomputation
+    under torch.compile does not allow."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        d_up = F.silu(gate).mul_(grad)
+        d_up = F.silu(gate) * grad
         d_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return torch.cat((d_gate, d_up), -1)
 
