@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from common import ROOT, write_result  # noqa: E402
+from peers.environments import PEERS, installed, make_environment  # noqa: E402
 from peers.shape import (  # noqa: E402
     BATCH,
     BETAS,
@@ -59,28 +60,7 @@ from peers.shape import (  # noqa: E402
 from llmtrain.cli.process import SETTINGS  # noqa: E402
 from llmtrain.machine import usable_cores  # noqa: E402
 
-TORCH = "torch==2.13.0"
 AS_RUN, SETTLED = "as run", "our settings"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A contender other than llmtrain: its script, its packages, its extra environment."""
-
-    script: str
-    venv: str
-    packages: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-PEERS = {
-    "litgpt": Peer("litgpt_pretrain.py", "litgpt", ("litgpt==0.5.13",)),
-    "litgpt eager": Peer(
-        "litgpt_pretrain.py", "litgpt", ("litgpt==0.5.13",), (("TORCHDYNAMO_DISABLE", "1"),)
-    ),
-    "huggingface": Peer("hf_trainer.py", "hf", ("transformers==5.23.0", "accelerate==1.15.0")),
-    "plain": Peer("plain_loop.py", "plain", ()),
-}
 
 
 @dataclass(frozen=True)
@@ -100,24 +80,6 @@ class Plan:
         base = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("OMP_")}
         base["OMP_NUM_THREADS"] = str(self.threads)
         return {**base, **SETTINGS} if manner == SETTLED else base
-
-
-def make_environment(work: Path, peer: Peer, pip_args: list[str]) -> Path:
-    """Python of the peer's virtual environment, made when it is not there."""
-    folder = work / "venvs" / peer.venv
-    python, done = folder / "bin" / "python", folder / "installed.txt"
-    wanted = "\n".join((TORCH, *peer.packages))
-    if done.exists() and done.read_text() == wanted:
-        return python
-    print(f"making the environment of {peer.venv}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pip_args]
-    # torch first and pinned in both calls, so that no other request replaces the CPU build.
-    subprocess.run([*pip, TORCH, "numpy"], check=True)
-    if peer.packages:
-        subprocess.run([*pip, TORCH, *peer.packages], check=True)
-    done.write_text(wanted)
-    return python
 
 
 def write_tokens(path: Path, steps: int) -> None:
@@ -318,16 +280,6 @@ def loop_overhead(plan: Plan, python: Path) -> dict[str, Any]:
     return result
 
 
-def installed(python: Path) -> list[str]:
-    """pip freeze of an environment."""
-    out = subprocess.run(
-        [str(python), "-m", "pip", "freeze"], capture_output=True, text=True, check=True
-    )
-    return [
-        line for line in out.stdout.splitlines() if "@" not in line and not line.startswith("-e")
-    ]
-
-
 def show(rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
     """Print the table and the verdict."""
     print(
@@ -379,6 +331,12 @@ def main() -> None:
     for name, peer in PEERS.items():
         if name in chosen:
             pythons[name] = make_environment(work, peer, args.pip_args.split())
+    if os.getloadavg()[0] > plan.threads / 2:
+        print(
+            f"the machine is busy (load average {os.getloadavg()[0]:.1f}): peers as run spin while "
+            "they wait and lose many times more than on an idle machine",
+            flush=True,
+        )
     runs = measure(plan, chosen, pythons)
     rows = table(runs)
     result: dict[str, Any] = {
