@@ -218,7 +218,7 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
 
 def test_every_test_file_is_collected() -> None:
     """pytest leaves out folders of some names, ``dist`` among them, unless it is told not to."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:xdist"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     written = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")}
