@@ -26,14 +26,19 @@ def _jsonable(value: Any) -> Any:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Records of a metrics file; a last line cut off by a kill is left out."""
+    """Records of a metrics file; a last line cut off by a kill, and damaged lines, are left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.endswith("\n"):
                 return
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and "step" in record:
+                yield record
 
 
 class Logger(Protocol):
