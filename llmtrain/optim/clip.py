@@ -6,18 +6,34 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 
 def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:
-    """Global L2 norm of all gradients: a 0-dim float32 tensor, equal on every rank."""
+    """Global L2 norm of all gradients: a 0-dim float32 tensor, equal on every rank.
+
+    Squares are summed in float64: on a CPU torch's own norm sums in float32, loses 1e-3 on a
+    large embedding and so depends on how the tensors are cut into shards.
+    """
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    total: Tensor | None = None
+    for grad in grads:
+        norm = torch.linalg.vector_norm(_local(grad), dtype=torch.float64)
+        total = norm.square() if total is None else total + norm.square()
+    assert total is not None
+    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(total, group=mesh.get_group("shard"))
+    return total.sqrt().float()
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, bound: float) -> None:

@@ -168,3 +168,11 @@ def test_a_clipped_step_is_clipping_then_stepping(name: str, bound: float | None
 def test_full_decay_of_a_frozen_role_is_no_division_by_zero() -> None:
     cfg = OptimConfig(decoupled="fully", lr_factors={"hidden": 0.0})
     build_optimizer(build_groups(parameters(), ROLES, cfg), cfg)
+
+
+def test_the_norm_of_a_large_gradient_is_exact() -> None:
+    torch.manual_seed(2)
+    param = nn.Parameter(torch.zeros(4_000_000))
+    param.grad = torch.randn(4_000_000)
+    expected = float(param.grad.double().square().sum().sqrt())
+    assert float(gradient_norm([param])) == pytest.approx(expected, rel=2e-7)
