@@ -1,8 +1,9 @@
 """The same small Llama trained on CPU by llmtrain and by what its users might use instead.
 
-17 M parameters, sequence 256, batch 16, bf16, fused AdamW, clipping, the same random tokens, the
-same number of threads. Contenders, each in its own environment and process: ``llmtrain train``,
-litgpt's ``pretrain.setup``, Hugging Face's Trainer and a plain torch loop. Peers run in two
+17 M parameters, sequence 256, batch 16, fused AdamW, clipping, the same random tokens, the same
+number of threads, bf16 where the processor has it and fp32 elsewhere. Contenders, each in its
+own environment and process: ``llmtrain train``, litgpt's ``pretrain.setup``, Hugging Face's
+Trainer and a plain torch loop. Peers run in two
 manners: ``as run`` (only the thread count is set) and ``our settings`` (with the process
 settings that ``llmtrain train`` makes for itself). litgpt compiles its model; ``litgpt eager``
 is the same with TORCHDYNAMO_DISABLE=1.
@@ -37,6 +38,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import torch  # noqa: E402
 from common import ROOT, write_result  # noqa: E402
 from peers.environments import PEERS, installed, make_environment  # noqa: E402
 from peers.shape import (  # noqa: E402
@@ -59,6 +61,7 @@ from peers.shape import (  # noqa: E402
 
 from llmtrain.cli.process import SETTINGS  # noqa: E402
 from llmtrain.machine import usable_cores  # noqa: E402
+from llmtrain.parallel.hardware import has_fast_bf16  # noqa: E402
 
 AS_RUN, SETTLED = "as run", "our settings"
 
@@ -73,12 +76,14 @@ class Plan:
     rounds: int
     threads: int
     tokens: Path
+    precision: str
 
     def environment(self, manner: str) -> dict[str, str]:
         """Variables of a contender's process: the user's without our settings, or with them."""
         ours = {*SETTINGS, "LD_PRELOAD", "GLIBC_TUNABLES", "PYTHONPATH", "LLMTRAIN_PROCESS_READY"}
         base = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("OMP_")}
         base["OMP_NUM_THREADS"] = str(self.threads)
+        base["PEER_PRECISION"] = self.precision
         return {**base, **SETTINGS} if manner == SETTLED else base
 
 
@@ -114,7 +119,7 @@ def llmtrain_config(plan: Plan, folder: Path, hooks: list[dict[str, Any]]) -> Pa
         },
         "optim": {"lr": LR, "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP},
         "schedule": {"name": "constant", "warmup": "1step"},
-        "precision": {"compute": "bf16"},
+        "precision": {"compute": plan.precision},
         "train": {"duration": f"{plan.steps}step", "global_batch_size": BATCH},
         "guard": {"spike": "count"},
         "log": {"every": 1},
@@ -313,6 +318,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8, help="steps that are not counted")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="of all; bf16 where the processor has it"
+    )
     parser.add_argument("--only", default=",".join(names), help="contenders, separated by commas")
     parser.add_argument("--quick", action="store_true", help="8 steps, 1 round, no result file")
     parser.add_argument("--no-overhead", action="store_true", help="skip the loop overhead")
@@ -325,7 +333,8 @@ def main() -> None:
     steps, warmup, rounds = (8, 3, 1) if args.quick else (args.steps, args.warmup, args.rounds)
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    plan = Plan(work, steps, warmup, rounds, args.threads, work / "tokens.npy")
+    precision = args.precision or ("bf16" if has_fast_bf16(torch.device("cpu")) else "fp32")
+    plan = Plan(work, steps, warmup, rounds, args.threads, work / "tokens.npy", precision)
     write_tokens(plan.tokens, steps)
     pythons = {"llmtrain": Path(sys.executable)}
     for name, peer in PEERS.items():
@@ -342,6 +351,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "model": {"parameters": PARAMETERS, "seq_len": SEQ_LEN, "batch": BATCH, "vocab": VOCAB},
         "threads": plan.threads,
+        "precision": plan.precision,
         "steps": steps,
         "warmup": warmup,
         "settings": SETTINGS,

@@ -86,7 +86,7 @@ def main() -> None:
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
-            bf16=True,
+            bf16=job.bf16,
             optim="adamw_torch_fused",
             learning_rate=LR,
             adam_beta1=BETAS[0],
@@ -111,7 +111,8 @@ def main() -> None:
         )
         trainer.train()
     losses = [stamp.losses[0], stamp.losses[-1]]
-    note = f"bf16=True, adamw_torch_fused, attention {model.config._attn_implementation}"
+    attention = model.config._attn_implementation
+    note = f"bf16={job.bf16}, adamw_torch_fused, attention {attention}"
     job.finish(model.num_parameters(), losses, note)
 
 

@@ -1,4 +1,4 @@
-"""litgpt's own ``pretrain.setup`` on CPU: Fabric, bf16-mixed, its loop and logging.
+"""litgpt's own ``pretrain.setup`` on CPU: Fabric, bf16-mixed or 32-true, its loop and logging.
 
 Differences from what a user gets without asking: the optimizer is fused AdamW (litgpt fuses on
 CUDA only; the others here are fused too), the logger only notes the time, no checkpoints.
@@ -121,13 +121,14 @@ def main() -> None:
         mlp_class_name="LLaMAMLP",
         intermediate_size=D_FF,
     )
+    precision = "bf16-mixed" if JOB.bf16 else "32-true"
     options = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
     with tempfile.TemporaryDirectory() as folder:
         pretrain.setup(
             "llama-17m",
             model_config=config,
             out_dir=Path(folder),
-            precision="bf16-mixed",
+            precision=precision,
             data=TokenFile(),
             train=TrainArgs(
                 save_interval=None,
@@ -144,7 +145,7 @@ def main() -> None:
             devices=1,
         )
     eager = os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-    note = f"pretrain.setup, bf16-mixed, {'eager' if eager else 'torch.compile'}"
+    note = f"pretrain.setup, {precision}, {'eager' if eager else 'torch.compile'}"
     JOB.finish(parameters[0], [logger.losses[0], logger.losses[-1]], note)
 
 

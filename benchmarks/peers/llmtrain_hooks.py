@@ -29,7 +29,8 @@ class Stamps(Hook):
 
     def on_run_end(self, trainer: Trainer) -> None:
         losses = [self.losses[0], self.losses[-1]]
-        self.job.finish(_parameters(trainer), losses, "llmtrain train, bf16, fp32 masters")
+        formats = "bf16, fp32 masters" if self.job.bf16 else "fp32"
+        self.job.finish(_parameters(trainer), losses, f"llmtrain train, {formats}")
 
 
 class Overhead(Hook):

@@ -1,4 +1,4 @@
-"""The plain torch loop: the model as a tutorial writes it, bf16 autocast, fused AdamW."""
+"""The plain torch loop: the model as a tutorial writes it, autocast where bf16, fused AdamW."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Llama(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, D_MODEL)
         self.blocks = nn.ModuleList(Block() for _ in range(N_LAYERS))
@@ -79,8 +79,8 @@ class Llama(nn.Module):
         freq = ROPE_THETA ** (-torch.arange(0, D_HEAD, 2).float() / D_HEAD)
         angle = torch.outer(torch.arange(SEQ_LEN).float(), freq).repeat(1, 2)
         # In the compute dtype, as the attention inputs are under autocast.
-        self.register_buffer("cos", angle.cos().bfloat16())
-        self.register_buffer("sin", angle.sin().bfloat16())
+        self.register_buffer("cos", angle.cos().to(dtype))
+        self.register_buffer("sin", angle.sin().to(dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -93,7 +93,7 @@ def main() -> None:
     """Train and write the stamps."""
     job = Job()
     torch.manual_seed(0)
-    model = Llama()
+    model = Llama(torch.bfloat16 if job.bf16 else torch.float32)
     data = np.memmap(job.tokens, dtype=np.uint16, mode="r")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
@@ -103,7 +103,7 @@ def main() -> None:
     for step in range(job.steps):
         piece = torch.from_numpy(data[step * size : (step + 1) * size + 1].astype(np.int64))
         tokens, targets = piece[:-1].view(BATCH, SEQ_LEN), piece[1:].view(BATCH, SEQ_LEN)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.bf16):
             logits = model(tokens)
             loss = F.cross_entropy(logits.view(-1, VOCAB), targets.reshape(-1))
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +113,8 @@ def main() -> None:
         losses.append(loss.item())
         job.stamp()
     count = sum(p.numel() for p in model.parameters())
-    job.finish(count, [losses[0], losses[-1]], "autocast bf16, SDPA, fused AdamW, eager")
+    formats = "autocast bf16" if job.bf16 else "fp32"
+    job.finish(count, [losses[0], losses[-1]], f"{formats}, SDPA, fused AdamW, eager")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ class Job:
     """One contender's run, as the environment describes it, and the stopwatch of its steps.
 
     PEER_TOKENS: raw uint16 tokens. PEER_STEPS: optimizer steps. PEER_OUT: result file.
+    PEER_PRECISION: bf16 (mixed: float32 master weights) or fp32.
     """
 
     def __init__(self) -> None:
+        self.bf16 = os.environ["PEER_PRECISION"] == "bf16"
         self.tokens = Path(os.environ["PEER_TOKENS"])
         self.steps = int(os.environ["PEER_STEPS"])
         self.out = Path(os.environ["PEER_OUT"])

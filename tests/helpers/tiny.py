@@ -90,10 +90,14 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread per process, and nothing inherited from a launcher."""
+    """One thread per process, and nothing inherited from a launcher.
+
+    The checkout comes first on the path: what is tested is what stands beside the tests.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "LLMTRAIN"))}
-    tests = str(Path(__file__).parents[1])
-    own = {"LLMTRAIN_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": tests}
+    tests = Path(__file__).parents[1]
+    path = f"{tests.parent}{os.pathsep}{tests}"
+    own = {"LLMTRAIN_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     return {**kept, **own, **extra}
 
 
