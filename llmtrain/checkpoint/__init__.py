@@ -22,7 +22,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.checkpoint.layout import Checkpoint, checkpoints_folder, scan
+from llmtrain.checkpoint.layout import (
+    HOOK_PREFIX,
+    OPTIM_PREFIX,
+    Checkpoint,
+    checkpoints_folder,
+    scan,
+)
 from llmtrain.checkpoint.store import Store, latest
 from llmtrain.checkpoint.verify import read_files, verify
 
@@ -34,6 +40,8 @@ if TYPE_CHECKING:
     from llmtrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 
 __all__ = [
+    "HOOK_PREFIX",
+    "OPTIM_PREFIX",
     "Checkpoint",
     "Checkpointer",
     "Resume",

@@ -7,7 +7,7 @@
       .tmp-step-00000200-<nonce>/      being written; nothing reads it
       step-00000100/                   published by one atomic rename, so whole by construction
         model-00000-of-00002.safetensors   the pieces of model.* that rank 0 wrote
-        optim-00000-of-00002.safetensors
+        optim-00000-of-00002.safetensors   and, where hooks keep tensors, hook-...
         tensors.json                   which piece of which tensor lies in which file
         meta.json                      step, tokens, samples, versions, world size, permanent
         config.yaml data.json tokenizer.json extra.json    whatever the run handed over
@@ -33,6 +33,8 @@ TENSORS = "tensors.json"
 CHECKSUMS = "checksums.json"
 LOCK = ".lock"
 TEMPORARY, REPLACED, DELETED, ABANDONED = ".tmp-", ".old-", ".del-", "abandoned-"
+# Names of tensors begin with what they belong to.
+MODEL_PREFIX, OPTIM_PREFIX, HOOK_PREFIX = "model.", "optim.", "hook."
 VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
 

@@ -37,6 +37,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_prepare(cfg, faults)
     _check_train(cfg, faults)
     _check_schedule(cfg, faults)
+    _check_average(cfg, faults)
     _check_hooks(cfg, faults)
     check_layout(cfg, faults)
     return faults.found
@@ -150,6 +151,31 @@ def _check_schedule(cfg: RunConfig, faults: Collector) -> None:
             "schedule.warmup",
             *depends,
         )
+
+
+def _check_average(cfg: RunConfig, faults: Collector) -> None:
+    average = cfg.average
+    if average is None:
+        return
+    depends = ("train.duration", "train.global_batch_size", "data.seq_len", "average.method")
+    if average.every is None and average.method != "sfa":
+        faults.add("average.every", f"{average.method} needs it; write 10step, say", *depends)
+    if part_of_run(cfg, average.start) > 1:
+        faults.add(
+            "average.start",
+            f"{average.start} is after the end of the run ({cfg.train.duration}); make it earlier",
+            *depends,
+        )
+    if average.every is not None and part_of_run(cfg, average.every) > 1:
+        faults.add(
+            "average.every",
+            f"{average.every} is longer than the run ({cfg.train.duration}); shorten it",
+            *depends,
+        )
+    if average.method == "stock" and average.keep < 2:
+        faults.add("average.keep", "stock needs at least 2 excursions; raise it", *depends)
+    if not average.anchor.strip():
+        faults.add("average.anchor", "is empty; write start, rolling or the path of a checkpoint")
 
 
 def _check_hooks(cfg: RunConfig, faults: Collector) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.checkpoint import read_files
+from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.loading import find, load_into
 from llmtrain.config import load_config
@@ -55,7 +55,7 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
         model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute)
     model.to_empty(device=device)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    load_into(alone, found, tensors, ("optim.",), False)
+    load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX), False)
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])

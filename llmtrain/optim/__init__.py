@@ -1,6 +1,6 @@
 """Optimizers, learning-rate schedules, parameter groups and gradient clipping."""
 
-from llmtrain.optim.clip import clip_gradients, clipped_step, gradient_norm
+from llmtrain.optim.clip import clip_gradients, clipped_step, counts_part, gradient_norm
 from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
 from llmtrain.optim.schedule import Schedule
@@ -13,6 +13,7 @@ __all__ = [
     "build_optimizer",
     "clip_gradients",
     "clipped_step",
+    "counts_part",
     "create_state",
     "gradient_norm",
     "groups_table",

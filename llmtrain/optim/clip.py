@@ -26,7 +26,7 @@ def gradient_norm(params: Iterable[nn.Parameter], layout: Layout | None = None) 
     device = grads[0].device if grads else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
-        if _counts(grad):
+        if counts_part(grad):
             total += torch.linalg.vector_norm(_local(grad), dtype=torch.float64).square()
     if layout is not None and layout.state is not None:
         for dim in ("shard", "tensor", "pipeline"):
@@ -34,16 +34,19 @@ def gradient_norm(params: Iterable[nn.Parameter], layout: Layout | None = None) 
     return total.sqrt().float()
 
 
-def _counts(grad: Tensor) -> bool:
-    """Whether this rank counts its part: it is the first of those that hold the same."""
-    if not isinstance(grad, DTensor):
+def counts_part(tensor: Tensor) -> bool:
+    """Whether this rank counts its part in a sum over the elements of all ranks.
+
+    True for the first of the ranks that hold the same part; replicas are no part of such a sum.
+    """
+    if not isinstance(tensor, DTensor):
         return True
-    mesh = grad.device_mesh
+    mesh = tensor.device_mesh
     names, place = mesh.mesh_dim_names, mesh.get_coordinate()
     assert names is not None and place is not None
     return all(
         index == 0 or name == "replicate" or not isinstance(placement, Replicate)
-        for name, index, placement in zip(names, place, grad.placements, strict=True)
+        for name, index, placement in zip(names, place, tensor.placements, strict=True)
     )
 
 

@@ -49,12 +49,13 @@ def apply_fsdp(
 def release_gathered(model: nn.Module) -> None:
     """Free gathered weights after a forward without backward; a no-op without FSDP2.
 
-    The root keeps its weights gathered from forward to backward. After an evaluation or a
-    generation there is no backward, and the next forward would use them as they are even when
-    the parameters have changed in between.
+    The root keeps its weights gathered from forward to backward, and so do the blocks without
+    ``reshard_after_forward``. After an evaluation or a generation there is no backward, and the
+    next forward would use them as they are even when the parameters have changed in between.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:

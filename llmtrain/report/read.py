@@ -128,13 +128,13 @@ def read_run(path: Path) -> Run:
     manifest = _manifest(path, text)
     kinds: dict[str, list[Record]] = {
         kind: [r for r in records if r.get("kind") == kind]
-        for kind in ("step", "eval", "sample", "event")
+        for kind in ("step", "eval", "eval_of", "sample", "event")
     }
     return Run(
         path=path,
         name=path.resolve().name,
         steps=_in_order(kinds["step"]),
-        evals=_in_order(kinds["eval"]),
+        evals=_with_averages(_in_order(kinds["eval"]), kinds["eval_of"]),
         samples=kinds["sample"],
         events=kinds["event"],
         config=text,
@@ -201,6 +201,20 @@ def _in_order(records: list[Record]) -> list[Record]:
             kept.pop()
         kept.append(record)
     return kept
+
+
+def _with_averages(evals: list[Record], averages: list[Record]) -> list[Record]:
+    """Evaluations with the domains of averaged weights, measured at the same step, beside them."""
+    beside = {record["step"]: record for record in averages}
+    out = []
+    for record in evals:
+        other = beside.get(record["step"], {})
+        domains = {
+            f"{name} ({other.get('weights')})": value
+            for name, value in (lookup(other, "domains") or {}).items()
+        }
+        out.append({**record, "domains": {**(record.get("domains") or {}), **domains}})
+    return out
 
 
 def _names(records: Sequence[Record], key: str) -> list[str]:

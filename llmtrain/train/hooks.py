@@ -1,27 +1,36 @@
 """Hooks: how methods reach the training loop without the loop knowing them by name.
 
-A method subclasses ``Hook``, overrides the moments it needs, and is named in the config by its
-import path (``hooks: [{use: package.module:Class, args: {...}}]``). Hooks run in the listed
-order on every rank.
+A method subclasses ``Hook`` and overrides the moments it needs. Its config section names it: the
+section's field in ``RunConfig`` carries the import path of a callable that makes the hook from the
+section. A user's own hook is named in the config
+(``hooks: [{use: package.module:Class, args: {...}}]``). Hooks run on every rank, those of sections
+first, then the listed ones in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.schema import HookConfig
+from llmtrain.config.schema import HookConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmtrain.data.batch import Batch
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
 
 
 class Hook:
-    """Does nothing at every moment of a run; override what is needed."""
+    """Does nothing at every moment of a run; override what is needed.
+
+    section: the config section that made the hook, None for one of ``hooks``; set by the loader.
+    """
+
+    section: str | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Once, after a checkpoint (if any) was loaded and before the first step."""
@@ -55,10 +64,30 @@ class Hook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
 
+    def tensors(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Tensors a resumed run needs besides, by name; saved in every checkpoint.
 
-def load_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
-    """Import and construct the hooks; ConfigError names the entry that fails."""
-    return [_load(config, f"hooks.{i}") for i, config in enumerate(configs)]
+        DTensors, or plain tensors that are equal on all ranks. On resume this is called after
+        ``load_state_dict``, and what it returns is filled in place from the checkpoint, under
+        whatever layout that was saved.
+        """
+        return {}
+
+
+def load_hooks(cfg: RunConfig) -> list[Hook]:
+    """The hooks of the sections that are set, then those listed in ``hooks``.
+
+    Raises ConfigError naming the entry that fails.
+    """
+    made = []
+    for field in dataclasses.fields(cfg):
+        section = getattr(cfg, field.name)
+        if "hook" in field.metadata and section is not None:
+            module, _, name = field.metadata["hook"].partition(":")
+            hook: Hook = getattr(importlib.import_module(module), name)(section)
+            hook.section = field.name
+            made.append(hook)
+    return made + [_load(config, f"hooks.{i}") for i, config in enumerate(cfg.hooks)]
 
 
 def _load(config: HookConfig, where: str) -> Hook:

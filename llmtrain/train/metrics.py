@@ -86,12 +86,13 @@ def scalars(record: Record) -> dict[str, float]:
             for key, value in source.items():
                 if value is not None:
                     out[f"source/{name}/{key}"] = float(value)
-    elif record["kind"] == "eval":
+    elif record["kind"] in ("eval", "eval_of"):
+        group = f"eval_{record['weights']}" if record["kind"] == "eval_of" else "eval"
         for name, domain in record["domains"].items():
             for key in ("loss", "perplexity", "bits_per_byte"):
                 if domain.get(key) is not None:
-                    out[f"eval/{name}/{key}"] = float(domain[key])
-        out["eval/mean_loss"] = float(record["mean_loss"])
+                    out[f"{group}/{name}/{key}"] = float(domain[key])
+        out[f"{group}/mean_loss"] = float(record["mean_loss"])
     return out
 
 

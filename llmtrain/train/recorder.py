@@ -110,19 +110,27 @@ class Recorder:
         eta = self.throughput.eta_seconds(left)
         self.console.say(step_line(record, self.clockwork.total, eta))
 
-    def evaluation(self, step: int, metrics: dict[str, dict[str, float]]) -> None:
-        """Record a held-out evaluation. metrics: domain -> loss, perplexity, ..."""
+    def evaluation(
+        self, step: int, metrics: dict[str, dict[str, float]], weights: str | None = None
+    ) -> None:
+        """Record a held-out evaluation. metrics: domain -> loss, perplexity, ...
+
+        weights: name of weights other than those in training that were evaluated.
+        """
         if not metrics:
             return
         mean = math.fsum(m["loss"] for m in metrics.values()) / len(metrics)
-        position = self._position(step)
-        self._write({"kind": "eval", **position, "domains": metrics, "mean_loss": mean})
+        record: Record = {"kind": "eval", **self._position(step), "domains": metrics}
+        if weights is not None:
+            record.update(kind="eval_of", weights=weights)
+        self._write({**record, "mean_loss": mean})
         parts = []
         for name, m in metrics.items():
             bits = m.get("bits_per_byte")
             extra = "" if bits is None else f", {bits:.3f} bits/byte"
             parts.append(f"{name} {m['loss']:.4f} (ppl {m['perplexity']:.1f}{extra})")
-        self.console.say(f"eval at step {step} | mean loss {mean:.4f} | " + " | ".join(parts))
+        what = "eval" if weights is None else f"eval of {weights}"
+        self.console.say(f"{what} at step {step} | mean loss {mean:.4f} | " + " | ".join(parts))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a generated continuation."""

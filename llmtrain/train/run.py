@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.checkpoint import Checkpointer
+from llmtrain.checkpoint import HOOK_PREFIX, Checkpointer
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
@@ -86,7 +86,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         try:
             evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
             services = Services(times, evaluation, recorder, saver)
-            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg.hooks), services)
+            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg), services)
             _drive(trainer, resume, signals)
         finally:
             recorder.close()
@@ -98,8 +98,9 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
     try:
         if resume is not None:
             checkpointer = trainer.saver.checkpointer
-            checkpointer.load(resume.path, trainer.module.tensors(), verify=False)
             trainer.load_state_dict(resume.step, resume.extra)
+            # Tensors of hooks that this run has not are left where they are.
+            checkpointer.load(resume.path, trainer.tensors(), unused=(HOOK_PREFIX,), verify=False)
             _say_resume(recorder.console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
         trainer.run(signals)

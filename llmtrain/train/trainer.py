@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from llmtrain.checkpoint import HOOK_PREFIX
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import Loader
@@ -146,8 +149,16 @@ class Trainer:
         for hook in self.hooks:
             hook.on_checkpoint(self)
         permanent = final or self.clockwork.keeps(self.step_done)
-        self.saver.save(self.step_done, self.module.tensors(), self.state_dict(), permanent)
+        self.saver.save(self.step_done, self.tensors(), self.state_dict(), permanent)
         self.recorder.resume()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint: of the module, and ``hook.<key>.<name>`` of the hooks."""
+        found = self.module.tensors()
+        for i, hook in enumerate(self.hooks):
+            for name, value in hook.tensors(self).items():
+                found[f"{HOOK_PREFIX}{self._hook_key(i)}.{name}"] = value
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """State beside tensors and data position: guard and hooks, as JSON values."""
@@ -178,6 +189,9 @@ class Trainer:
                 hook.load_state_dict(state["hooks"][self._hook_key(i)])
 
     def _hook_key(self, index: int) -> str:
+        section = self.hooks[index].section
+        if section is not None:
+            return section
         kind = type(self.hooks[index])
         earlier = sum(type(h) is kind for h in self.hooks[:index])
         return f"{kind.__module__}:{kind.__qualname__}#{earlier}"

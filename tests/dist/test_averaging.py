@@ -1,0 +1,200 @@
+"""Averaging in place on sharded parameters: the same as on one process, in any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from helpers.tiny import llmtrain, make_corpus, records, tiny_config
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llmtrain.config.duration import Duration
+from llmtrain.config.methods import AverageConfig
+from llmtrain.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.data.batch import Batch
+from llmtrain.merge.copies import part
+from llmtrain.merge.training import averaging
+from llmtrain.model import complete
+from llmtrain.parallel import World, build_layout
+from llmtrain.parallel.hardware import Precision
+from llmtrain.train.module import TrainModule
+
+pytestmark = pytest.mark.dist
+SHAPE = {"vocab_size": 61, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24}
+# Weights so large that every one of them matters to the loss.
+MODEL = complete(ModelConfig(**SHAPE, init_std=0.3), None, 8)
+EVERY = Duration.parse("1step")
+SFA = AverageConfig(every=EVERY, beta=0.3)
+STOCK = AverageConfig(method="stock", every=EVERY, keep=3)
+LATEST = AverageConfig(method="latest", every=EVERY, keep=3)
+LAYOUTS = {
+    "fsdp 2": (2, ParallelConfig()),
+    "fsdp 4, gathered blocks": (4, ParallelConfig(reshard_after_forward=False)),
+    "replicas 2 x shards 2": (4, ParallelConfig(replicate=2)),
+    "tensor 2": (2, ParallelConfig(tensor=2)),
+    "tensor 2 x shards 2": (4, ParallelConfig(tensor=2)),
+}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def nudge(module: TrainModule, step: int) -> None:
+    """Move every parameter as an update would: by values that do not depend on the layout."""
+    with torch.no_grad():
+        for i, param in enumerate(module.params.values()):
+            random = torch.Generator().manual_seed(1000 * step + i)
+            change = 0.02 * torch.randn(param.shape, generator=random)
+            if isinstance(param, DTensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                change = distribute_tensor(change, param.device_mesh, param.placements)
+            param.add_(change)
+
+
+def merge(
+    rank: int,
+    world: int,
+    parallel: ParallelConfig,
+    average: AverageConfig,
+    compute: torch.dtype,
+) -> tuple[list[dict[str, Tensor]], float]:
+    """Whole weights before and after each of three actions, and a loss after the last."""
+    cfg = RunConfig(
+        parallel=parallel, average=average, data=DataConfig(seq_len=8), train=TrainConfig()
+    )
+    place = World(rank, world, rank, torch.device("cpu"), None)
+    layout = build_layout(parallel, place, MODEL.n_kv_heads or 1)
+    precision = Precision(compute, torch.float32)
+    module = TrainModule(cfg, MODEL, precision, layout)
+    trainer: Any = SimpleNamespace(
+        module=module,
+        world=place,
+        step_done=0,
+        clockwork=SimpleNamespace(tokens_per_step=1, total=3),
+        recorder=SimpleNamespace(event=lambda *a, **k: None),
+    )
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 61, (4, 9), generator=random)
+    ones, zeros = torch.ones(4, 8), torch.zeros(4, dtype=torch.long)
+    places = torch.arange(8).expand(4, 8)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, places * 0, places, zeros, zeros)
+
+    def loss() -> float:
+        # Every rank reads the same rows; weights gathered here must not outlive a merge.
+        with torch.no_grad():
+            return float(module.loss(batch, 1.0).nll.sum(dtype=torch.float64))
+
+    hook: Any = averaging(average)
+    hook.on_run_start(trainer)
+    states = [{k: whole(p) for k, p in module.params.items()}]
+    for step in (1, 2, 3):
+        loss()
+        nudge(module, step)
+        states.append({k: whole(p) for k, p in module.params.items()})
+        trainer.step_done = step
+        hook.after_step(trainer, SimpleNamespace(step=step))
+        states.append({k: whole(p) for k, p in module.params.items()})
+    names = {key.partition(".")[0] for key in hook.tensors(trainer)}
+    for copy in names:
+        for key, value in module.params.items():
+            stored = hook.tensors(trainer)[f"{copy}.{key}"]
+            assert part(stored).shape == part(value).shape
+            assert isinstance(stored, DTensor) == isinstance(value, DTensor)
+    return states, loss()
+
+
+def sfa_reference(states: list[dict[str, Tensor]]) -> None:
+    start = states[0]
+    for before, after in zip(states[1::2], states[2::2], strict=True):
+        for name, value in after.items():
+            wanted = 0.7 * before[name].double() + 0.3 * start[name].double()
+            torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def latest_reference(states: list[dict[str, Tensor]]) -> None:
+    for name, value in states[-1].items():
+        wanted = sum(states[i][name].double() for i in (1, 3, 5)) / 3
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-8)
+
+
+def stock_reference(states: list[dict[str, Tensor]]) -> None:
+    """2403.19522, written out: three fine-tuned models and an anchor, layer by layer."""
+    start = states[0]
+    for name, value in states[-1].items():
+        base = start[name].double()
+        offsets = [states[i][name].double() - base for i in (1, 3, 5)]
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        cosines = [
+            float((offsets[i] * offsets[j]).sum() / offsets[i].norm() / offsets[j].norm())
+            for i, j in pairs
+        ]
+        cosine = sum(cosines) / 3
+        t = 3 * cosine / (1 + 2 * cosine)
+        mean = sum(states[i][name].double() for i in (1, 3, 5)) / 3
+        torch.testing.assert_close(value.double(), t * mean + (1 - t) * base, rtol=2e-6, atol=1e-7)
+        assert torch.equal(states[2][name], start[name])  # the next excursion begins there
+
+
+CASES = {"sfa": (SFA, sfa_reference), "stock": (STOCK, stock_reference)}
+CASES["latest"] = (LATEST, latest_reference)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_equals_float64(case: str) -> None:
+    average, reference = CASES[case]
+    reference(merge(0, 1, ParallelConfig(), average, torch.float32)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_any_layout_equals_float64_and_computes_with_the_merged_weights(
+    case: str, layout: str
+) -> None:
+    average, reference = CASES[case]
+    world, parallel = LAYOUTS[layout]
+    # In bfloat16 a rank that gathers nothing keeps casts of its weights.
+    compute, close = torch.float32, 1e-5
+    if layout == "tensor 2":
+        compute, close = torch.bfloat16, 1e-2
+    alone, loss = merge(0, 1, ParallelConfig(), average, compute)
+    for states, theirs in run_ranks(world, merge, world, parallel, average, compute):
+        reference(states)
+        for one, other in zip(states, alone, strict=True):
+            for name, value in one.items():
+                torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-8)
+        assert theirs == pytest.approx(loss, rel=close)
+
+
+def test_copies_come_back_under_another_layout(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, documents=40)
+    section = "average={method: sfa, every: 6step, beta: 0.4}"
+    runs = []
+    for name, parts in (
+        ("alone", [(1, "20step", [])]),
+        (
+            "moved",
+            [
+                (2, "5step", []),
+                (2, "11step", ["parallel.tensor=2"]),
+                (1, "20step", []),
+            ],
+        ),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = str(tiny_config(folder, corpus))
+        for ranks, stop, changes in parts:
+            words = ["train", config, section, f"train.stop_after={stop}", *changes]
+            done = llmtrain(*words, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+        runs.append(records(folder / "runs" / "tiny"))
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
