@@ -53,6 +53,17 @@ def test_ten_steps_with_a_head_of_its_own(layout: str, alone: dict[Case, Outcome
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_dropout_masks_do_not_depend_on_the_layout(recompute: str) -> None:
+    what = case(dropout=0.2, steps=3)
+    alone = train_steps(0, 1, what, {})
+    assert alone.losses != train_steps(0, 1, case(steps=3), {}).losses
+    what = dataclasses.replace(what, train=(("micro_batch_size", 2), ("recompute", recompute)))
+    for ours in run_ranks(4, lambda rank: train_steps(rank, 4, what, {"tensor": 2})):
+        assert_same(ours, alone)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("layout", ["FSDP2", "TP2", "TP2+SP"])
 def test_bf16_differs_no_more_than_its_own_noise(layout: str, alone: dict[Case, Outcome]) -> None:
     """Two bf16 runs of one layout each differ as either differs from float32: by rounding."""
