@@ -209,11 +209,11 @@ def _with_averages(evals: list[Record], averages: list[Record]) -> list[Record]:
     out = []
     for record in evals:
         other = beside.get(record["step"], {})
-        domains = {
-            f"{name} ({other.get('weights')})": value
-            for name, value in (lookup(other, "domains") or {}).items()
-        }
-        out.append({**record, "domains": {**(record.get("domains") or {}), **domains}})
+        own, found = record.get("domains"), other.get("domains")
+        if isinstance(own, dict) and isinstance(found, dict):
+            named = {f"{name} ({other.get('weights')})": value for name, value in found.items()}
+            record = {**record, "domains": {**own, **named}}
+        out.append(record)
     return out
 
 
