@@ -29,7 +29,7 @@ class CheckpointMetrics:
     skipped: list[str]
 
 
-class _Alone:
+class Alone:
     """A loaded model on one process, for ``evaluate_domains``."""
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
@@ -66,5 +66,5 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> Ch
 
     micro = cfg.eval.micro_batch_size or cfg.train.micro_batch_size or 16
     alone = Layout(World(0, 1, 0, place, None), Degrees())
-    domains = evaluate_domains(_Alone(trained, place), heldout_sets(cfg), micro, alone)
+    domains = evaluate_domains(Alone(trained, place), heldout_sets(cfg), micro, alone)
     return CheckpointMetrics(trained.path, trained.step, domains, trained.skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,22 +10,41 @@ from torch import Tensor
 
 _BLOCK = 1 << 20
 _TINY = 1e-6
+_PARALLEL = 0.9995
 
 
-def gram(vectors: Sequence[Tensor], base: Tensor) -> Tensor:
+def gram(vectors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     """Inner products of the offsets vector - base, all tensors of one shape: float64 [n, n].
 
-    Summed block by block in float64, so that temporary memory is bounded.
+    base: None for the vectors themselves. Summed block by block in float64, so that temporary
+    memory is bounded.
     """
     flat = [v.reshape(-1) for v in vectors]
-    zero = base.reshape(-1)
-    out = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=base.device)
-    for begin in range(0, len(zero), _BLOCK):
+    zero = None if base is None else base.reshape(-1)
+    place = flat[0].device if zero is None else zero.device
+    out = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=place)
+    for begin in range(0, len(flat[0]), _BLOCK):
         part = slice(begin, begin + _BLOCK)
-        origin = zero[part].double()
-        offsets = torch.stack([v[part].to(origin.device).double() - origin for v in flat])
+        offsets = torch.stack([v[part].to(place).double() for v in flat])
+        if zero is not None:
+            offsets -= zero[part].double()
         out += offsets @ offsets.T
     return out
+
+
+def slerp_weights(products: Tensor, t: float) -> tuple[float, float]:
+    """Weights of two vectors at place ``t`` on the great circle between them (Shoemake 1985).
+
+    products: their float64 [2, 2] inner products. Nearly parallel vectors (cosine beyond 0.9995)
+    are interpolated linearly, as mergekit does; a vector of length zero has cosine 0.
+    """
+    norms = [math.sqrt(max(float(products[i, i]), 0.0)) for i in (0, 1)]
+    a, b = (n if n > 1e-8 else 1.0 for n in norms)
+    cosine = min(max(float(products[0, 1]) / (a * b), -1.0), 1.0)
+    if abs(cosine) > _PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 def stock_ratio(products: Tensor) -> Tensor:

@@ -212,8 +212,9 @@ def _with_averages(evals: list[Record], averages: list[Record]) -> list[Record]:
         own, found = record.get("domains"), other.get("domains")
         if isinstance(own, dict) and isinstance(found, dict):
             named = {f"{name} ({other.get('weights')})": value for name, value in found.items()}
-            record = {**record, "domains": {**own, **named}}
-        out.append(record)
+            out.append({**record, "domains": {**own, **named}})
+        else:
+            out.append(record)
     return out
 
 

@@ -157,7 +157,7 @@ def check_llmtrain(words: list[str]) -> None:
     assert not extra or hasattr(args, "overrides")
     overrides = [*getattr(args, "overrides", []), *extra]
     config = ROOT / str(getattr(args, "config", "configs/quickstart.yaml"))
-    if config.exists():
+    if config.exists() and words[0] != "merge":
         load_config(config, overrides)
 
 

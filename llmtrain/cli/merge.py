@@ -1,0 +1,98 @@
+"""``llmtrain merge METHOD MODEL [MODEL ...] --out DST``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llmtrain.cli.process import prepare_process
+from llmtrain.errors import ConfigError
+
+HELP = "merge models into one: soups, task vectors, TIES, Model Stock, ..."
+METHODS = (
+    "linear, soup, slerp, wise-ft, task-arithmetic, ties, dare, model-stock, fisher, greedy-soup"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    parser.add_argument("method", metavar="METHOD|RECIPE.yaml", help=f"{METHODS}; or a file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="MODEL|key=value",
+        help="checkpoints, runs or Hugging Face folders, and keys of the recipe, e.g. "
+        "density=0.2 models.0.weight=0.7",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="the model the others were trained from")
+    parser.add_argument("--out", metavar="DST", required=True, help="folder to create")
+    parser.add_argument(
+        "--search",
+        metavar="KEY=V1,V2,...",
+        help="try values of a key and keep the one with the least held-out loss",
+    )
+    parser.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME",
+        help="held-out domain that greedy-soup and --search look at (default: the mean of all)",
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    prepare_process()
+    from llmtrain.merge.offline import RECIPE, merge_models
+    from llmtrain.merge.recipe import read_recipe
+    from llmtrain.merge.search import Judge, estimated_fishers, greedy_soup, search
+
+    file, given, changes = _recipe_words(args)
+    out = Path(args.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out: {out} exists and is not empty; choose another folder")
+    recipe = read_recipe(file, given, changes)
+    judge = Judge(args.domain, args.device, lambda text: print(text, flush=True))
+    if args.search is not None:
+        recipe = search(recipe, args.search, out, judge)
+    if recipe.method == "greedy-soup":
+        recipe = greedy_soup(recipe, out, judge)
+    with estimated_fishers(recipe, out, args.device) as fishers:
+        merged = merge_models(recipe, out, fishers)
+    print(f"{merged.path}: {len(recipe.paths)} models merged by {recipe.method}")
+    for path in merged.files:
+        print(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
+    print(f"  {RECIPE}: the recipe; llmtrain merge {merged.path / RECIPE} --out ... repeats it")
+    return 0
+
+
+def _recipe_words(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """File, plain data and changes that the words of the command line stand for."""
+    from llmtrain.merge.recipe import METHODS as known
+
+    changes = [w for w in args.overrides if _is_change(w)]
+    models = [{"path": w} for w in args.overrides if not _is_change(w)]
+    given: dict[str, Any] = {}
+    if args.base is not None:
+        given["base_model"] = args.base
+    if args.method in known:
+        return None, {"method": args.method, "models": models, **given}, changes
+    if not args.method.endswith((".yaml", ".yml")):
+        from difflib import get_close_matches
+
+        near = get_close_matches(args.method, known, 1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"the methods are {', '.join(known)}"
+        raise ConfigError(f"{args.method!r} is no method of merging; {remedy}")
+    if models:
+        raise ConfigError(
+            f"{models[0]['path']}: a recipe file names its models itself; change them with "
+            "models.0.path=..."
+        )
+    return Path(args.method), {}, [*(f"base_model={v}" for v in given.values()), *changes]
+
+
+def _is_change(word: str) -> bool:
+    """``key=value`` and not a path that holds an equals sign."""
+    head, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in head

@@ -1,0 +1,314 @@
+"""The rules of merging, on blocks of one tensor at a time.
+
+A rule may first ``measure`` the whole tensor (norms, thresholds); then ``combine`` makes each
+block of the result. Work is in float32 (float64 for float64 models). Where a paper leaves
+something open the choice is mergekit's (github arcee-ai/mergekit, 0.1.5).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.merge.formulas import gram, slerp_weights, stock_ratio
+from llmtrain.merge.recipe import MergeRecipe
+from llmtrain.merge.sources import Reader
+
+# Elements of a block: four blocks of float32 fit a core's cache.
+BLOCK = 1 << 18
+_TINY = 1e-7
+_BINS = 1 << 16
+
+
+@dataclass
+class Inputs:
+    """One tensor of all models. name, numel: of the tensor. base: of the base model, if any.
+
+    fishers: of the same shape, one per model, for the method that needs them.
+    """
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+    base: Reader | None
+    models: list[Reader]
+    fishers: list[Reader]
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Blocks of the tensor."""
+        for begin in range(0, self.numel, BLOCK):
+            yield begin, min(begin + BLOCK, self.numel)
+
+    def read(self, reader: Reader, begin: int, end: int) -> Tensor:
+        """A block in the dtype of the arithmetic; free to be written to."""
+        return reader.block(begin, end).to(self.dtype)
+
+    def base_block(self, begin: int, end: int) -> Tensor:
+        """A block of the base model."""
+        assert self.base is not None
+        return self.read(self.base, begin, end)
+
+    def blocks(self, begin: int, end: int) -> list[Tensor]:
+        """A block of every model."""
+        return [self.read(reader, begin, end) for reader in self.models]
+
+
+class Rule:
+    """A method of merging. The default measures nothing."""
+
+    def __init__(self, recipe: MergeRecipe) -> None:
+        self.recipe = recipe
+        self.weights = recipe.weights
+
+    def measure(self, inputs: Inputs) -> Any:
+        """What ``combine`` must know of the whole tensor."""
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """The merged block [begin, end)."""
+        raise NotImplementedError
+
+
+class Linear(Rule):
+    """sum w_i x_i, divided by sum w_i when normalised (Model soups, 2203.05482)."""
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """Accumulate one model after the other."""
+        normalize = self.recipe.normalize is not False
+        total = sum(self.weights) if normalize else 1.0
+        out: Tensor | None = None
+        for reader, weight in zip(inputs.models, self.weights, strict=True):
+            block = inputs.read(reader, begin, end)
+            out = block.mul_(weight) if out is None else out.add_(block, alpha=weight)
+        assert out is not None
+        return out.div_(total) if total != 1.0 else out
+
+
+class WiseFt(Rule):
+    """(1 - beta) x + beta x_0 (WiSE-FT, 2109.01903, with alpha = 1 - beta)."""
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """Interpolate; exact at both ends."""
+        (block,) = inputs.blocks(begin, end)
+        return block.lerp_(inputs.base_block(begin, end), self.recipe.beta)
+
+
+class Slerp(Rule):
+    """Spherical interpolation of each tensor as one vector (Shoemake 1985)."""
+
+    def measure(self, inputs: Inputs) -> tuple[float, float]:
+        """Weights of base and model, from the angle between them."""
+        products = torch.zeros(2, 2, dtype=torch.float64)
+        for begin, end in inputs.ranges():
+            pair = [inputs.base_block(begin, end), *inputs.blocks(begin, end)]
+            products += gram(pair)
+        return slerp_weights(products, self.recipe.t)
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """Sum with the measured weights."""
+        of_base, of_model = measured
+        (block,) = inputs.blocks(begin, end)
+        return block.mul_(of_model).add_(inputs.base_block(begin, end), alpha=of_base)
+
+
+class ModelStock(Rule):
+    """t mean(x_i) + (1 - t) x_0 with t from the angles of the tensor (2403.19522)."""
+
+    def measure(self, inputs: Inputs) -> float:
+        """The ratio t."""
+        count = len(inputs.models)
+        products = torch.zeros(count, count, dtype=torch.float64)
+        for begin, end in inputs.ranges():
+            products += gram(inputs.blocks(begin, end), inputs.base_block(begin, end))
+        return float(stock_ratio(products))
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """Interpolate between base and mean."""
+        first, *others = inputs.blocks(begin, end)
+        for other in others:
+            first.add_(other)
+        return inputs.base_block(begin, end).lerp_(first.div_(len(inputs.models)), measured)
+
+
+class TaskArithmetic(Rule):
+    """x_0 + lambda sum w_i (x_i - x_0) (2212.04089), the frame of TIES and DARE.
+
+    elects: only changes of the elected sign are summed. normalizes: divide by the weights.
+    """
+
+    elects = False
+    normalizes = False
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """Weighted sum of the thinned changes."""
+        base = inputs.base_block(begin, end)
+        changes = torch.empty(len(inputs.models), end - begin, dtype=base.dtype)
+        for i, reader in enumerate(inputs.models):
+            torch.sub(inputs.read(reader, begin, end), base, out=changes[i])
+            self.thin(inputs, i, changes[i], begin, measured)
+            changes[i].mul_(self.weights[i])
+        divisor: Tensor | float
+        if self.elects:
+            sign = torch.ge(changes.sum(0), 0).to(base.dtype).mul_(2).sub_(1)
+            agree = changes.sign() == sign
+            changes.mul_(agree)
+            weights = torch.tensor(self.weights, dtype=base.dtype).unsqueeze(1)
+            divisor = (weights * agree).sum(0)
+            divisor[divisor == 0] = 1
+        else:
+            total = math.fsum(self.weights)
+            divisor = total if abs(total) >= 1e-8 else 1.0
+        mixed = changes.sum(0)
+        normalize = self.recipe.normalize
+        if normalize if normalize is not None else self.normalizes:
+            mixed.div_(divisor)
+        return base.add_(mixed, alpha=self.recipe.scale)
+
+    def thin(self, inputs: Inputs, i: int, change: Tensor, begin: int, measured: Any) -> None:
+        """Drop parts of a block of model ``i``'s change in place."""
+
+
+class Ties(TaskArithmetic):
+    """Trim to the largest changes, elect signs, average what agrees (TIES, 2306.01708)."""
+
+    elects = True
+    normalizes = True
+
+    def measure(self, inputs: Inputs) -> list[list[float] | None]:
+        """Per model: the least magnitude that stays, and how many of exactly that one do."""
+        found: list[list[float] | None] = []
+        for i, density in enumerate(self.recipe.densities):
+            count = max(1, int(density * inputs.numel)) if density > 0 else 0
+            if density >= 1 or inputs.numel == 0:
+                found.append(None)
+            elif count == 0:
+                found.append([float("inf"), 0])
+            else:
+                found.append(list(_largest(partial(_magnitudes, inputs, i), count)))
+        return found
+
+    def thin(self, inputs: Inputs, i: int, change: Tensor, begin: int, measured: Any) -> None:
+        """Keep what is above the threshold, and of equals the first ones."""
+        if measured[i] is None:
+            return
+        threshold, left = measured[i]
+        size = change.abs()
+        kept = size > threshold
+        if left:
+            equal = size == threshold
+            number = int(equal.sum())
+            if number:
+                kept |= equal & (equal.cumsum(0) <= left) if number > left else equal
+                measured[i][1] = left - min(left, number)
+        change.mul_(kept)
+
+
+class Dare(TaskArithmetic):
+    """Drop changes at random and rescale the rest (DARE, 2311.03099); signs may be elected.
+
+    What is dropped depends on seed, tensor, model and place only.
+    """
+
+    def __init__(self, recipe: MergeRecipe) -> None:
+        super().__init__(recipe)
+        self.elects = recipe.sign_election
+
+    def measure(self, inputs: Inputs) -> list[float]:
+        """Factor on what stays of each model's change."""
+        factors = []
+        for i, density in enumerate(self.recipe.densities):
+            factor = 1.0
+            if self.recipe.rescale == "density" and 0 < density < 1:
+                factor = 1.0 / density
+            elif self.recipe.rescale == "l1" and density < 1:
+                factor = self._norm_factor(inputs, i, density)
+            factors.append(factor)
+        return factors
+
+    def _norm_factor(self, inputs: Inputs, i: int, density: float) -> float:
+        whole = kept = 0.0
+        for begin, size in zip(inputs.ranges(), _magnitudes(inputs, i), strict=True):
+            whole += float(size.sum(dtype=torch.float64))
+            size.mul_(self.mask(inputs.name, i, begin[0], len(size), density))
+            kept += float(size.sum(dtype=torch.float64))
+        return 1.0 if whole < _TINY or kept < _TINY else whole / kept
+
+    def thin(self, inputs: Inputs, i: int, change: Tensor, begin: int, measured: Any) -> None:
+        """Apply mask and factor."""
+        density = self.recipe.densities[i]
+        if density < 1:
+            change.mul_(self.mask(inputs.name, i, begin, len(change), density)).mul_(measured[i])
+
+    def mask(self, name: str, model: int, begin: int, length: int, density: float) -> Tensor:
+        """Which elements of the block at ``begin`` stay: bool [length]."""
+        text = f"{self.recipe.seed} {name} {model} {begin}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        return torch.rand(length, generator=torch.Generator().manual_seed(seed)) < density
+
+
+class Fisher(Rule):
+    """sum w_i F_i x_i / sum w_i F_i with diagonal Fisher information (2111.09832, eq. 3)."""
+
+    def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
+        """The mean weighted element by element."""
+        total = torch.zeros(end - begin, dtype=inputs.dtype)
+        out = torch.zeros_like(total)
+        for model, fisher, weight in zip(inputs.models, inputs.fishers, self.weights, strict=True):
+            importance = inputs.read(fisher, begin, end).clamp_(min=self.recipe.fisher_floor)
+            importance.mul_(weight)
+            total.add_(importance)
+            out.add_(importance.mul_(inputs.read(model, begin, end)))
+        return out.div_(total)
+
+
+RULES: dict[str, type[Rule]] = {
+    "linear": Linear,
+    "soup": Linear,
+    "slerp": Slerp,
+    "wise-ft": WiseFt,
+    "task-arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare": Dare,
+    "model-stock": ModelStock,
+    "fisher": Fisher,
+}
+
+
+def _magnitudes(inputs: Inputs, i: int) -> Iterator[Tensor]:
+    """|x_i - x_0| block by block."""
+    for begin, end in inputs.ranges():
+        change = inputs.read(inputs.models[i], begin, end)
+        yield change.sub_(inputs.base_block(begin, end)).abs_()
+
+
+def _largest(blocks: Callable[[], Iterator[Tensor]], count: int) -> tuple[float, float]:
+    """The ``count``-th largest of many non-negative values, and how many equals are among them.
+
+    blocks: yields the values, each time it is called. Radix selection: the bits of non-negative
+    floats are ordered as the floats, so the value is found 16 bits at a time by counting, with
+    one pass over the values for each and no memory for them.
+    """
+    prefix, left, shift, width = 0, count, 0, 0
+    for position in range(4):
+        counts = torch.zeros(_BINS, dtype=torch.int64)
+        for block in blocks():
+            width = 32 if block.dtype == torch.float32 else 64
+            shift = width - 16 * (position + 1)
+            bits = block.view(torch.int32 if width == 32 else torch.int64)
+            if position:
+                bits = bits[(bits >> (shift + 16)) == prefix]
+            counts += torch.bincount((bits >> shift) & (_BINS - 1), minlength=_BINS)
+        from_top = counts.flip(0).cumsum(0)
+        digit = _BINS - 1 - int(torch.searchsorted(from_top, left))
+        left -= int(from_top[_BINS - 1 - digit] - counts[digit])
+        prefix = (prefix << 16) | digit
+        if shift == 0:
+            break
+    raw = torch.tensor([prefix], dtype=torch.int32 if width == 32 else torch.int64)
+    return float(raw.view(torch.float32 if width == 32 else torch.float64)), left

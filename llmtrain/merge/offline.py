@@ -1,0 +1,258 @@
+"""Merging model folders, tensor by tensor and block by block, into a new folder.
+
+Memory is a few blocks per model whatever the models' size. The result is written under a
+temporary name and appears by one rename: complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+import llmtrain
+from llmtrain.checkpoint.layout import (
+    CHECKSUMS,
+    META,
+    MODEL_PREFIX,
+    TENSORS,
+    Chunk,
+    TensorLayout,
+    checksums_text,
+    layout_text,
+)
+from llmtrain.checkpoint.safefile import FileSum, HashingFile, build_header, write_small
+from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
+from llmtrain.checkpoint.store import explain, sync_folder
+from llmtrain.config.dump import to_dict
+from llmtrain.errors import CheckpointError
+from llmtrain.merge.methods import RULES, Inputs, Rule
+from llmtrain.merge.recipe import MergeRecipe
+from llmtrain.merge.sources import INDEX, Reader, Source, check_alike, open_source
+
+RECIPE = "merge.yaml"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Small files of a checkpoint that stay true for a merged model.
+_KEPT = ("config.yaml", "data.json", "tokenizer.json", META)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: its folder, files of tensors, and their size in bytes."""
+
+    path: Path
+    files: list[Path]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The opened inputs; fishers only for the method that needs them."""
+
+    base: Source | None
+    models: list[Source]
+    fishers: list[Source]
+
+    @property
+    def first(self) -> Source:
+        """The model whose small files and dtypes the result takes."""
+        return self.base or self.models[0]
+
+
+def merge_models(recipe: MergeRecipe, out: Path, fishers: Sequence[Path] = ()) -> Merged:
+    """Merge as ``recipe`` says into the new folder ``out``.
+
+    fishers: folders of the models' Fisher information where the recipe does not name them.
+    Raises CheckpointError when models do not fit together, are damaged, or ``out`` cannot be
+    written; then nothing is left behind.
+    """
+    models = _open(recipe, fishers)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another folder")
+    temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"
+    with explain(f"{out} cannot be written"):
+        temporary.mkdir(parents=True)
+    try:
+        with explain(f"{out} cannot be written"):
+            sums = _write(recipe, models, temporary)
+            sync_folder(temporary)
+            temporary.rename(out)
+            sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    weights = [s for s in sums if s.name.endswith(".safetensors")]
+    return Merged(out, [out / s.name for s in weights], sum(s.bytes for s in weights))
+
+
+def _open(recipe: MergeRecipe, fishers: Sequence[Path]) -> _Models:
+    base = open_source(recipe.base_model) if recipe.base_model else None
+    models = [open_source(m.path) for m in recipe.models]
+    check_alike([*([base] if base else []), *models])
+    found: list[Source] = []
+    if recipe.method == "fisher":
+        paths = [m.fisher or str(f) for m, f in zip(recipe.models, fishers, strict=True)]
+        found = [open_source(path) for path in paths]
+        for model, fisher in zip(models, found, strict=True):
+            lacking = [n for n, s in model.shapes.items() if fisher.shapes.get(n) != s]
+            if lacking:
+                raise CheckpointError(
+                    f"{fisher.path} lacks the Fisher information of {lacking[0]} in the shape "
+                    f"{model.path} has it; estimate it from that model"
+                )
+    return _Models(base, models, found)
+
+
+def _write(recipe: MergeRecipe, models: _Models, folder: Path) -> list[FileSum]:
+    """All files of the result."""
+    first = models.first
+    names = sorted(first.shapes)
+    target = {name: _target(first.dtypes[name], recipe.dtype) for name in names}
+    shards = _split([(n, _size(first, n) * target[n].itemsize) for n in names], recipe.shard_bytes)
+    prefix = MODEL_PREFIX if first.ours else ""
+    sums, tensors, places = [], {}, {}
+    rule = RULES[recipe.method](recipe)
+    for i, members in enumerate(shards):
+        # Wide dtypes first, so that every tensor is aligned for readers that map the file.
+        shard = sorted(members, key=lambda name: -target[name].itemsize)
+        file = folder / _shard_name(i, len(shards), first.ours)
+        sums.append(_write_shard(rule, models, file, [(n, target[n]) for n in shard], prefix))
+        for name in shard:
+            shape = first.shapes[name]
+            kind = dtype_name(target[name], name)
+            chunk = Chunk((0,) * len(shape), shape, file.name)
+            tensors[prefix + name] = TensorLayout(kind, shape, (chunk,))
+            places[name] = file.name
+    small = _small_files(recipe, first)
+    if first.ours:
+        small[TENSORS] = layout_text(tensors)
+    elif len(shards) > 1:
+        size = sum(_size(first, n) * target[n].itemsize for n in names)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        small[INDEX] = json.dumps(index, indent=1).encode()
+    sums += [write_small(folder / name, data) for name, data in small.items()]
+    if first.ours:
+        write_small(folder / CHECKSUMS, checksums_text(sums))
+    return sums
+
+
+def _size(source: Source, name: str) -> int:
+    return math.prod(source.shapes[name])
+
+
+def _target(own: torch.dtype, wanted: str | None) -> torch.dtype:
+    return _DTYPES[wanted] if wanted is not None and own.is_floating_point else own
+
+
+def _split(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names in files of at most ``limit`` bytes, a larger tensor in one of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _shard_name(index: int, count: int, ours: bool) -> str:
+    if ours:
+        return f"model-{index:05d}-of-{count:05d}.safetensors"
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _small_files(recipe: MergeRecipe, first: Source) -> dict[str, bytes]:
+    """Files that go with the first model, and the recipe."""
+    absolute = replace(
+        recipe,
+        base_model=_absolute(recipe.base_model),
+        models=[
+            replace(m, path=str(Path(m.path).expanduser().resolve()), fisher=_absolute(m.fisher))
+            for m in recipe.models
+        ],
+    )
+    text = yaml.safe_dump(to_dict(absolute), sort_keys=False)
+    files = {n: d for n, d in first.files.items() if not first.ours or n in _KEPT}
+    files[RECIPE] = f"# Made by llmtrain {llmtrain.__version__}.\n{text}".encode()
+    if first.ours:
+        meta = json.loads(first.files[META])
+        meta.update(permanent=True, world_size=1, merged_by=recipe.method)
+        files[META] = json.dumps(meta, indent=1).encode()
+    return files
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _write_shard(
+    rule: Rule,
+    models: _Models,
+    path: Path,
+    tensors: list[tuple[str, torch.dtype]],
+    prefix: str,
+) -> FileSum:
+    first = models.first
+    header = [(prefix + n, dtype_name(d, n), first.shapes[n]) for n, d in tensors]
+    file = HashingFile(path)
+    try:
+        file.write(build_header(header, {"format": "pt"})[0])
+        for name, dtype in tensors:
+            with ExitStack() as stack:
+                for block in _merged(rule, _inputs(models, name, stack)):
+                    file.write(tensor_bytes(block.to(dtype)))
+        return file.finish()
+    finally:
+        file.close()
+
+
+def _inputs(models: _Models, name: str, stack: ExitStack) -> Inputs:
+    """Readers of one tensor, closed by ``stack``."""
+
+    def reader(source: Source) -> Reader:
+        opened = source.reader(name)
+        stack.callback(opened.close)
+        return opened
+
+    dtypes = [s.dtypes[name] for s in models.models]
+    dtype = dtypes[0]
+    if dtype.is_floating_point:
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return Inputs(
+        name,
+        _size(models.first, name),
+        dtype,
+        reader(models.base) if models.base is not None else None,
+        [reader(source) for source in models.models],
+        [reader(source) for source in models.fishers],
+    )
+
+
+def _merged(rule: Rule, inputs: Inputs) -> Iterable[Tensor]:
+    """The blocks of one merged tensor. Tensors of whole numbers must agree and are copied."""
+    if not inputs.dtype.is_floating_point:
+        for begin, end in inputs.ranges():
+            first, *others = inputs.blocks(begin, end)
+            if not all(torch.equal(first, other) for other in others):
+                raise CheckpointError(
+                    f"{inputs.name} holds whole numbers that differ between the models; such "
+                    "tensors cannot be averaged"
+                )
+            yield first
+        return
+    measured = rule.measure(inputs)
+    for begin, end in inputs.ranges():
+        yield rule.combine(inputs, begin, end, measured)

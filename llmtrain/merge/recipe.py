@@ -1,0 +1,128 @@
+"""The recipe of a merge: what a YAML file or the command line says, and what the result records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config.build import Builder
+from llmtrain.config.dump import to_dict
+from llmtrain.config.faults import Collector, Fault, Mark, raise_faults
+from llmtrain.config.fields import key
+from llmtrain.config.merge import Files, apply_overrides
+from llmtrain.config.yamlfile import wrap
+
+METHODS = (
+    "linear",
+    "soup",
+    "slerp",
+    "wise-ft",
+    "task-arithmetic",
+    "ties",
+    "dare",
+    "model-stock",
+    "fisher",
+    "greedy-soup",
+)
+# Those that move away from a base model, and those that want exactly one model besides it.
+BASED = ("slerp", "wise-ft", "task-arithmetic", "ties", "dare", "model-stock")
+PAIRED = ("slerp", "wise-ft")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One of the models of a merge."""
+
+    path: str = key("", "a checkpoint, a run, or a folder with safetensors files")
+    weight: float | None = key(None, "its weight; null: 1")
+    density: float | None = key(
+        None, "ties, dare: share of its changes that stays; null: the recipe's", ge=0, le=1
+    )
+    fisher: str | None = key(
+        None, "fisher: folder with its diagonal Fisher information; null: estimated"
+    )
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """How to merge models."""
+
+    method: str = key("linear", "the rule", choices=METHODS)
+    base_model: str | None = key(None, "the model the others were trained from")
+    models: list[ModelEntry] = key(list, "the models")
+    t: float = key(0.5, "slerp: place between base (0) and model (1)", ge=0, le=1)
+    beta: float = key(0.5, "wise-ft: weight of the base model", ge=0, le=1)
+    scale: float = key(1.0, "task-arithmetic, ties, dare: factor lambda on the merged change")
+    density: float = key(1.0, "ties, dare: share of each model's changes that stays", ge=0, le=1)
+    normalize: bool | None = key(
+        None, "divide by the sum of the weights; null: linear and ties do, the others do not"
+    )
+    rescale: str = key(
+        "density",
+        "dare: make up for dropped changes: divide by density (the paper), or keep the l1 norm",
+        choices=("density", "l1", "none"),
+    )
+    sign_election: bool = key(False, "dare: elect signs as TIES does")
+    seed: int = key(0, "dare: draws the changes that are dropped", ge=0)
+    fisher_floor: float = key(1e-6, "fisher: least information of a weight", gt=0)
+    fisher_samples: int = key(64, "fisher: sequences of each model's training data", ge=1)
+    dtype: str | None = key(
+        None, "of the result; null: as the first", choices=("fp32", "bf16", "fp16", None)
+    )
+    shard_bytes: int = key(5 << 30, "largest file of the result", ge=1)
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each model."""
+        return [1.0 if m.weight is None else m.weight for m in self.models]
+
+    @property
+    def densities(self) -> list[float]:
+        """Density of each model."""
+        return [self.density if m.density is None else m.density for m in self.models]
+
+    @property
+    def paths(self) -> list[str]:
+        """The base model, where there is one, and the models."""
+        return [*([self.base_model] if self.base_model else []), *(m.path for m in self.models)]
+
+
+def read_recipe(path: Path | None, given: dict[str, Any], changes: Sequence[str]) -> MergeRecipe:
+    """The recipe of a YAML file, or of plain data ``given``, with ``key=value`` changes on top.
+
+    Raises ConfigError that lists every fault with key, file and line.
+    """
+    faults: list[Fault] = []
+    root = wrap(given) if path is None else Files(faults).tree(path, str(path))
+    root = apply_overrides(root, changes, to_dict(MergeRecipe()), faults)
+    builder = Builder(faults)
+    recipe = builder.section(MergeRecipe, root, ())
+    if not faults:
+        found = Collector()
+        check_recipe(recipe, found)
+        mark = None if path is None else Mark(str(path))
+        faults.extend(Fault(f.path, f.message, mark) for f in found.found)
+    raise_faults(faults)
+    return recipe
+
+
+def check_recipe(recipe: MergeRecipe, faults: Collector) -> None:
+    """Rules between the keys of a recipe."""
+    count = len(recipe.models)
+    if recipe.method in BASED and recipe.base_model is None:
+        faults.add("base_model", f"{recipe.method} needs it; give --base PATH")
+    if recipe.method not in BASED and recipe.base_model is not None:
+        faults.add("base_model", f"{recipe.method} has no base; leave it out, or name it a model")
+    least = 1 if recipe.method in BASED and recipe.method != "model-stock" else 2
+    if recipe.method in PAIRED and count != 1:
+        faults.add("models", f"{recipe.method} merges one model with the base, not {count}")
+    elif count < least:
+        faults.add("models", f"{recipe.method} needs at least {least}, not {count}; name more")
+    for i, model in enumerate(recipe.models):
+        if not model.path.strip():
+            faults.add(f"models.{i}.path", "is empty; name a checkpoint, a run or a folder")
+    normal = recipe.normalize if recipe.normalize is not None else recipe.method == "linear"
+    if normal and recipe.method == "linear" and count and abs(sum(recipe.weights)) < 1e-12:
+        faults.add("models", "the weights sum to 0 and cannot be normalised; change one")

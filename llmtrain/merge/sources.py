@@ -1,0 +1,236 @@
+"""Model folders as merging reads them: our checkpoints and Hugging Face safetensors folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint import checkpoints_folder, read_files, scan
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.layout import CHECKSUMS, MODEL_PREFIX, TENSORS, TensorLayout, read_layout
+from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.safefile import Entry, read_header, read_into
+from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+# Small files that belong to a model and go with the result.
+_BESIDE = {".json", ".yaml", ".txt", ".model", ".jinja", ".tiktoken"}
+# Keys of a Hugging Face config.json that change what the weights mean.
+_STRUCTURE = (
+    "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@dataclass
+class Source:
+    """An opened model: dtype and shape of every tensor, and its small files.
+
+    ours: a checkpoint of llmtrain (names without their ``model.`` prefix).
+    """
+
+    path: Path
+    ours: bool
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    files: dict[str, bytes]
+    _stored: dict[str, TensorLayout] = field(default_factory=dict)
+    _entries: dict[str, tuple[Path, Entry]] = field(default_factory=dict)
+
+    def reader(self, name: str) -> Reader:
+        """Reads one tensor."""
+        if name in self._entries:
+            file, entry = self._entries[name]
+            return Reader(file, entry)
+        whole = read_tensor(self.path, MODEL_PREFIX + name, self._stored[name])
+        return Reader(self.path, None, whole.reshape(-1))
+
+
+class Reader:
+    """The values of a tensor in row-major order, block by block; also a context manager."""
+
+    def __init__(self, file: Path, entry: Entry | None, whole: Tensor | None = None) -> None:
+        self._file, self._entry, self._whole = file, entry, whole
+        self._buffer: Tensor | None = None
+        self._descriptor = -1 if entry is None else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def block(self, begin: int, end: int) -> Tensor:
+        """Elements [begin, end) as a flat tensor that the next call overwrites."""
+        if self._whole is not None:
+            return self._whole[begin:end].clone()
+        assert self._entry is not None
+        dtype = DTYPES[self._entry.dtype]
+        if self._buffer is None or len(self._buffer) < end - begin:
+            self._buffer = torch.empty(end - begin, dtype=dtype)
+        values = self._buffer[: end - begin]
+        view = values.view(torch.uint8).numpy().data
+        read_into(self._descriptor, view, self._entry.begin + begin * dtype.itemsize, self._file)
+        return values
+
+    def close(self) -> None:
+        """Release the file; harmless when already closed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def open_source(path: str) -> Source:
+    """Open a checkpoint, a run (its newest good checkpoint) or a folder of safetensors files.
+
+    Checkpoints are verified. Raises CheckpointError naming what is missing or damaged.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise CheckpointError(f"{place} does not exist; give a checkpoint, a run or a model folder")
+    if place.is_file() or (_weights(place) and not (place / TENSORS).exists()):
+        return _open_folder(place)
+    if not ((place / TENSORS).exists() or scan(checkpoints_folder(place))):
+        raise CheckpointError(
+            f"{place} holds neither a checkpoint nor *.safetensors; give a model's folder"
+        )
+    found, _ = find(Ranks(None), place)
+    layouts = {
+        key.removeprefix(MODEL_PREFIX): value
+        for key, value in read_layout(found).items()
+        if key.startswith(MODEL_PREFIX)
+    }
+    return Source(
+        found,
+        True,
+        {k: v.shape for k, v in layouts.items()},
+        {k: DTYPES[v.dtype] for k, v in layouts.items()},
+        read_files(found),
+        _stored=layouts,
+        _entries=dict(_whole_entries(found, layouts)),
+    )
+
+
+def _whole_entries(
+    path: Path, layouts: dict[str, TensorLayout]
+) -> Iterable[tuple[str, tuple[Path, Entry]]]:
+    """Where tensors lie that are stored in one piece."""
+    headers: dict[str, dict[str, Entry]] = {}
+    for name, layout in layouts.items():
+        if len(layout.chunks) == 1:
+            file = layout.chunks[0].file
+            if file not in headers:
+                headers[file] = read_header(path / file)
+            yield name, (path / file, headers[file][MODEL_PREFIX + name])
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _open_folder(place: Path) -> Source:
+    """A folder of safetensors files, by its index where it has one; or a single file."""
+    folder = place if place.is_dir() else place.parent
+    files = [place] if place.is_file() else _weights(place)
+    if place.is_dir() and (place / INDEX).exists():
+        names = set(_json(place / INDEX).get("weight_map", {}).values())
+        files = sorted(place / str(name) for name in names)
+    entries = {name: (file, e) for file in files for name, e in read_header(file).items()}
+    beside = {}
+    for file in sorted(folder.iterdir()) if place.is_dir() else ():
+        if file.suffix in _BESIDE and file.name not in (INDEX, CHECKSUMS) and file.is_file():
+            beside[file.name] = file.read_bytes()
+    return Source(
+        place,
+        False,
+        {name: e.shape for name, (_, e) in entries.items()},
+        {name: DTYPES[e.dtype] for name, (_, e) in entries.items()},
+        beside,
+        _entries=entries,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON; mend or remove it") from error
+    return value if isinstance(value, dict) else {}
+
+
+def check_alike(sources: list[Source]) -> None:
+    """Raise CheckpointError naming the first thing in which models differ that must not.
+
+    Names and shapes of tensors, the tokenizer, and the settings that give weights their meaning.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        pair = f"{first.path} and {other.path}"
+        if first.ours != other.ours:
+            raise CheckpointError(
+                f"{pair} are of different kinds (llmtrain checkpoint, Hugging Face folder); "
+                "convert one of them first"
+            )
+        missing = sorted(first.shapes.keys() ^ other.shapes.keys())
+        if missing:
+            where = first.path if missing[0] in first.shapes else other.path
+            raise CheckpointError(
+                f"{pair} hold different tensors: only {where} has {missing[0]} "
+                f"({len(missing)} differ); models of one architecture can be merged"
+            )
+        for name, shape in first.shapes.items():
+            if other.shapes[name] != shape:
+                raise CheckpointError(
+                    f"{pair} differ in shape: {name} is {list(shape)} and "
+                    f"{list(other.shapes[name])}; models of one size can be merged"
+                )
+        _check_tokenizer(first, other)
+        _check_structure(first, other)
+
+
+def _check_tokenizer(first: Source, other: Source) -> None:
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
+        one, two = first.files.get(name), other.files.get(name)
+        if one is None or two is None or one == two:
+            continue
+        if name.endswith(".json") and _same_json(one, two):
+            continue
+        raise CheckpointError(
+            f"{first.path} and {other.path} have different tokenizers ({name}): the same token "
+            "number means different text in them, so their weights cannot be merged"
+        )
+
+
+def _same_json(one: bytes, two: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(two))
+    except ValueError:
+        return False
+
+
+def _check_structure(first: Source, other: Source) -> None:
+    facts = [_facts(first), _facts(other)]
+    for key in facts[0].keys() & facts[1].keys():
+        if facts[0][key] != facts[1][key]:
+            raise CheckpointError(
+                f"{first.path} and {other.path} differ in {key} ({facts[0][key]!r} and "
+                f"{facts[1][key]!r}), so equal places in them do not mean the same"
+            )
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """Settings by name that must agree."""
+    if source.ours and "config.yaml" in source.files:
+        import yaml
+
+        model = (yaml.safe_load(source.files["config.yaml"]) or {}).get("model") or {}
+        training_only = ("init_std", "init_depth_scale", "max_seq_len", "vocab_size")
+        return {f"model.{k}": v for k, v in model.items() if k not in training_only}
+    try:
+        config = json.loads(source.files.get("config.json", b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{source.path / 'config.json'} is not JSON; mend it") from error
+    return {f"config.json {k}": config[k] for k in _STRUCTURE if k in config}
