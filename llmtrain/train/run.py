@@ -47,6 +47,7 @@ _PLAN_LINES = 24
 
 def train(cfg: RunConfig) -> int:
     """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults."""
+    _set_environment(cfg)
     with SignalWatch() as signals:
         world = init_world(cfg.device)
         try:
@@ -111,10 +112,17 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
         raise
 
 
+def _set_environment(cfg: RunConfig) -> None:
+    """What the libraries read when they start: before the first product and the first message."""
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # One algorithm, or NCCL picks by size and topology and sums in another order.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+
+
 def _set_numerics(cfg: RunConfig) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
