@@ -158,13 +158,14 @@ def attention_partial_backward(
 def merge_partial(
     out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys from that to each. Every query sees a key of the first set.
+    """Attention to two sets of keys from that to each of them.
 
     out, part: [b, h, queries, d]; lse, part_lse: [b, h, queries]. Returns both merged, in the
-    dtype of ``lse``.
+    dtype of ``lse``. A query that sees nothing of one set has the other's; of both, 0 and -inf.
     """
     total = torch.logaddexp(lse, part_lse)
-    old, new = (lse - total).exp()[..., None], (part_lse - total).exp()[..., None]
+    shift = total.masked_fill(total == -torch.inf, 0.0)
+    old, new = (lse - shift).exp()[..., None], (part_lse - shift).exp()[..., None]
     return out * old + part * new, total
 
 

@@ -79,8 +79,8 @@ def plan_context(
         pairs.append(
             tuple(
                 Pair(i, j, window(i, theirs[j], theirs[j] + 1))
-                # A chunk meets itself first: there every query sees a key.
-                for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))
+                for i in (0, 1)
+                for j in (0, 1)
                 if reach[i][0] // n <= theirs[j] <= context.chunks[i]
             )
         )

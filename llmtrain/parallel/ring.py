@@ -122,8 +122,7 @@ def ring_attention(
     """Attention of this rank's queries to the keys of all ranks of ``group``.
 
     q: [b, h, s / c, d]; k, v: [b, g, s / c, d], two chunks each. pairs: for each rank of the
-    group, what of its chunks these queries see, the pair of a chunk with itself before others of
-    the same queries. Returns [b, s / c, h, d]. Collective.
+    group, what of its chunks these queries see. Returns [b, s / c, h, d]. Collective.
     """
     out: Tensor = _Ring.apply(q, k, v, group, pairs)  # type: ignore[no-untyped-call]
     return out
