@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.ops import FLEX_MIN_HEAD, first_of_document
+from llmtrain.parallel.context_attention import ContextPlan
 
 __all__ = ["FLEX_MIN_HEAD", "AttentionContext", "document_block_mask", "first_of_document"]
 
@@ -18,12 +19,14 @@ __all__ = ["FLEX_MIN_HEAD", "AttentionContext", "document_block_mask", "first_of
 class AttentionContext:
     """shape: (b, s) of the tokens. rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s]
     int32, the first key each query sees, or None for plain causal attention. block_mask: the
-    same as a BlockMask where flex_attention runs it."""
+    same as a BlockMask where flex_attention runs it. plan: instead of both, where this rank has
+    a part of each sequence."""
 
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
     first: Tensor | None = None
     block_mask: Any = None
+    plan: ContextPlan | None = None
 
 
 @cache

@@ -10,7 +10,7 @@ at other ranks' keys and values (``parallel.context_attention``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ class ContextParallel:
     def chunks(self) -> tuple[int, int]:
         """The two chunks of 2 ``size`` that this rank holds, in the order it holds them."""
         return chunks_of(self.rank, self.size)
+
+
+@dataclass(frozen=True)
+class SplitSequence:
+    """What a forward over a part of each sequence must know: the ranks that hold the rest, and
+    ``first`` of its ``Batch``, [b, s / size] int32, or None where a token sees all before it."""
+
+    context: ContextParallel
+    first: Tensor | None = None
 
 
 def chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -90,21 +99,15 @@ def gather_sequence(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def split_batch(
-    batch: Batch, rank: int, size: int, document_mask: bool
-) -> tuple[Batch, Tensor | None]:
-    """The tokens of ``rank`` of every sequence, [b, s / size] per field, and where they look.
+def split_batch(batch: Batch, rank: int, size: int, document_mask: bool) -> Batch:
+    """The tokens of ``rank`` of every sequence, [b, s / size] per field.
 
-    ``positions`` of the result are those of the whole sequence and must reach the model: it
-    cannot count them from 0. source_ids and sample_ids stay whole: they belong to sequences, which
-    all ranks of the group share. Also returns, with document_mask, ``first`` [b, s / size]
-    int32: the position in the whole sequence at which the document of each token begins.
+    ``positions`` stay those of the whole sequence and must reach the model, which cannot count
+    them from 0; so does, with document_mask, ``first``. source_ids and sample_ids belong to
+    sequences, which all ranks of the group share.
     """
-    per_sequence = {"source_ids", "sample_ids"}
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    local = {
-        name: value if name in per_sequence else split(value, 1, rank, size)
-        for name, value in values.items()
-    }
-    first = split(first_of_document(batch.doc_ids), 1, rank, size) if document_mask else None
-    return Batch(**local), first
+    per_token = ("tokens", "targets", "weights", "doc_ids", "positions")
+    parts = {name: split(getattr(batch, name), 1, rank, size) for name in per_token}
+    if document_mask:
+        parts["first"] = split(first_of_document(batch.doc_ids), 1, rank, size)
+    return replace(batch, **parts)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.ops.window import Window, make_window, window_attention
-from llmtrain.parallel.context import ContextParallel, gather_sequence
+from llmtrain.parallel.context import ContextParallel, SplitSequence, gather_sequence
 from llmtrain.parallel.ring import Pair, ring_attention
 
 
@@ -42,14 +42,10 @@ class ContextPlan:
     ring: tuple[tuple[Pair, ...], ...] = ()
 
 
-def plan_context(
-    context: ContextParallel, tokens: int, first: Tensor | None, d_head: int
-) -> ContextPlan:
-    """The plan for ``tokens`` tokens per rank and sequence.
-
-    first: [b, tokens] int32, the position in the whole sequence of the first key that each
-    query sees, or None for 0. Reads four numbers of it back from the device.
-    """
+def plan_context(part: SplitSequence, tokens: int, d_head: int) -> ContextPlan:
+    """The plan for ``tokens`` tokens per rank and sequence. Reads four numbers of ``first`` back
+    from its device."""
+    context, first = part.context, part.first
     n = tokens // 2
     assert tokens == 2 * n
     firsts: list[Tensor | None] = [None, None]

@@ -30,7 +30,14 @@ from llmtrain.optim import (
     set_learning_rate,
     state_tensors,
 )
-from llmtrain.parallel import Layout, apply_fsdp, finish_gradients, set_gradient_sync
+from llmtrain.parallel import (
+    Layout,
+    SplitSequence,
+    apply_fsdp,
+    finish_gradients,
+    set_gradient_sync,
+    split_batch,
+)
 from llmtrain.parallel.hardware import Precision
 
 
@@ -78,6 +85,7 @@ class TrainModule:
     ) -> None:
         self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
         self.device = layout.world.device
+        self.context = layout.context
         check_tensor_degree(model_cfg, layout.degrees.tensor)
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
@@ -101,6 +109,9 @@ class TrainModule:
 
     def receive(self, batch: Batch) -> Batch:
         """What this rank computes on of its data rank's ``batch``, on its device."""
+        if self.context is not None:
+            masked = self.cfg.data.document_mask
+            batch = split_batch(batch, self.context.rank, self.context.size, masked)
         return batch.to(self.device)
 
     def token_weight(self, batch: Batch) -> float:
@@ -121,11 +132,13 @@ class TrainModule:
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
+        part = None if self.context is None else SplitSequence(self.context, batch.first)
         output = self.model(
             batch.tokens,
-            positions=batch.positions if data.reset_positions else None,
+            positions=batch.positions if data.reset_positions or part else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
             head_fn=head_fn,
+            part=part,
         )
         assert isinstance(output, LossOutput)
         return output

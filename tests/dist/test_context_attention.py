@@ -12,7 +12,7 @@ from helpers.ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrain.parallel.context import ContextParallel, local_positions, split
+from llmtrain.parallel.context import ContextParallel, SplitSequence, local_positions, split
 from llmtrain.parallel.context_attention import context_attention, plan_context
 
 METHODS = ["allgather", "ring"]
@@ -64,7 +64,7 @@ def _attend(
     context = ContextParallel(group, rank, size, method)
     local = [split(x, 2, rank, size).requires_grad_() for x in (q, k, v)]
     starts = None if first is None else split(first, 1, rank, size)
-    out = context_attention(*local, plan_context(context, s // size, starts, d))
+    out = context_attention(*local, plan_context(SplitSequence(context, starts), s // size, d))
     out.backward(split(upstream, 1, rank, size))
     pairs = [(out.detach(), split(exact.detach(), 1, rank, size))]
     for ours, theirs in zip(local, whole, strict=True):
@@ -146,7 +146,7 @@ def test_what_is_sent_follows_the_formula(size: int, method: str) -> None:
             torch.randn(b, n, s // size, d, dtype=torch.bfloat16).requires_grad_()
             for n in (h, g, g)
         )
-        plan = plan_context(context, s // size, None, d)
+        plan = plan_context(SplitSequence(context), s // size, d)
         with _Sent(size) as forward:
             out = context_attention(q, k, v, plan)
         with _Sent(size) as backward:
@@ -172,7 +172,7 @@ def test_chunks_out_of_sight_are_left_out(method: str) -> None:
         """(chunk of queries, chunk of keys) that rank 1 computes."""
         # The group is only handed on.
         context = ContextParallel(None, 1, size, method)  # type: ignore[arg-type]
-        plan = plan_context(context, 2 * n, first, 8)
+        plan = plan_context(SplitSequence(context, first), 2 * n, 8)
         if method == "ring":
             return {
                 (chunks[p.query], ContextParallel(None, owner, size).chunks[p.key])  # type: ignore[arg-type]

@@ -56,24 +56,17 @@ def _case(documents: bool, queries: int, keys: int, offset: int, b: int) -> tupl
     return first, seen
 
 
+# (b, h, g, d, queries, keys, offset)
 SHAPES = [(3, 4, 2, 8, 7, 19, 12), (1, 6, 1, 16, 13, 13, 0), (2, 3, 3, 32, 9, 5, 30)]
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("b", "h", "g", "d", "queries", "keys", "offset"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_a_window(
-    dtype: torch.dtype,
-    tolerance: float,
-    b: int,
-    h: int,
-    g: int,
-    d: int,
-    queries: int,
-    keys: int,
-    offset: int,
-    documents: bool,
+    dtype: torch.dtype, tolerance: float, shape: tuple[int, ...], documents: bool
 ) -> None:
+    b, h, g, d, queries, keys, offset = shape
     first, seen = _case(documents, queries, keys, offset, b)
     window = make_window(queries, keys, offset, first, d)
     low = [
