@@ -19,13 +19,15 @@ __all__ = ["FLEX_MIN_HEAD", "AttentionContext", "document_block_mask", "first_of
 class AttentionContext:
     """shape: (b, s) of the tokens. rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s]
     int32, the first key each query sees, or None for plain causal attention. block_mask: the
-    same as a BlockMask where flex_attention runs it. plan: instead of both, where this rank has
-    a part of each sequence."""
+    same as a BlockMask where flex_attention runs it. keys: of this rank's tokens, for dropout,
+    or None for none. plan: instead of first and block_mask, where this rank has a part of each
+    sequence."""
 
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
     first: Tensor | None = None
     block_mask: Any = None
+    keys: Tensor | None = None
     plan: ContextPlan | None = None
 
 

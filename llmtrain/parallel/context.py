@@ -39,6 +39,10 @@ class ContextParallel:
         """The two chunks of 2 ``size`` that this rank holds, in the order it holds them."""
         return chunks_of(self.rank, self.size)
 
+    def positions(self, seq_len: int) -> Tensor:
+        """Where this rank's tokens stand in the whole sequence, see ``local_positions``."""
+        return local_positions(seq_len, self.rank, self.size)
+
 
 @dataclass(frozen=True)
 class SplitSequence:

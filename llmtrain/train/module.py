@@ -20,6 +20,7 @@ from llmtrain.model import (
     param_roles,
     shard_over_tensor,
 )
+from llmtrain.ops import token_keys
 from llmtrain.optim import (
     Schedule,
     build_groups,
@@ -138,10 +139,20 @@ class TrainModule:
             positions=batch.positions if data.reset_positions or part else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
             head_fn=head_fn,
+            keys=self.dropout_keys(batch),
             part=part,
         )
         assert isinstance(output, LossOutput)
         return output
+
+    def dropout_keys(self, batch: Batch) -> Tensor | None:
+        """Keys of a micro-batch's tokens [b, s] where the model drops anything in training."""
+        if not (self.model_cfg.dropout and self.model.training):
+            return None
+        # Not batch.positions: they may start again in each document.
+        context, s = self.context, self.cfg.data.seq_len
+        index = torch.arange(s) if context is None else context.positions(s)
+        return token_keys(self.cfg.seed, batch.sample_ids, index.to(self.device))
 
     def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
         """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""
