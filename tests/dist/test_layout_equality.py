@@ -75,3 +75,13 @@ def test_bf16_differs_no_more_than_its_own_noise(layout: str, alone: dict[Case, 
         a, b, c = (torch.tensor(getattr(run, name)) for run in (ours, twin, exact))
         noise = (b - c).norm()
         assert 0 < (a - b).norm() < 2 * noise and (a - c).norm() < 2 * noise, name
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_compiled_blocks_under_tensor_parallelism() -> None:
+    what = case(steps=2, n_layers=1)
+    alone = train_steps(0, 1, what, {})
+    what = dataclasses.replace(what, train=(("micro_batch_size", 2), ("compile", True)))
+    for ours in run_ranks(2, lambda rank: train_steps(rank, 2, what, {"tensor": 2}), timeout=240):
+        assert_same(ours, alone)
