@@ -31,7 +31,14 @@ from llmtrain.optim import (
     set_learning_rate,
     state_tensors,
 )
-from llmtrain.parallel import Layout, apply_fsdp, finish_gradients, set_gradient_sync
+from llmtrain.parallel import (
+    Layout,
+    SplitSequence,
+    apply_fsdp,
+    finish_gradients,
+    set_gradient_sync,
+    split_batch,
+)
 from llmtrain.parallel.hardware import Precision
 
 
@@ -79,6 +86,7 @@ class TrainModule:
     ) -> None:
         self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
         self.device = layout.world.device
+        self.context = layout.context
         check_tensor_degree(model_cfg, layout.degrees.tensor)
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
@@ -102,6 +110,9 @@ class TrainModule:
 
     def receive(self, batch: Batch) -> Batch:
         """What this rank computes on of its data rank's ``batch``, on its device."""
+        if self.context is not None:
+            masked = self.cfg.data.document_mask
+            batch = split_batch(batch, self.context.rank, self.context.size, masked)
         return batch.to(self.device)
 
     def token_weight(self, batch: Batch) -> float:
@@ -122,12 +133,14 @@ class TrainModule:
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
+        part = None if self.context is None else SplitSequence(self.context, batch.first)
         output = self.model(
             batch.tokens,
-            positions=batch.positions if data.reset_positions else None,
+            positions=batch.positions if data.reset_positions or part else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
             head_fn=head_fn,
             keys=self.dropout_keys(batch),
+            part=part,
         )
         assert isinstance(output, LossOutput)
         return output
@@ -136,8 +149,10 @@ class TrainModule:
         """Keys of a micro-batch's tokens [b, s] where the model drops anything in training."""
         if not (self.model_cfg.dropout and self.model.training):
             return None
-        index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        return token_keys(self.cfg.seed, batch.sample_ids, index)
+        # Not batch.positions: they may start again in each document.
+        context, s = self.context, self.cfg.data.seq_len
+        index = torch.arange(s) if context is None else context.positions(s)
+        return token_keys(self.cfg.seed, batch.sample_ids, index.to(self.device))
 
     def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
         """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""
