@@ -24,7 +24,7 @@ from llmtrain.parallel.hardware import resolve_precision
 class Trained:
     """A model in evaluation mode, with what is needed to use it.
 
-    step: updates it was trained for. skipped: faults of newer checkpoints passed over.
+    step: updates it was trained for. skipped: a sentence for each newer checkpoint passed over.
     """
 
     model: Decoder
@@ -40,17 +40,18 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
-    the weights stay float32. Optimizer state is not read. Raises CheckpointError naming what is
-    missing or damaged.
+    the weights stay float32. Optimizer state is neither read nor verified. Raises CheckpointError
+    naming what is missing or damaged.
     """
     alone = Ranks(None)
-    found, skipped = find(alone, path.expanduser())
+    found, faults = find(alone, path.expanduser(), "model.")
+    skipped = [f"{fault}; {found.name} is used instead" for fault in faults]
     files = read_files(found)
-    if "config.yaml" not in files:
-        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain train")
+    missing = next((name for name in ("config.yaml", "data.json") if name not in files), None)
+    if missing is not None:
+        raise CheckpointError(f"{found} has no {missing}: it was not saved by llmtrain train")
     cfg = load_config(found / "config.yaml", overrides)
-    state = json.loads(files["data.json"])
-    model_cfg = resolve_model(cfg, int(state["vocab_size"]))
+    model_cfg = resolve_model(cfg, json.loads(files["data.json"])["vocab_size"])
     with torch.device("meta"):
         model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute)
     model.to_empty(device=device)
