@@ -17,6 +17,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.model import Decoder, resolve_model
+from llmtrain.ops import kernels_warning
 from llmtrain.parallel.hardware import resolve_precision
 
 
@@ -24,7 +25,8 @@ from llmtrain.parallel.hardware import resolve_precision
 class Trained:
     """A model in evaluation mode, with what is needed to use it.
 
-    step: updates it was trained for. skipped: a sentence for each newer checkpoint passed over.
+    step: updates it was trained for. warnings: a sentence for each newer checkpoint passed over,
+    and when compiled kernels are there but not in use.
     """
 
     model: Decoder
@@ -33,7 +35,7 @@ class Trained:
     tokenizer: Tokenizer | None
     step: int
     path: Path
-    skipped: list[str]
+    warnings: list[str]
 
 
 def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
@@ -45,7 +47,9 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     """
     alone = Ranks(None)
     found, faults = find(alone, path.expanduser(), "model.")
-    skipped = [f"{fault}; {found.name} is used instead" for fault in faults]
+    warnings = [f"{fault}; {found.name} is used instead" for fault in faults]
+    if device.type == "cpu" and (out_of_date := kernels_warning()) is not None:
+        warnings.append(out_of_date)
     files = read_files(found)
     missing = next((name for name in ("config.yaml", "data.json") if name not in files), None)
     if missing is not None:
@@ -60,4 +64,4 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])
-    return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, skipped)
+    return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)

@@ -9,7 +9,7 @@ references: the same numbers to round-off, slower.
 from llmtrain.ops.attention import attention_reference, causal_attention
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
 from llmtrain.ops.glu import swiglu, swiglu_reference
-from llmtrain.ops.native import kernels_line, native_loaded
+from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
@@ -21,6 +21,7 @@ __all__ = [
     "cross_entropy_",
     "cross_entropy_reference_",
     "kernels_line",
+    "kernels_warning",
     "native_loaded",
     "rms_norm",
     "rms_norm_reference",

@@ -19,7 +19,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
-from llmtrain.ops import kernels_line
+from llmtrain.ops import kernels_line, kernels_warning
 from llmtrain.parallel import (
     World,
     build_layout,
@@ -156,6 +156,8 @@ def _preamble(
     batch = cfg.train.global_batch_size
     console.say(tier_line(world.device, precision))
     if world.device.type == "cpu":
+        if warning := kernels_warning():
+            console.warn(warning)
         console.say(kernels_line())
     console.say(
         f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
