@@ -73,8 +73,8 @@ def export_model(
         items = [_live(k, v, dtype) for k, v in sorted(source.items()) if k.startswith(prefix)]
     else:
         path, skipped = find(ranks, Path(source), prefix)
-        for fault in skipped if warn is not None else []:
-            warn(f"{fault}; {path.name} is exported instead")
+        for fault in skipped:
+            (warn or _ignore)(f"{fault}; {path.name} is exported instead")
         stored = {k: v for k, v in read_layout(path).items() if k.startswith(prefix)}
         items = [_stored(path, k, v, dtype) for k, v in sorted(stored.items())]
         kept = {n: data for n, data in read_files(path).items() if n in COPIED}
@@ -93,6 +93,10 @@ def export_model(
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _ignore(text: str) -> None:
+    """Nobody wants to know."""
 
 
 def _live(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> _Item:

@@ -21,7 +21,7 @@ from llmtrain.parallel.world import pick_device
 
 @dataclass(frozen=True)
 class CheckpointMetrics:
-    """domains: name -> loss, perplexity, tokens, bits_per_byte; warnings: sentences for the user."""
+    """domains: name -> loss, perplexity, tokens, bits_per_byte; warnings: for the user."""
 
     path: Path
     step: int
