@@ -70,6 +70,8 @@ from llmtrain.data.targets import NEVER, Piece, Stretch, Targets, repaid
 # others as many as are remembered, and as many older ones while they are asked for again.
 _DEPTH = 10
 _REMEMBERED = 256
+# Samples beyond every run.
+_FAR = 1 << 50
 # Due sample of a source that may not go up.
 _BARRED = NEVER + 1
 
@@ -104,6 +106,8 @@ class Apportionment:
             Piece(s.start, s.stop, [s.weights.get(name, nothing) for name in self.names])
             for s in stretches
         ]
+        # Counts may not depend on the end, so that a longer last phase changes nothing.
+        pieces[-1] = Piece(pieces[-1].start, _FAR, pieces[-1].rates)
         owed = [ahead.get(name, nothing) for name in self.names]
         for eighths in range(9):
             moved = [error * eighths / 8 for error in owed]
