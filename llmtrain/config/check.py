@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import PurePath
 
 from llmtrain.config.check_data import check_data, check_prepare
+from llmtrain.config.check_engine import check_engine
 from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.schema import RunConfig
@@ -34,6 +35,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_data(cfg, faults, for_training)
     check_prepare(cfg, faults)
     _check_train(cfg, faults)
+    check_engine(cfg, faults)
     _check_schedule(cfg, faults)
     _check_hooks(cfg, faults)
     return faults.found

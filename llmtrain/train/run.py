@@ -22,7 +22,6 @@ from llmtrain.model import flops_per_token, param_counts, resolve_model
 from llmtrain.ops import kernels_line
 from llmtrain.parallel import (
     World,
-    build_mesh,
     close_world,
     init_world,
     release_gathered,
@@ -30,6 +29,7 @@ from llmtrain.parallel import (
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
+from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.hooks import load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
@@ -78,9 +78,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None and resume.step >= times.stop:
             console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
             return
-        module = TrainModule(
-            cfg, model_cfg, precision, world.device, build_mesh(cfg.parallel, world)
-        )
+        module = build_module(cfg, model_cfg, precision, world)
         recorder = _recorder(cfg, world, plan, times, (console, module, resume))
         try:
             evaluation = Evaluation(cfg, world, heldout_sets(cfg, plan.catalogue))
@@ -96,8 +94,8 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
     cfg, recorder = trainer.cfg, trainer.recorder
     try:
         if resume is not None:
-            checkpointer = trainer.saver.checkpointer
-            checkpointer.load(resume.path, trainer.module.tensors(), verify=False)
+            load, path = trainer.saver.checkpointer.load, resume.path
+            trainer.module.restore(lambda tensors: load(path, tensors, verify=False))
             trainer.load_state_dict(resume.step, resume.extra)
             _say_resume(recorder.console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
