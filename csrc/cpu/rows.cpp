@@ -76,13 +76,12 @@ void rms_norm_backward(const T* dy, const T* x, const T* weight, const float* rs
 template <class T>
 void swiglu(const T* x, T* out, int64_t f, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* gate = x + row * 2 * f;
-    const T* up = gate + f;
+    const T* pairs = x + row * 2 * f;
     T* y = out + row * f;
 #pragma omp simd
     for (int64_t i = 0; i < f; ++i) {
-      const float g = load(gate[i]);
-      store(y[i], g * sigmoid(g) * load(up[i]));
+      const float g = load(pairs[2 * i]);
+      store(y[i], g * sigmoid(g) * load(pairs[2 * i + 1]));
     }
   }
 }
@@ -90,17 +89,15 @@ void swiglu(const T* x, T* out, int64_t f, int64_t begin, int64_t end) {
 template <class T>
 void swiglu_backward(const T* dy, const T* x, T* dx, int64_t f, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* gate = x + row * 2 * f;
-    const T* up = gate + f;
+    const T* pairs = x + row * 2 * f;
     const T* grad = dy + row * f;
-    T* d_gate = dx + row * 2 * f;
-    T* d_up = d_gate + f;
+    T* d_pairs = dx + row * 2 * f;
 #pragma omp simd
     for (int64_t i = 0; i < f; ++i) {
-      const float g = load(gate[i]), dout = load(grad[i]);
+      const float g = load(pairs[2 * i]), dout = load(grad[i]);
       const float s = sigmoid(g);
-      store(d_up[i], dout * g * s);
-      store(d_gate[i], dout * load(up[i]) * s * (1.0f + g * (1.0f - s)));
+      store(d_pairs[2 * i], dout * load(pairs[2 * i + 1]) * s * (1.0f + g * (1.0f - s)));
+      store(d_pairs[2 * i + 1], dout * g * s);
     }
   }
 }

@@ -1,7 +1,8 @@
 """Rules between keys: combinations that no single value can be blamed for.
 
-Nothing here looks at the machine, the data or the network; ``check_world`` looks at the number
-of processes. Rules of the ``data`` and ``prepare`` sections are in ``config.check_data``.
+Nothing here looks at the machine, the data or the network. Rules of the ``data`` and ``prepare``
+sections are in ``config.check_data``, those of the layout over processes in
+``config.check_layout``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import PurePath
 
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
+from llmtrain.config.check_layout import check_layout
 from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.schema import RunConfig
@@ -35,45 +37,11 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_data(cfg, faults, for_training)
     check_prepare(cfg, faults)
     _check_train(cfg, faults)
-    check_engine(cfg, faults)
     _check_schedule(cfg, faults)
     _check_hooks(cfg, faults)
+    check_layout(cfg, faults)
+    check_engine(cfg, faults)
     return faults.found
-
-
-def check_world(cfg: RunConfig, world_size: int) -> None:
-    """Raise one ConfigError where the run does not fit ``world_size`` processes.
-
-    parallel.shard x parallel.replicate must be the world size, every rank takes the same number
-    of samples of a global batch, and cuts them in whole micro-batches.
-    """
-    faults = Collector()
-    shard, replicate = cfg.parallel.shard, cfg.parallel.replicate
-    world = f"the run has {world_size} processes"
-    if shard is None and world_size % replicate:
-        remedy = f"use a divisor of {world_size}"
-        faults.add("parallel.replicate", f"{replicate} does not divide it: {world}; {remedy}")
-    if shard is not None and shard * replicate != world_size:
-        faults.add(
-            "parallel.shard",
-            f"shard {shard} x replicate {replicate} = {shard * replicate}, but {world}; "
-            "set it to null to fill the world",
-        )
-    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    if batch % world_size:
-        lower, upper = batch // world_size * world_size, -(-batch // world_size) * world_size
-        near = " or ".join(str(n) for n in (lower, upper) if n)
-        faults.add(
-            "train.global_batch_size", f"{batch} cannot be shared equally: {world}; use {near}"
-        )
-    elif micro is not None and (batch // world_size) % micro:
-        share = batch // world_size
-        faults.add(
-            "train.micro_batch_size",
-            f"{micro} does not divide a rank's share of the batch ({batch} / {world_size} = "
-            f"{share}); use a divisor of {share}",
-        )
-    raise_faults(faults.found)
 
 
 def _check_run(cfg: RunConfig, faults: Collector) -> None:

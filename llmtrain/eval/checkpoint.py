@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import heldout_sets
 from llmtrain.eval.heldout import evaluate_domains
-from llmtrain.eval.loading import load_trained
+from llmtrain.eval.loading import Trained, load_trained
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import Head
-from llmtrain.parallel.world import World, pick_device
+from llmtrain.parallel import Degrees, Layout, World
+from llmtrain.parallel.world import pick_device
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,31 @@ class CheckpointMetrics:
     skipped: list[str]
 
 
+class _Alone:
+    """A loaded model on one process, for ``evaluate_domains``."""
+
+    def __init__(self, trained: Trained, device: torch.device) -> None:
+        self.trained, self.device = trained, device
+
+    def receive(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+    def loss(self, batch: Batch, denominator: float) -> LossOutput:
+        cfg = self.trained.cfg
+
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
+            return head_loss(hidden, head, batch.targets, batch.weights, cfg.loss, denominator)
+
+        output = self.trained.model(
+            batch.tokens,
+            positions=batch.positions if cfg.data.reset_positions else None,
+            doc_ids=batch.doc_ids if cfg.data.document_mask else None,
+            head_fn=head_fn,
+        )
+        assert isinstance(output, LossOutput)
+        return output
+
+
 def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> CheckpointMetrics:
     """Evaluate a checkpoint, or a run's newest good one, on its held-out data.
 
@@ -37,20 +64,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> Ch
     trained = load_trained(path, place, overrides)
     cfg = trained.cfg
 
-    def loss(batch: Batch, denominator: float) -> LossOutput:
-        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
-            return head_loss(hidden, head, batch.targets, batch.weights, cfg.loss, denominator)
-
-        output = trained.model(
-            batch.tokens,
-            positions=batch.positions if cfg.data.reset_positions else None,
-            doc_ids=batch.doc_ids if cfg.data.document_mask else None,
-            head_fn=head_fn,
-        )
-        assert isinstance(output, LossOutput)
-        return output
-
     micro = cfg.eval.micro_batch_size or cfg.train.micro_batch_size or 16
-    world = World(0, 1, 0, place, None)
-    domains = evaluate_domains(loss, heldout_sets(cfg), micro, world)
+    alone = Layout(World(0, 1, 0, place, None), Degrees())
+    domains = evaluate_domains(_Alone(trained, place), heldout_sets(cfg), micro, alone)
     return CheckpointMetrics(trained.path, trained.step, domains, trained.skipped)

@@ -6,7 +6,7 @@ one autograd function, so that every format works under every layout. Adapters a
 factor; none exists yet.
 """
 
-from llmtrain.linear.function import apply_linear
+from llmtrain.linear.function import Plan, apply_linear
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.placement import Placement
@@ -19,6 +19,7 @@ __all__ = [
     "Matmul",
     "OperandCache",
     "Placement",
+    "Plan",
     "apply_linear",
     "matmul_for",
 ]

@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from llmtrain.linear.function import apply_linear
+from llmtrain.linear.function import Plan, apply_linear
 from llmtrain.linear.matmul import FP32, Matmul
 from llmtrain.linear.placement import Placement
+from llmtrain.parallel.tensor import TensorParallel, local
 
 
 def _advance_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
-        increment_version(group["params"])
+        params = group["params"]
+        increment_version([p._local_tensor if isinstance(p, DTensor) else p for p in params])
 
 
 # Fused optimizers (torch 2.13) write parameters without advancing their version counters, which
@@ -60,9 +64,9 @@ class OperandCache:
 class Linear(nn.Module):
     """y = x weight^T + bias. weight: [out_features, in_features], bias: [out_features], float32.
 
-    role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``.
-    matmul: number format of the products; y has its dtype. The weights are uninitialised until
-    ``llmtrain.model.init_weights``.
+    role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
+    takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
+    dtype. The weights are uninitialised until ``llmtrain.model.init_weights``.
     """
 
     def __init__(
@@ -74,21 +78,40 @@ class Linear(nn.Module):
         role: str = "hidden",
         placement: Placement = Placement.REPLICATED,
         matmul: Matmul = FP32,
+        tensor: TensorParallel | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.role, self.placement, self.matmul = role, placement, matmul
+        self.plan = Plan(matmul, placement, tensor)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()
 
+    def tensor_placement(self, name: str) -> TensorPlacement:
+        """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
+        return self.placement.weight if name == "weight" else self.placement.bias
+
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated parameter is one summand of it."""
+        # A row-parallel bias is added to this rank's tokens only.
+        return name == "bias" and self.plan.by_tokens and self.placement is Placement.ROW
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as this rank computes with them."""
+        if self.bias is None:
+            return local(self.weight), None
+        return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
+
     def operand(self) -> Tensor:
         """The weight as the products read it, without gradient."""
-        return self._cache.get(self.weight, self.matmul)
+        return self._cache.get(self.parts()[0], self.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype."""
-        return apply_linear(x, self.weight, self.bias, self.operand(), self.matmul)
+        """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
+        parts of both under ``placement`` are those of ``apply_linear``."""
+        weight, bias = self.parts()
+        return apply_linear(x, weight, bias, self._cache.get(weight, self.matmul), self.plan)
 
     def extra_repr(self) -> str:
         return (

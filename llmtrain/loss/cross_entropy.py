@@ -15,7 +15,9 @@ from torch import Tensor
 
 from llmtrain.config.schema import LossConfig
 from llmtrain.linear import Matmul
+from llmtrain.loss.vocabulary import split_cross_entropy_
 from llmtrain.ops import cross_entropy_
+from llmtrain.parallel.tensor import TensorParallel
 
 
 class HeadLike(Protocol):
@@ -23,10 +25,11 @@ class HeadLike(Protocol):
 
     vocab_size: int  # rows of the weight from here on are padding
     matmul: Matmul
+    tensor: TensorParallel | None  # the ranks over which the rows are split
 
     @property
     def weight(self) -> Tensor:
-        """[padded vocabulary, d_model], a parameter."""
+        """[padded vocabulary, d_model], a parameter, or this rank's rows of it."""
         ...
 
     def operand(self) -> Tensor:
@@ -54,6 +57,16 @@ class _Terms:
     smoothing: float
     chunk: int
     grad: bool
+    tensor: TensorParallel | None
+
+    def cross_entropy_(
+        self, logits: Tensor, targets: Tensor, weights: Tensor, grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """nll, loss and z of a chunk, each [n]; its logits become their gradient."""
+        constants = (self.vocab_size, self.z_loss, self.smoothing, grad)
+        if self.tensor is None:
+            return cross_entropy_(logits, targets, weights, *constants)
+        return split_cross_entropy_(logits, targets, weights, *constants, self.tensor)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -80,14 +93,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), terms.chunk):
             part = slice(start, start + terms.chunk)
             logits = matmul.fprop(x[part], operand, None)
-            nll[part], loss[part], z[part] = cross_entropy_(
-                logits,
-                targets[part],
-                weights[part],
-                terms.vocab_size,
-                terms.z_loss,
-                terms.smoothing,
-                needs_hidden or needs_weight,
+            nll[part], loss[part], z[part] = terms.cross_entropy_(
+                logits, targets[part], weights[part], needs_hidden or needs_weight
             )
             if d_hidden is not None:
                 d_hidden[part] = matmul.dgrad(logits, operand)
@@ -119,7 +126,9 @@ def head_loss(
     real vocabulary (PaLM, Chowdhery et al. 2022, section 5); with label smoothing e the nll in
     the sum becomes (1 - e) nll_t + e mean_v(-log p_v). hidden: [b, s, d_model]; targets: [b, s]
     int64 below head.vocab_size, also where the weight is 0; weights: [b, s] float. denominator:
-    weight of the whole global batch. Gradients flow to hidden and head.weight.
+    weight of the whole global batch. Gradients flow to hidden and head.weight; where the head is
+    split over tensor-parallel ranks, every rank returns the whole loss and the gradient of
+    hidden is this rank's summand.
     """
     terms = _Terms(
         head.matmul,
@@ -128,6 +137,7 @@ def head_loss(
         cfg.label_smoothing,
         cfg.chunk_tokens,
         torch.is_grad_enabled(),
+        head.tensor,
     )
     scaled = weights.reshape(-1).float() / denominator
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul
+from llmtrain.linear import Linear, Matmul, Placement, apply_linear
 from llmtrain.model.masks import AttentionContext
-from llmtrain.model.norm import Norm
+from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.ops import causal_attention, rotate, split_rotary
+from llmtrain.parallel.collectives import gather_rows
+from llmtrain.parallel.tensor import TensorParallel
 
 
 @cache
@@ -31,35 +33,95 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
     return out.transpose(1, 2)
 
 
+class SharedGroupLinear(Linear):
+    """The column-parallel q, k, v projection where several ranks share a key/value head.
+
+    A rank stores its equal part of the rows and gathers those of its group's, from which it takes
+    its own query heads and the shared key and value. Gradients are summed over the sharing ranks
+    on the way back, each of which sees the key and value through its own queries only.
+    """
+
+    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel) -> None:
+        assert cfg.n_kv_heads is not None and cfg.d_head is not None and tensor.kv_group is not None
+        self.slots, self.d_head = cfg.n_heads // cfg.n_kv_heads + 2, cfg.d_head
+        super().__init__(
+            cfg.d_model,
+            self.slots * cfg.n_kv_heads * cfg.d_head,
+            cfg.attention_bias,
+            placement=Placement.COLUMN,
+            matmul=matmul,
+            tensor=tensor,
+        )
+        self.sharing = tensor.kv_group
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().parts()
+        return self._own(weight), None if bias is None else self._own(bias)
+
+    def operand(self) -> Tensor:
+        # Not cached: the gathered rows are a new tensor each time.
+        return self.matmul.operand(self.parts()[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.parts()
+        return apply_linear(x, weight, bias, self.matmul.operand(weight), self.plan)
+
+    def _own(self, param: Tensor) -> Tensor:
+        rows = gather_rows(param, self.sharing).view(self.slots, self.d_head, *param.shape[1:])
+        queries = (self.slots - 2) // self.sharing.size()
+        first = self.sharing.rank() * queries
+        return torch.cat((rows[first : first + queries], rows[-2:])).flatten(0, 1)
+
+
 class Attention(nn.Module):
-    """Self-attention. x: [b, s, d_model] -> the same.
+    """Self-attention. x: [b, s, d_model] -> the same, or token shards of both, see ``Block``.
 
     ``qkv.weight`` is [(n_heads + 2 n_kv_heads) d_head, d_model] in order of query groups: for
     each key/value head its n_heads / n_kv_heads query heads, the key, the value. So a contiguous
-    split along dim 0 is a split by groups (tensor parallelism).
+    split along dim 0 is a split by groups (tensor parallelism). n_heads and n_groups: of this
+    rank.
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul) -> None:
+    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
         super().__init__()
         assert cfg.n_kv_heads is not None and cfg.d_head is not None
-        self.n_heads, self.n_groups, self.d_head = cfg.n_heads, cfg.n_kv_heads, cfg.d_head
+        ranks = 1 if tensor is None else tensor.size
+        self.n_heads, self.d_head = cfg.n_heads // ranks, cfg.d_head
+        self.n_groups = max(cfg.n_kv_heads // ranks, 1)
         width = cfg.n_heads * cfg.d_head
         kv_width = cfg.n_kv_heads * cfg.d_head
-        self.qkv = Linear(cfg.d_model, width + 2 * kv_width, cfg.attention_bias, matmul=matmul)
-        self.out = Linear(width, cfg.d_model, cfg.attention_out_bias, matmul=matmul)
+        shared: dict[str, Any] = {"matmul": matmul, "tensor": tensor}
+        self.qkv: Linear
+        if tensor is not None and tensor.kv_group is not None:
+            self.qkv = SharedGroupLinear(cfg, matmul, tensor)
+        else:
+            bias = cfg.attention_bias
+            self.qkv = Linear(
+                cfg.d_model, width + 2 * kv_width, bias, placement=Placement.COLUMN, **shared
+            )
+        self.out = Linear(
+            width, cfg.d_model, cfg.attention_out_bias, placement=Placement.ROW, **shared
+        )
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         self.qk_norm = cfg.qk_norm
-        if cfg.qk_norm != "none":
+        if cfg.qk_norm == "full" and tensor is not None:
+            split = (cfg.norm_eps, cfg.norm_bias, tensor)
+            self.q_norm = SplitRMSNorm(width, *split)
+            self.k_norm = SplitRMSNorm(kv_width, *split, tensor.kv_group)
+        elif cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
             sizes = (width, kv_width) if full else (cfg.d_head, cfg.d_head)
-            self.q_norm = Norm(sizes[0], cfg.norm, cfg.norm_eps, cfg.norm_bias)
-            self.k_norm = Norm(sizes[1], cfg.norm, cfg.norm_eps, cfg.norm_bias)
+            kind = (cfg.norm, cfg.norm_eps, cfg.norm_bias)
+            # Each rank sees its own heads, with or without sequence parallelism.
+            self.q_norm = Norm(sizes[0], *kind, partial=tensor is not None)
+            self.k_norm = Norm(sizes[1], *kind, partial=tensor is not None)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        b, s, _ = x.shape
+        b, s = context.shape
         per_group = self.n_heads // self.n_groups
-        qkv = self.qkv(x).view(b, s, self.n_groups, per_group + 2, self.d_head)
+        qkv = self.qkv(x).flatten(0, -2)[: b * s]
+        qkv = qkv.view(b, s, self.n_groups, per_group + 2, self.d_head)
         if context.rotary is not None and self.q_norm is None:
             q, k, v = split_rotary(qkv, *context.rotary)
         else:

@@ -13,25 +13,29 @@ from llmtrain.model.masks import AttentionContext
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import Norm
 from llmtrain.model.recompute import full_recompute, selective_recompute
+from llmtrain.parallel.tensor import TensorParallel
 
 RECOMPUTE_MODES = ("none", "selective", "full")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); x: [b, s, d_model].
+    """x + attention(norm(x)), then x + mlp(norm(x)); x: [b, s, d_model], or the token shard
+    [n / t, d_model] of this rank under sequence parallelism.
 
     With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)).
     recompute: what backward computes again instead of keeping, see ``apply_recompute``.
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul) -> None:
+    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
         super().__init__()
+        partial = tensor is not None and tensor.sequence
+        norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
         self.pre_norm = cfg.norm_placement == "pre"
         self.recompute = "none"
-        self.attention_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
-        self.attention = Attention(cfg, matmul)
-        self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
-        self.mlp = MLP(cfg, matmul)
+        self.attention_norm = Norm(*norm, partial=partial)
+        self.attention = Attention(cfg, matmul, tensor)
+        self.mlp_norm = Norm(*norm, partial=partial)
+        self.mlp = MLP(cfg, matmul, tensor)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "none" or not self.training:

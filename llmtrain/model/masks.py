@@ -15,10 +15,11 @@ FLEX_MIN_HEAD = 16
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s] int32, the first key each
-    query sees, or None for plain causal attention. block_mask: the same as a BlockMask where
-    flex_attention runs it."""
+    """shape: (b, s) of the tokens. rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s]
+    int32, the first key each query sees, or None for plain causal attention. block_mask: the
+    same as a BlockMask where flex_attention runs it."""
 
+    shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
     first: Tensor | None = None
     block_mask: Any = None

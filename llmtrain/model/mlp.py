@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul
+from llmtrain.linear import Linear, Matmul, Placement
 from llmtrain.ops import swiglu
+from llmtrain.parallel.tensor import TensorParallel
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -28,16 +30,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """down(activation(up(x))), or down(silu(gate(x)) * up(x)) with gate and up in one weight.
 
-    x: [b, s, d_model] -> the same. Gated: ``up.weight`` is [2 d_ff, d_model], gate rows first.
+    x: [..., d_model] -> the same, whole or a token shard among the ranks of ``tensor``. Gated:
+    ``up.weight`` is [2 d_ff, d_model] with the rows of gate and up in turn, so a contiguous
+    split along dim 0 is a split by channels (tensor parallelism).
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul) -> None:
+    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
         super().__init__()
         assert cfg.d_ff is not None
         self.gated = cfg.activation == "swiglu"
         width = 2 * cfg.d_ff if self.gated else cfg.d_ff
-        self.up = Linear(cfg.d_model, width, cfg.mlp_bias, matmul=matmul)
-        self.down = Linear(cfg.d_ff, cfg.d_model, cfg.mlp_bias, matmul=matmul)
+        shared: dict[str, Any] = {"matmul": matmul, "tensor": tensor}
+        self.up = Linear(cfg.d_model, width, cfg.mlp_bias, placement=Placement.COLUMN, **shared)
+        self.down = Linear(cfg.d_ff, cfg.d_model, cfg.mlp_bias, placement=Placement.ROW, **shared)
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:

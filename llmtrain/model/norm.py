@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
 from llmtrain.ops import add_rms_norm, rms_norm
+from llmtrain.parallel.collectives import gather_rows, sum_both_ways
+from llmtrain.parallel.tensor import TensorParallel, local
 
 
 class Norm(nn.Module):
@@ -15,30 +20,82 @@ class Norm(nn.Module):
     RMSNorm (Zhang & Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight. LayerNorm (Ba et al.
     2016): (x - mean) / sqrt(var + eps) * weight + bias. weight [width] (and bias) are float32
     parameters, used in the dtype of x; the statistics are float32.
+
+    partial: among tensor-parallel ranks, each sees other tokens or other heads, so that the
+    parameters' gradients are summed over them.
     """
 
-    def __init__(self, width: int, kind: str, eps: float, bias: bool) -> None:
+    def __init__(
+        self, width: int, kind: str, eps: float, bias: bool, *, partial: bool = False
+    ) -> None:
         super().__init__()
-        self.width, self.kind, self.eps = width, kind, eps
+        self.width, self.kind, self.eps, self.partial = width, kind, eps, partial
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32)) if bias else None
 
+    def tensor_placement(self, name: str) -> TensorPlacement:
+        """Placement of a parameter on the tensor dimension of the mesh."""
+        return Replicate()
+
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated parameter is one summand of it."""
+        return self.partial
+
+    def part(self, param: Tensor) -> Tensor:
+        """A parameter as this rank computes with it."""
+        return local(param, partial=self.partial)
+
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.part(self.weight)
         if self.kind == "rmsnorm":
-            return self._biased(rms_norm(x, self.weight, self.eps))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, (self.width,), self.weight.to(x.dtype), bias, self.eps)
+            return self._biased(rms_norm(x, weight, self.eps))
+        bias = None if self.bias is None else self.part(self.bias).to(x.dtype)
+        return F.layer_norm(x, (self.width,), weight.to(x.dtype), bias, self.eps)
 
     def after(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream x + branch (x where branch is None) and its normalisation."""
         if self.kind == "rmsnorm":
-            total, out = add_rms_norm(x, branch, self.weight, self.eps)
+            total, out = add_rms_norm(x, branch, self.part(self.weight), self.eps)
             return total, self._biased(out)
         total = x if branch is None else x + branch
         return total, self(total)
 
     def _biased(self, x: Tensor) -> Tensor:
-        return x if self.bias is None else x + self.bias.to(x.dtype)
+        return x if self.bias is None else x + self.part(self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.kind}, eps={self.eps:g}, bias={self.bias is not None}"
+
+
+class SplitRMSNorm(Norm):
+    """RMSNorm over a width that tensor-parallel ranks share: x holds this rank's part of it.
+
+    sharing: the ranks that hold the same part (a key head with fewer heads than ranks), or
+    None. Their copies count once in the mean of squares, and they share the part's parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        bias: bool,
+        tensor: TensorParallel,
+        sharing: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(width, "rmsnorm", eps, bias)
+        self.tensor, self.sharing = tensor, sharing
+
+    def tensor_placement(self, name: str) -> TensorPlacement:
+        return Shard(0)
+
+    def part(self, param: Tensor) -> Tensor:
+        own = local(param)
+        return own if self.sharing is None else gather_rows(own, self.sharing)
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = 1 if self.sharing is None else self.sharing.size()
+        wide = x.float()
+        squares = wide.square().sum(-1, keepdim=True) / copies
+        mean = sum_both_ways(squares, self.tensor.group) / self.width
+        scale = torch.rsqrt(mean + self.eps)
+        return self._biased((wide * scale * self.part(self.weight).float()).to(x.dtype))

@@ -8,28 +8,43 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+from llmtrain.parallel import Layout
 
-def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:
+
+def gradient_norm(params: Iterable[nn.Parameter], layout: Layout | None = None) -> Tensor:
     """Global L2 norm of all gradients: a 0-dim float32 tensor, equal on every rank.
 
-    Squares are summed in float64: on a CPU torch's own norm sums in float32, loses 1e-3 on a
-    large embedding and so depends on how the tensors are cut into shards.
+    layout: of several processes. Each element counts once: a part that several ranks hold (a
+    replicated parameter under tensor parallelism) is counted by the first of them. Squares are
+    summed in float64: on a CPU torch's own norm sums in float32, loses 1e-3 on a large embedding
+    and so depends on how the tensors are cut into shards.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    total: Tensor | None = None
+    device = grads[0].device if grads else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
-        norm = torch.linalg.vector_norm(_local(grad), dtype=torch.float64)
-        total = norm.square() if total is None else total + norm.square()
-    assert total is not None
-    mesh = next((g.device_mesh for g in grads if isinstance(g, DTensor)), None)
-    if mesh is not None:
-        dist.all_reduce(total, group=mesh.get_group("shard"))
+        if _counts(grad):
+            total += torch.linalg.vector_norm(_local(grad), dtype=torch.float64).square()
+    if layout is not None and layout.state is not None:
+        for dim in ("shard", "tensor", "pipeline"):
+            dist.all_reduce(total, group=layout.state.get_group(dim))
     return total.sqrt().float()
+
+
+def _counts(grad: Tensor) -> bool:
+    """Whether this rank counts its part: it is the first of those that hold the same."""
+    if not isinstance(grad, DTensor):
+        return True
+    mesh = grad.device_mesh
+    names, place = mesh.mesh_dim_names, mesh.get_coordinate()
+    assert names is not None and place is not None
+    return all(
+        index == 0 or name == "replicate" or not isinstance(placement, Replicate)
+        for name, index, placement in zip(names, place, grad.placements, strict=True)
+    )
 
 
 def _local(grad: Tensor) -> Tensor:
@@ -40,7 +55,7 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, bound: float) -
     """Scale gradients in place by min(1, bound / norm). norm: from ``gradient_norm``."""
     if float(norm) <= bound:
         return
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [_local(p.grad) for p in params if p.grad is not None]
     torch._foreach_mul_(grads, bound / float(norm))
 
 

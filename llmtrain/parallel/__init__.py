@@ -1,20 +1,29 @@
 """Processes and layout: the world of a run, its device mesh, FSDP2.
 
 ``World`` is what a process knows of the others; ``init_world`` joins them, ``close_world``
-leaves them cleanly. ``build_mesh`` lays the ranks out as replicate x shard and ``apply_fsdp``
-shards a model over it. Groups are always passed in; nothing here is global.
+leaves them cleanly. ``build_layout`` lays the ranks out as pipeline x replicate x shard x context
+x tensor; ``collectives`` are the conjugate pairs that layers use, ``TensorParallel`` is what a
+layer knows of its group, ``apply_fsdp`` shards a model over the data ranks. Groups are always
+passed in; nothing here is global.
 """
 
 from llmtrain.parallel.fsdp import apply_fsdp, release_gathered, set_gradient_sync
-from llmtrain.parallel.mesh import build_mesh
+from llmtrain.parallel.mesh import Degrees, Layout, build_layout, resolve_degrees
+from llmtrain.parallel.tensor import TensorParallel, finish_gradients, local
 from llmtrain.parallel.world import World, close_world, init_world
 
 __all__ = [
+    "Degrees",
+    "Layout",
+    "TensorParallel",
     "World",
     "apply_fsdp",
-    "build_mesh",
+    "build_layout",
     "close_world",
+    "finish_gradients",
     "init_world",
+    "local",
     "release_gathered",
+    "resolve_degrees",
     "set_gradient_sync",
 ]

@@ -85,7 +85,7 @@ class Fragment(torch.Tensor):
         whole = tuple(shape)
         box = whole if local_shape is None else tuple(local_shape)
         corner = tuple(0 for _ in whole) if offset is None else tuple(offset)
-        made: Fragment = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Fragment = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(whole), dtype=run.dtype, device=run.device
         )
         made.pieces = []
@@ -118,7 +118,9 @@ class Fragment(torch.Tensor):
             WriteItem(
                 MetadataIndex(fqn, torch.Size(piece.offset)),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(_chunk(piece), TensorProperties(self.dtype), self.shape),
+                tensor_data=TensorWriteData(
+                    _chunk(piece), TensorProperties(self.dtype), self.shape
+                ),
             )
             for piece in self.pieces
         ]

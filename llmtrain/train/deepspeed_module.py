@@ -12,48 +12,74 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.loss import LossOutput
-from llmtrain.model import Decoder, apply_recompute, init_weights, param_roles
-from llmtrain.model.block import Block
+from llmtrain.model import (
+    Block,
+    Decoder,
+    apply_recompute,
+    check_tensor_degree,
+    init_weights,
+    keep_own_parts,
+    param_roles,
+    partial_parameters,
+    tensor_placements,
+)
 from llmtrain.optim import build_groups, build_optimizer, create_state, set_learning_rate
-from llmtrain.parallel import World
+from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
-from llmtrain.parallel.zero import Zero, import_deepspeed, join_alone, settings, start
+from llmtrain.parallel.zero import (
+    ensure_group,
+    import_deepspeed,
+    partition_parameters,
+    settings,
+    start_engine,
+)
+from llmtrain.parallel.zero_state import Box, ZeroState
 from llmtrain.train.module import TrainModule
 
 
 class DeepSpeedModule(TrainModule):
     """Owns the DeepSpeed engine, which is ``model`` to the outside.
 
-    ``params`` are the parameters that forward reads: compute dtype, and empty between forwards
-    under ZeRO 3. The float32 masters are in ``tensors``; who writes these calls ``restore``.
+    ``params`` are the parameters that forward reads: compute dtype, this rank's tensor-parallel
+    part, and empty between forwards under ZeRO 3. The float32 masters are in ``tensors``; who
+    writes these calls ``restore``.
     """
 
     def __init__(
-        self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: World
+        self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
     ) -> None:
-        self.cfg, self.model_cfg, self.device = cfg, model_cfg, world.device
-        deepspeed = import_deepspeed(world.device)
-        join_alone(world)
-        config = settings(cfg, precision, self._micro_batch_counts(world))
-        model = _construct(deepspeed, config, (model_cfg, precision), world.device)
+        self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
+        self.device = layout.world.device
+        check_tensor_degree(model_cfg, layout.degrees.tensor)
+        deepspeed = import_deepspeed(self.device)
+        ensure_group(layout)
+        config = settings(cfg, precision, self._micro_batch_counts())
+        with torch.device("meta"):
+            model = Decoder(model_cfg, precision.compute, layout.tensor)
         apply_recompute(model, cfg.train.recompute)
         self.roles = param_roles(model)
+        boxes = _cut(model, layout)
+        if config["zero_optimization"]["stage"] == 3:
+            partition_parameters(deepspeed, model, layout, config, precision.compute)
+            _declare_gathering(deepspeed, model)
+        else:
+            model.to_empty(device=self.device)
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.groups = build_groups(self.params, self.roles, cfg.optim)
         self.optimizer = build_optimizer(self.groups, cfg.optim)
-        engine = start(deepspeed, model, self.optimizer, config)
-        self.model = engine
-        self.zero = Zero(engine, self.optimizer, self.params)
+        self.model = start_engine(deepspeed, model, self.optimizer, config, layout)
+        self.zero = ZeroState(self.model, self.params, boxes, layout)
         create_state(self.optimizer, self.zero.masters)
         init_weights(model, cfg.seed, self.zero.named(self.zero.masters))
         self.zero.publish()
 
-    def _micro_batch_counts(self, world: World) -> tuple[int, int]:
+    def _micro_batch_counts(self) -> tuple[int, int]:
         """(sequences per micro-batch, micro-batches per step) of a rank."""
-        rows = self.cfg.train.global_batch_size // world.size
+        rows = self.cfg.train.global_batch_size // self.layout.degrees.data
         size = self.cfg.train.micro_batch_size or rows
         return size, -(-rows // size)
 
@@ -72,6 +98,9 @@ class DeepSpeedModule(TrainModule):
 
     def _backward(self, loss: Tensor) -> None:
         self.zero.backward(loss)
+
+    def _finish_gradients(self) -> None:
+        self.zero.finish_gradients()
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
@@ -115,23 +144,28 @@ class DeepSpeedModule(TrainModule):
         self.zero.publish()
 
 
-def _construct(
-    deepspeed: Any,
-    config: dict[str, Any],
-    shape: tuple[ModelConfig, Precision],
-    device: torch.device,
-) -> Decoder:
-    """The model with uninitialised parameters; under ZeRO 3 no rank ever holds all of it."""
-    model_cfg, precision = shape
-    if config["zero_optimization"]["stage"] < 3:
-        with torch.device("meta"):
-            model = Decoder(model_cfg, precision.compute)
-        model.to_empty(device=device)
-        return model
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = Decoder(model_cfg, precision.compute)
+def _cut(model: Decoder, layout: Layout) -> dict[str, Box]:
+    """Leave this rank's tensor-parallel parts in the model; returns what they are."""
+    whole = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    if layout.tensor is None:
+        return {name: Box(shape, shape, (0,) * len(shape)) for name, shape in whole.items()}
+    rank = layout.tensor.rank
+    placements, partial = tensor_placements(model), set(partial_parameters(model))
+    keep_own_parts(model, rank, layout.tensor.size)
+    boxes = {}
+    for name, param in model.named_parameters():
+        part, offset = tuple(param.shape), [0] * param.dim()
+        placement = placements[name]
+        if isinstance(placement, Shard):
+            offset[placement.dim] = rank * part[placement.dim]
+        boxes[name] = Box(whole[name], part, tuple(offset), name in partial)
+    return boxes
+
+
+def _declare_gathering(deepspeed: Any, model: Decoder) -> None:
+    """Tell ZeRO 3 what is gathered when, where it differs from one module at a time."""
     # A block is gathered and released as one; what it calls inside need not be a module's forward.
     deepspeed.utils.set_z3_leaf_modules(model, [Block])
     # The loss reads the head's weight inside the root's forward.
-    deepspeed.zero.register_external_parameter(model, model.head.weight)
-    return model
+    owner = model.embedding if model.cfg.tie_embeddings else model.head.projection
+    deepspeed.zero.register_external_parameter(model, owner.weight)

@@ -20,7 +20,7 @@ from llmtrain.model import (
 )
 from llmtrain.optim import build_groups, groups_table
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
-from llmtrain.parallel.mesh import resolve_shard
+from llmtrain.parallel.mesh import Degrees, resolve_degrees
 from llmtrain.parallel.world import pick_device
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import gib, human, table
@@ -83,7 +83,7 @@ def _every(steps: int | None) -> str:
 
 
 def memory_estimate(
-    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: int
+    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, degrees: Degrees
 ) -> dict[str, int]:
     """Bytes per rank: master weights, gradients, optimizer, gathered weights, activations.
 
@@ -91,7 +91,8 @@ def memory_estimate(
     gathered weights are the compute-dtype copies that matmuls read (whole model when one rank
     holds all of it, else the two largest blocks); activations follow ``activation_bytes``.
     """
-    shard = resolve_shard(cfg.parallel, world)
+    shard = degrees.shard * degrees.context * degrees.tensor
+    world = degrees.data
     counts = param_counts(model_cfg)
     n_params = counts["total"]
     per_element = 2 if precision.compute == torch.bfloat16 else 4
@@ -127,15 +128,15 @@ def memory_estimate(
 def _layout_lines(
     cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: int
 ) -> list[str]:
-    shard = resolve_shard(cfg.parallel, world)
-    per_rank = cfg.train.global_batch_size // world
+    degrees = resolve_degrees(cfg.parallel, world)
+    per_rank = cfg.train.global_batch_size // degrees.data
     micro = cfg.train.micro_batch_size or per_rank
-    parts = memory_estimate(cfg, model_cfg, precision, world)
+    parts = memory_estimate(cfg, model_cfg, precision, degrees)
     rows = [("memory per rank", "estimate")] + [(k, gib(v)) for k, v in parts.items()]
     rows.append(("total", gib(sum(parts.values()))))
     return [
         "layout:",
-        f"  {world} process(es) = {cfg.parallel.replicate} replica(s) x {shard} shard(s); "
+        f"  {world} process(es) = {degrees}; "
         f"{per_rank} sequences per rank and step in micro-batches of {micro}",
         *table(rows),
     ]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from llmtrain.config.schema import ModelConfig, RunConfig
-from llmtrain.parallel import World, build_mesh
+from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.train.deepspeed_module import DeepSpeedModule
 from llmtrain.train.module import TrainModule
 
 
 def build_module(
-    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, world: World
+    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
 ) -> TrainModule:
     """The train module that ``parallel.engine`` names.
 
-    Raises EnvironmentFault when the degrees do not fit the world or DeepSpeed is not installed.
+    Raises EnvironmentFault when DeepSpeed is asked for and not installed.
     """
-    mesh = build_mesh(cfg.parallel, world)
-    if cfg.parallel.engine == "deepspeed":
-        return DeepSpeedModule(cfg, model_cfg, precision, world)
-    return TrainModule(cfg, model_cfg, precision, world.device, mesh)
+    kind = DeepSpeedModule if cfg.parallel.engine == "deepspeed" else TrainModule
+    return kind(cfg, model_cfg, precision, layout)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
@@ -17,9 +16,11 @@ from llmtrain.model import (
     Decoder,
     Head,
     apply_recompute,
+    check_tensor_degree,
     compile_blocks,
     init_weights,
     param_roles,
+    shard_over_tensor,
 )
 from llmtrain.optim import (
     Schedule,
@@ -31,13 +32,13 @@ from llmtrain.optim import (
     set_learning_rate,
     state_tensors,
 )
-from llmtrain.parallel import apply_fsdp, set_gradient_sync
+from llmtrain.parallel import Layout, apply_fsdp, finish_gradients, set_gradient_sync
 from llmtrain.parallel.hardware import Precision
 
 
 @dataclass
 class StepSums:
-    """Sums over this rank's part of a batch.
+    """Sums over this rank's part of a batch; zero where another rank counts the same tokens.
 
     loss: 0-dim float64, already divided by the global weight. nll, weight: [n_sources] float64,
     weighted token cross-entropy in nats and token weights per source.
@@ -75,27 +76,40 @@ class TrainModule:
         cfg: RunConfig,
         model_cfg: ModelConfig,
         precision: Precision,
-        device: torch.device,
-        mesh: DeviceMesh | None,
+        layout: Layout,
     ) -> None:
-        self.cfg, self.model_cfg, self.device = cfg, model_cfg, device
+        self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
+        self.device = layout.world.device
+        check_tensor_degree(model_cfg, layout.degrees.tensor)
         with torch.device("meta"):
-            model = Decoder(model_cfg, precision.compute)
+            model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
         apply_recompute(model, cfg.train.recompute)
         if cfg.train.compile:
             compile_blocks(model)
-        if mesh is not None:
-            apply_fsdp(
-                model, model.blocks, mesh, cfg.parallel, (precision.compute, precision.reduce)
-            )
-        model.to_empty(device=device)
+        if layout.tensor is not None:
+            assert layout.state is not None
+            shard_over_tensor(model, layout.state["tensor"])
+        if layout.fsdp is not None:
+            dtypes = (precision.compute, precision.reduce)
+            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+        model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.groups = build_groups(self.params, self.roles, cfg.optim)
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
+
+    def receive(self, batch: Batch) -> Batch:
+        """What this rank computes on of its data rank's ``batch``, on its device."""
+        return batch.to(self.device)
+
+    def token_weight(self, batch: Batch) -> float:
+        """Weight of a received batch, to be summed over all ranks."""
+        if not self.layout.counts_tokens:
+            return 0.0
+        return float(batch.weights.sum(dtype=torch.float64))
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """``batch`` cut into forward passes of ``train.micro_batch_size`` sequences."""
@@ -136,6 +150,9 @@ class TrainModule:
             weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
             nll.index_add_(0, micro.source_ids, weighted)
             weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
+        self._finish_gradients()
+        if not self.layout.counts_tokens:
+            return StepSums(total.zero_(), nll.zero_(), weight.zero_())
         return StepSums(total, nll, weight)
 
     def _begin_micro_batch(self, last: bool) -> None:
@@ -144,9 +161,13 @@ class TrainModule:
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def _finish_gradients(self) -> None:
+        if self.layout.tensor is not None:
+            finish_gradients(list(self.params.values()), self.layout.tensor.group)
+
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
-        return gradient_norm(self.params.values())
+        return gradient_norm(self.params.values(), self.layout)
 
     def update(self, norm: Tensor, lr: float) -> None:
         """Clip, then one optimizer update at learning rate ``lr``; gradients are freed."""

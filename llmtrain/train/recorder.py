@@ -12,7 +12,7 @@ from llmtrain.checkpoint import Saved
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.plan import DataPlan
-from llmtrain.parallel import World
+from llmtrain.parallel import Layout
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, step_line
 from llmtrain.train.metrics import Logger, Record
@@ -29,19 +29,20 @@ class Recorder:
     def __init__(
         self,
         cfg: RunConfig,
-        world: World,
+        layout: Layout,
         plan: DataPlan,
         clockwork: Clockwork,
         throughput: Throughput,
         outputs: tuple[Console, Sequence[Logger]],
     ) -> None:
-        self.cfg, self.world, self.plan, self.clockwork = cfg, world, plan, clockwork
+        self.cfg, self.layout, self.plan, self.clockwork = cfg, layout, plan, clockwork
+        self.world = layout.world
         self.throughput = throughput
         self.console, self.loggers = outputs
         # Rows: weighted loss, weight (since the last log line), samples (since the start).
         n = len(plan.names)
-        self._sums = torch.zeros(2, n, dtype=torch.float64, device=world.device)
-        self._seen = torch.zeros(n, dtype=torch.float64, device=world.device)
+        self._sums = torch.zeros(2, n, dtype=torch.float64, device=self.world.device)
+        self._seen = torch.zeros(n, dtype=torch.float64, device=self.world.device)
         self._before: dict[str, dict[str, float]] = {}
         self._waited = 0.0
 
@@ -65,8 +66,9 @@ class Recorder:
 
     def count(self, sums: StepSums, batch: Batch, skipped: bool) -> None:
         """Add a step of this rank: what it read and, unless skipped, its losses by source."""
-        ones = torch.ones(len(batch), dtype=torch.float64, device=batch.source_ids.device)
-        self._seen.index_add_(0, batch.source_ids, ones)
+        if self.layout.counts_samples:
+            ones = torch.ones(len(batch), dtype=torch.float64, device=batch.source_ids.device)
+            self._seen.index_add_(0, batch.source_ids, ones)
         if not skipped:
             self._sums[0] += sums.nll
             self._sums[1] += sums.weight

@@ -22,9 +22,11 @@ from llmtrain.model import flops_per_token, param_counts, resolve_model
 from llmtrain.ops import kernels_line
 from llmtrain.parallel import (
     World,
+    build_layout,
     close_world,
     init_world,
     release_gathered,
+    resolve_degrees,
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.clockwork import Clockwork
@@ -78,10 +80,12 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None and resume.step >= times.stop:
             console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
             return
-        module = build_module(cfg, model_cfg, precision, world)
-        recorder = _recorder(cfg, world, plan, times, (console, module, resume))
+        assert model_cfg.n_kv_heads is not None
+        layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
+        module = build_module(cfg, model_cfg, precision, layout)
+        recorder = _recorder(cfg, plan, times, (console, module, resume))
         try:
-            evaluation = Evaluation(cfg, world, heldout_sets(cfg, plan.catalogue))
+            evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
             services = Services(times, evaluation, recorder, saver)
             trainer = Trainer(cfg, world, module, plan, load_hooks(cfg.hooks), services)
             _drive(trainer, resume, signals)
@@ -119,12 +123,12 @@ def _set_numerics(cfg: RunConfig) -> None:
 
 def _recorder(
     cfg: RunConfig,
-    world: World,
     plan: DataPlan,
     times: Clockwork,
     parts: tuple[Console, TrainModule, ResumePoint | None],
 ) -> Recorder:
     console, module, resume = parts
+    world = module.layout.world
     flops = flops_per_token(module.model_cfg, cfg.data.seq_len)
     throughput = Throughput(flops, world.size, device_peak(world.device))
     position = (0, 0)
@@ -137,7 +141,7 @@ def _recorder(
         loggers.extend(build_loggers(cfg, run_folder(cfg), position, to_dict(cfg)))
 
     Ranks(world.cpu_group).on_main(open_loggers)
-    return Recorder(cfg, world, plan, times, throughput, (console, loggers))
+    return Recorder(cfg, module.layout, plan, times, throughput, (console, loggers))
 
 
 def _preamble(
@@ -162,7 +166,7 @@ def _preamble(
     console.say(
         f"run: {cfg.name}, {times.total} steps x {batch} sequences x {cfg.data.seq_len} tokens = "
         f"{human(times.total * times.tokens_per_step)} tokens, {world.size} process"
-        + ("" if world.size == 1 else f"es ({cfg.parallel.replicate} replicas)")
+        + ("" if world.size == 1 else f"es ({resolve_degrees(cfg.parallel, world.size)})")
     )
     tree = plan.tree().splitlines()
     if len(tree) > _PLAN_LINES:

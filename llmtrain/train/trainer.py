@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import Loader
@@ -62,7 +60,8 @@ class Trainer:
             self.recorder.stop()
 
     def _loop(self, signals: SignalWatch) -> None:
-        loader = Loader.from_config(self.plan, self.cfg, self.world.rank, self.world.size)
+        layout = self.module.layout
+        loader = Loader.from_config(self.plan, self.cfg, layout.data_rank, layout.degrees.data)
         times = self.clockwork
         batches: Iterator[Batch] = loader.iterate(self.step_done, times.stop)
         self.recorder.begin(self.step_done)
@@ -104,12 +103,10 @@ class Trainer:
 
         Returns the result and whether any rank was told to stop.
         """
-        batch = batch.to(self.module.device)
+        batch = self.module.receive(batch)
         for hook in self.hooks:
             hook.before_batch(self, batch)
-        weight, told = self.world.sum(
-            [float(batch.weights.sum(dtype=torch.float64)), signals.pending]
-        )
+        weight, told = self.world.sum([self.module.token_weight(batch), signals.pending])
         sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
         for hook in self.hooks:
             hook.after_backward(self)

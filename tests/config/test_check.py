@@ -257,7 +257,8 @@ def test_all_rules_speak_together_and_none_about_a_key_already_wrong() -> None:
 def run(**train: Any) -> RunConfig:
     """A configuration with these parts of ``train`` and ``parallel``."""
     cfg = RunConfig()
-    parallel = {k: train.pop(k) for k in ("shard", "replicate") if k in train}
+    keys = ("shard", "replicate", "tensor", "context", "pipeline")
+    parallel = {k: train.pop(k) for k in keys if k in train}
     return dataclasses.replace(
         cfg,
         train=dataclasses.replace(cfg.train, **train),
@@ -271,6 +272,9 @@ def run(**train: Any) -> RunConfig:
         (run(shard=2), 4, "parallel.shard: shard 2 x replicate 1 = 2, but the run has 4"),
         (run(shard=3, replicate=2), 4, "parallel.shard: shard 3 x replicate 2 = 6"),
         (run(replicate=3), 4, "parallel.replicate: 3 does not divide"),
+        (run(tensor=3), 4, "parallel.tensor: replicate 1 x tensor 3 = 3 does not divide it"),
+        (run(shard=1, tensor=2, pipeline=3), 4, "shard 1 x replicate 1 x tensor 2 x pipeline 3 ="),
+        (run(tensor=2, pipeline=2), 20, "batch_size: 32 cannot be shared equally: 5 ranks"),
         (run(), 5, "train.global_batch_size: 32 cannot be shared equally"),
         (run(), 5, "use 30 or 35"),
         (run(), 64, "use 64"),
@@ -287,5 +291,6 @@ def test_a_run_that_fits_the_world() -> None:
     check_world(run(), 1)
     check_world(run(shard=2, replicate=2, micro_batch_size=8), 4)
     check_world(run(replicate=4), 4)
+    check_world(run(tensor=2, context=2, pipeline=2, micro_batch_size=32), 8)
     with pytest.raises(ConfigError, match="2 faults"):
         check_world(run(shard=2), 5)

@@ -14,7 +14,7 @@ from llmtrain.optim import (
     gradient_norm,
     state_tensors,
 )
-from llmtrain.parallel import World, apply_fsdp, build_mesh, set_gradient_sync
+from llmtrain.parallel import World, apply_fsdp, build_layout, set_gradient_sync
 
 LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
 
@@ -42,11 +42,10 @@ def train(rank: int, world: int, shard: int) -> tuple[list[float], dict[str, tor
     """Three steps of two micro-batches; random upstream gradients; clipping in between."""
     torch.manual_seed(0)
     model = Toy()
-    if world > 1:
-        cfg = ParallelConfig(shard=shard, replicate=world // shard)
-        mesh = build_mesh(cfg, World(rank, world, rank, torch.device("cpu"), None))
-        assert mesh is not None
-        apply_fsdp(model, model.blocks, mesh, cfg, (torch.float32, torch.float32))
+    cfg = ParallelConfig(shard=shard, replicate=world // shard)
+    layout = build_layout(cfg, World(rank, world, rank, torch.device("cpu"), None), 1)
+    if layout.fsdp is not None:
+        apply_fsdp(model, model.blocks, layout.fsdp, cfg, (torch.float32, torch.float32))
     params = dict(model.named_parameters())
     optim = OptimConfig(lr=0.05, clip_norm=0.3)
     groups = build_groups(params, dict.fromkeys(params, "hidden"), optim)
@@ -61,7 +60,7 @@ def train(rank: int, world: int, shard: int) -> tuple[list[float], dict[str, tor
         for i, part in enumerate((slice(0, half), slice(half, rows))):
             set_gradient_sync(model, last=i == 1)
             (model(x[mine][part]) * g[mine][part]).sum().backward()
-        norm = gradient_norm(params.values())
+        norm = gradient_norm(params.values(), layout)
         norms.append(float(norm))
         clip_gradients(params.values(), norm, 0.3)
         optimizer.step()

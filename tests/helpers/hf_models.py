@@ -113,7 +113,7 @@ def renamed(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
             out[f"{new}attention.qkv.{leaf}"] = _fuse_qkv(q, k, v, cfg.n_kv_heads, d_head)
         out[f"{new}attention.out.weight"] = tensors[f"{old}self_attn.o_proj.weight"]
         gate, up = (tensors[f"{old}mlp.{x}_proj.weight"] for x in ("gate", "up"))
-        out[f"{new}mlp.up.weight"] = torch.cat((gate, up))
+        out[f"{new}mlp.up.weight"] = torch.stack((gate, up), 1).flatten(0, 1)
         out[f"{new}mlp.down.weight"] = tensors[f"{old}mlp.down_proj.weight"]
         for theirs, ours in norms.items():
             out[f"{new}{ours}.weight"] = tensors[f"{old}{theirs}.weight"]
