@@ -104,7 +104,7 @@ class Linear(nn.Module):
         return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
 
     def operand(self) -> Tensor:
-        """The weight as the products read it, without gradient."""
+        """The weight as the products read it; the parameter itself where its dtype fits."""
         return self._cache.get(self.parts()[0], self.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
