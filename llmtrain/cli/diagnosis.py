@@ -26,6 +26,7 @@ NEEDED = (
 OPTIONAL = {
     "datasets": "Hugging Face datasets as sources: pip install 'llmtrain[hf]'",
     "transformers": "comparison with Hugging Face models: pip install 'llmtrain[hf]'",
+    "deepspeed": "parallel.engine: deepspeed: DS_BUILD_OPS=0 pip install 'llmtrain[deepspeed]'",
     "wandb": "logging to Weights & Biases: pip install 'llmtrain[wandb]'",
     "mlflow": "logging to MLflow: pip install 'llmtrain[mlflow]'",
 }

@@ -33,6 +33,7 @@ from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
+from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.hooks import load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
@@ -84,11 +85,12 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             return
         assert model_cfg.n_kv_heads is not None
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
-        module = TrainModule(cfg, model_cfg, precision, layout)
+        module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
         hooks = load_hooks(cfg.hooks)
         if resume is not None:
-            checkpointer.load(resume.path, module.tensors(), verify=False)
+            load, path = checkpointer.load, resume.path
+            module.restore(lambda tensors: load(path, tensors, verify=False))
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)
