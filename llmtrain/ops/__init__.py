@@ -10,7 +10,7 @@ from llmtrain.ops.attention import attention_reference, causal_attention, first_
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.glu import swiglu, swiglu_reference
-from llmtrain.ops.native import kernels_line, native_loaded
+from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
@@ -37,6 +37,7 @@ __all__ = [
     "dropout",
     "first_of_document",
     "kernels_line",
+    "kernels_warning",
     "make_window",
     "merge_partial",
     "native_loaded",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +136,7 @@ class TrainModule:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
         part = None if self.context is None else SplitSequence(self.context, batch.first)
-        output = self.model(
+        return self._forward(
             batch.tokens,
             positions=batch.positions if data.reset_positions or part else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
@@ -142,6 +144,9 @@ class TrainModule:
             keys=self.dropout_keys(batch),
             part=part,
         )
+
+    def _forward(self, tokens: Tensor, **options: Any) -> LossOutput:
+        output = self.model(tokens, **options)
         assert isinstance(output, LossOutput)
         return output
 
@@ -162,18 +167,27 @@ class TrainModule:
         micros = self.micro_batches(batch)
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
-            set_gradient_sync(self.model, last=last)
+            self._begin_micro_batch(last)
             output = self.loss(micro, denominator)
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            self._backward(output.loss)
             total += output.loss.detach()
             weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
             nll.index_add_(0, micro.source_ids, weighted)
             weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
-        if self.layout.tensor is not None:
-            finish_gradients(list(self.params.values()), self.layout.tensor.group)
+        self._finish_gradients()
         if not self.layout.counts_tokens:
             return StepSums(total.zero_(), nll.zero_(), weight.zero_())
         return StepSums(total, nll, weight)
+
+    def _begin_micro_batch(self, last: bool) -> None:
+        set_gradient_sync(self.model, last=last)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _finish_gradients(self) -> None:
+        if self.layout.tensor is not None:
+            finish_gradients(list(self.params.values()), self.layout.tensor.group)
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
@@ -198,3 +212,7 @@ class TrainModule:
         """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
         model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         return {**model, **state_tensors(self.optimizer, self.params)}
+
+    def restore(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Replace the state by what ``read`` writes into the ``tensors`` that it is given."""
+        read(self.tensors())
