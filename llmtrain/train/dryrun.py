@@ -126,7 +126,7 @@ def memory_estimate(
 
 
 def _gathered_bytes(cfg: RunConfig, model_cfg: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of ``tokens`` tokens of other ranks, of all layers that keep them."""
+    """Bytes of keys and values of ``tokens`` tokens of other ranks, of layers that keep them."""
     assert model_cfg.n_kv_heads is not None and model_cfg.d_head is not None
     layers = model_cfg.n_layers if cfg.train.recompute == "none" else 1
     if cfg.parallel.context_method == "ring":
