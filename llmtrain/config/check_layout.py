@@ -66,8 +66,8 @@ def _check_pipeline(cfg: RunConfig, faults: Collector) -> None:
     if not looped and per_rank > 1:
         faults.add(
             "parallel.pipeline_stages",
-            f"{per_rank} stages a rank need pipeline_schedule interleaved or zero_bubble, "
-            f"not {schedule}",
+            f"{per_rank} stages a rank do not go with pipeline_schedule {schedule}; use "
+            "interleaved or zero_bubble, or leave it null",
             *keys,
         )
     if looped and per_rank == 1:

@@ -136,7 +136,7 @@ NO_WEIGHTS: dict[str, Any] = {"data.weights": {}}
             "schedule.decay",
             "together are longer than the run",
         ),
-        ({"parallel.tensor": 3}, "parallel.tensor", "cannot share n_heads 4 equally"),
+        ({"parallel.tensor": 8}, "parallel.tensor", "8 ranks cannot share n_heads 4 equally"),
         (
             {"parallel.tensor": 4, "model.n_heads": 24, "model.d_head": 8, "model.n_kv_heads": 6},
             "parallel.tensor",
@@ -147,7 +147,7 @@ NO_WEIGHTS: dict[str, Any] = {"data.weights": {}}
         (
             {"parallel.pipeline": 2, "parallel.pipeline_stages": 2},
             "parallel.pipeline_stages",
-            "need pipeline_schedule interleaved or zero_bubble, not 1f1b",
+            "2 stages a rank do not go with pipeline_schedule 1f1b",
         ),
         (
             {
@@ -310,7 +310,7 @@ def run(**train: Any) -> RunConfig:
         (run(pipeline=2), 4, "1f1b over 2 pipeline ranks needs at least 2 micro-batches a step"),
         (run(pipeline=2, micro_batch_size=16), 4, "sequences in micro-batches of 16 are 1; lower"),
         (
-            run(pipeline=4, pipeline_schedule="interleaved", micro_batch_size=2),
+            run(pipeline=4, pipeline_schedule="interleaved", micro_batch_size=4),
             16,
             "needs at least 4 micro-batches",
         ),
