@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def _export(args: argparse.Namespace) -> int:
         Path(args.out),
         dtype=dtypes[args.dtype] if args.dtype else None,
         shard_bytes=max(1, int(args.shard_gb * 1e9)),
+        warn=lambda text: print(f"llmtrain: warning: {text}", file=sys.stderr),
     )
     for path in written:
         print(f"{path} ({size_text(path.stat().st_size)})")

@@ -60,6 +60,7 @@ def diagnose() -> Iterator[Check]:
         ("gloo", _gloo, False),
         ("NCCL", _nccl, False),
         ("C++ compiler", _compiler, False),
+        ("CPU kernels", _kernels, False),
         ("streaming", _streaming, False),
         *((name, _optional(name, why), False) for name, why in OPTIONAL.items()),
         ("disk", _disk, False),
@@ -174,6 +175,15 @@ def _compiler() -> str:
         if path:
             return f"{path}: train.compile works"
     raise Broken("none found; train.compile on CPU needs g++ or clang++")
+
+
+def _kernels() -> str:
+    from llmtrain.ops import kernels_line, native_loaded
+
+    line = kernels_line().removeprefix("CPU kernels: ")
+    if not native_loaded():
+        raise Broken(line)
+    return line
 
 
 def _streaming() -> str:
