@@ -1,0 +1,142 @@
+"""The sharded model of one rank of a world that need not exist.
+
+The model is built on the meta device by the code that builds it in the run, on a fake process
+group of any size that never communicates. A degree that does not fit fails as it would there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from llmtrain.linear import Linear, Placement
+from llmtrain.model import Decoder, check_tensor_degree, param_roles, shard_over_tensor
+from llmtrain.model.embedding import Embedding
+from llmtrain.model.norm import Norm
+from llmtrain.parallel import Layout, World, apply_fsdp, build_layout
+from llmtrain.planner.setting import Setting
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter as a rank holds it.
+
+    shape: of the whole parameter; split: of the tensor-parallel part that forward reads; local:
+    of the shard that this rank stores. block: number of the block it belongs to, None outside.
+    partial: its gradient is a summand that tensor-parallel ranks still have to add up.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    local: tuple[int, ...]
+    block: int | None
+    partial: bool
+
+    def stored(self, shards: int) -> int:
+        """Elements in this rank's memory: FSDP2 pads every shard to the largest, which is
+        ceil(rows / shards) rows."""
+        return -(-self.split[0] // shards) * math.prod(self.split[1:])
+
+    @property
+    def elements(self) -> int:
+        """Elements of the tensor-parallel part."""
+        return math.prod(self.split)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All parameters of a rank. rank: its number in the world."""
+
+    rank: int
+    parts: tuple[Part, ...]
+
+    def units(self, blocks: range, outside: bool = True) -> list[list[Part]]:
+        """What FSDP2 gathers and reduces together: the blocks, then what is outside of them."""
+        found = [[p for p in self.parts if p.block == i] for i in blocks]
+        return found + ([[p for p in self.parts if p.block is None]] if outside else [])
+
+
+def draw(setting: Setting, rank: int = 0) -> Blueprint:
+    """The parameters of ``rank``. Needs a process without a process group.
+
+    Raises ConfigError or EnvironmentFault where the model does not fit the degrees.
+    """
+    cfg, model_cfg, degrees = setting.cfg, setting.model, setting.degrees
+    check_tensor_degree(model_cfg, degrees.tensor)
+    assert model_cfg.n_kv_heads is not None
+    compute, reduce = setting.precision.compute, setting.precision.reduce
+    with _fake_world(rank, degrees.world) as world:
+        layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
+        with torch.device("meta"):
+            model = Decoder(model_cfg, compute, layout.tensor)
+        roles, partial = param_roles(model), _partial(model, layout)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if layout.tensor is not None:
+            assert layout.state is not None
+            shard_over_tensor(model, layout.state["tensor"])
+        splits = {name: _local_shape(p) for name, p in model.named_parameters()}
+        if layout.fsdp is not None:
+            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, (compute, reduce))
+        parts = tuple(
+            Part(
+                name,
+                roles[name],
+                shapes[name],
+                splits[name],
+                _local_shape(param),
+                _block_of(name),
+                name in partial,
+            )
+            for name, param in model.named_parameters()
+        )
+    return Blueprint(rank, parts)
+
+
+@contextmanager
+def _fake_world(rank: int, size: int) -> Iterator[World]:
+    """This process as ``rank`` of ``size`` that never communicate."""
+    cpu = torch.device("cpu")
+    if size == 1:
+        yield World(0, 1, 0, cpu, None)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized()
+    store = FakeStore()  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", rank=rank, world_size=size, store=store)
+    try:
+        yield World(rank, size, rank, cpu, None)
+    finally:
+        dist.destroy_process_group()
+
+
+def _local_shape(param: torch.Tensor) -> tuple[int, ...]:
+    return tuple((param.to_local() if isinstance(param, DTensor) else param).shape)
+
+
+def _block_of(name: str) -> int | None:
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _partial(model: nn.Module, layout: Layout) -> set[str]:
+    """Names of replicated parameters of which tensor-parallel ranks see parts of the tokens."""
+    found = set()
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        if isinstance(module, Norm | Embedding) and module.partial:
+            found.update(names)
+        elif isinstance(module, Linear) and module.placement is Placement.ROW:
+            if layout.tensor is not None and layout.tensor.sequence:
+                found.update(name for name in names if name.endswith(".bias"))
+    return found
