@@ -25,13 +25,16 @@ class ActivationSplit:
 
     tensor: tensor-parallel degree; sequence, keep_gathered: as in ``parallel``. context:
     context-parallel degree of the gathering method, which keeps the keys and values of the whole
-    sequence; 1 for the ring.
+    sequence; 1 for the ring. head_major: attention's result lies in memory as rotated queries do,
+    by heads (torch's does; the compiled one for bf16 on the CPU does not), and the projection
+    behind it keeps a copy by tokens.
     """
 
     tensor: int = 1
     sequence: bool = False
     keep_gathered: bool = False
     gathered_context: int = 1
+    head_major: bool = True
 
     @property
     def residual(self) -> int:
@@ -57,7 +60,8 @@ def block_activation_bytes(
 
     - the residual stream before each norm and the norms' results, n (2 d + 2 d) e, split over t
       by sequence parallelism (with ``keep_gathered`` the results are whole);
-    - q, k, v and the attention's result, n (2 q + 2 k) e / t, again q and k before their norms;
+    - q, k, v and the attention's result, n (2 q + 2 k) e / t (with rotary positions 3 q, see
+      ``ActivationSplit.head_major``), and q and k before their norms;
     - the input and the result of the activation, n (u + d_ff) e / t (ReLU: the result alone);
     - in float32 a norm's statistics and a log-sum-exp for each query head.
 
@@ -82,7 +86,9 @@ def block_activation_bytes(
     kept += 2 * statistics * (tokens // split.residual)
     up = 2 * ff if cfg.activation == "swiglu" else ff
     inner = up if recompute == "selective" else up + ff
-    values = 2 * q + 2 * k * split.gathered_context + (ff if cfg.activation == "relu" else inner)
+    copied = cfg.position == "rope" and split.head_major
+    values = (3 if copied else 2) * q + 2 * k * split.gathered_context
+    values += ff if cfg.activation == "relu" else inner
     per_token = values * dtype.itemsize + heads * STATISTIC
     per_token += _qk_norm_bytes(cfg, q + k, heads + groups, dtype, t)
     return kept + tokens * per_token
@@ -99,8 +105,8 @@ def _qk_norm_bytes(
         return width * dtype.itemsize + heads * statistics
     if tensor == 1:
         return width * dtype.itemsize + 2 * statistics
-    # Over ranks: float32 input, its normalised value, and three numbers for each of q and k.
-    return 2 * width * STATISTIC + 2 * 3 * STATISTIC
+    # Over ranks: the input and its normalised value in float32, and a scale for each of q and k.
+    return 2 * width * STATISTIC + 2 * STATISTIC
 
 
 def activation_bytes(

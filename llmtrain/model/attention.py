@@ -136,7 +136,7 @@ class Attention(nn.Module):
         b, s = qkv.shape[:2]
         # Copies: a view would keep all of qkv until backward.
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :].contiguous(), qkv[..., -1, :].contiguous()
-        q = q.reshape(b, s, self.n_heads, self.d_head)
+        q = q.reshape(b, s, self.n_heads, self.d_head).contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             if self.qk_norm == "full":
                 q, k = q.flatten(2), k.flatten(2)
