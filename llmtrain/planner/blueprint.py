@@ -60,10 +60,19 @@ class Blueprint:
     rank: int
     parts: tuple[Part, ...]
 
-    def units(self, blocks: range, outside: bool = True) -> list[list[Part]]:
-        """What FSDP2 gathers and reduces together: the blocks, then what is outside of them."""
+    def units(self, blocks: range, first: bool = True, last: bool = True) -> list[list[Part]]:
+        """What FSDP2 gathers and reduces together: each of ``blocks``, then all outside of them
+        that a pipeline rank has which is the ``first`` (embeddings) or the ``last`` (final norm
+        and head, which a tied embedding is)."""
         found = [[p for p in self.parts if p.block == i] for i in blocks]
-        return found + ([[p for p in self.parts if p.block is None]] if outside else [])
+        tied = not any(p.role == "head" for p in self.parts)
+        outside = []
+        for part in self.parts:
+            is_input = part.role == "embedding"
+            is_output = not is_input or (tied and part.name == "embedding.weight")
+            if part.block is None and ((first and is_input) or (last and is_output)):
+                outside.append(part)
+        return [*found, outside] if outside else found
 
 
 def draw(setting: Setting, rank: int = 0) -> Blueprint:

@@ -52,11 +52,11 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     Left out: groups of one rank, evaluation and checkpoints.
     """
     blocks = setting.stage_blocks(stage)
-    first, last = stage == 0, stage == setting.degrees.pipeline - 1
+    first, last = setting.ends(stage)
     found = tensor_layers(setting, len(blocks))
     found += shared_heads(setting, len(blocks))
     found += tensor_ends(setting, first, last)
-    units = blueprint.units(blocks, outside=first or last)
+    units = blueprint.units(blocks, first, last)
     found += sharded_data(setting, units)
     found += tensor_gradients(setting, [part for unit in units for part in unit])
     found += context_layers(setting, len(blocks))

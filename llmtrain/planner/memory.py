@@ -43,8 +43,8 @@ class Memory:
 def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> Memory:
     """Memory of a rank of pipeline rank ``stage`` with the parameters of ``blueprint``."""
     blocks = setting.stage_blocks(stage)
-    first, last = stage == 0, stage == setting.degrees.pipeline - 1
-    units = blueprint.units(blocks, outside=first or last)
+    first, last = setting.ends(stage)
+    units = blueprint.units(blocks, first, last)
     parts = [part for unit in units for part in unit]
     state = _state(setting, parts)
     standing = sum(state.values())
@@ -55,7 +55,7 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     recompute, compute = setting.cfg.train.recompute, setting.precision.compute
     in_flight = min(setting.micro_batches, setting.degrees.pipeline - stage)
     kept = activation_bytes(setting.model, tokens, compute, recompute, split, len(blocks))
-    kept = kept * in_flight + _masks(setting, len(blocks))
+    kept = kept * in_flight + _masks(setting, len(blocks)) + _shared_rows(setting, len(blocks))
     running = _running_block(setting, tokens, split)
     head = _Head.of(setting, last)
     loss = kept + head.hidden + head.gradient + head.chunk
@@ -211,6 +211,18 @@ def _masks(setting: Setting, blocks: int, recompute: str | None = None) -> int:
     if (recompute or setting.cfg.train.recompute) == "full":
         return 0
     return blocks * setting.tokens * setting.cfg.data.seq_len * setting.item
+
+
+def _shared_rows(setting: Setting, blocks: int) -> int:
+    """Rows of the q k v weight that ranks which share a key/value head gather and keep."""
+    model = setting.model
+    assert model.n_kv_heads is not None and model.d_head is not None
+    sharing = setting.degrees.tensor // model.n_kv_heads
+    if sharing <= 1:
+        return 0
+    # Each keeps its own query heads, the key and the value.
+    rows = (model.n_heads // setting.degrees.tensor + 2) * model.d_head
+    return blocks * rows * model.d_model * setting.item
 
 
 @dataclass(frozen=True)

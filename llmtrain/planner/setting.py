@@ -85,3 +85,7 @@ class Setting:
         """The blocks of pipeline rank ``stage``, by number."""
         n, p = self.model.n_layers, self.degrees.pipeline
         return range(stage * n // p, (stage + 1) * n // p)
+
+    def ends(self, stage: int) -> tuple[bool, bool]:
+        """Whether pipeline rank ``stage`` has the embedding, and whether it has the head."""
+        return stage == 0, stage == self.degrees.pipeline - 1
