@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Matmul
 from llmtrain.model.attention import Attention
+from llmtrain.model.dropout import Dropout
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import Norm
@@ -29,10 +30,13 @@ class Block(nn.Module):
     [n / t, d_model] of this rank under sequence parallelism.
 
     With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)).
-    recompute: what backward computes again instead of keeping, see ``apply_recompute``.
+    recompute: what backward computes again instead of keeping, see ``apply_recompute``. index:
+    among all blocks of the model, which names its streams of dropout.
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None, index: int
+    ) -> None:
         super().__init__()
         partial = tensor is not None and tensor.sequence
         norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
@@ -42,6 +46,8 @@ class Block(nn.Module):
         self.attention = Attention(cfg, matmul, tensor)
         self.mlp_norm = Norm(*norm, partial=partial)
         self.mlp = MLP(cfg, matmul, tensor)
+        self.attention_dropout = Dropout(f"blocks.{index}.attention", cfg.dropout)
+        self.mlp_dropout = Dropout(f"blocks.{index}.mlp", cfg.dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "none" or not self.training:
@@ -54,16 +60,19 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, context: AttentionContext, lean: bool = False) -> Tensor:
         """lean: the results of norms and activation are not kept for backward."""
+        keys = context.keys
         if not self.pre_norm:
-            x = x + self.attention_norm(self.attention(x, context))
-            return x + self.mlp_norm(self.mlp(x, lean))
+            branch = self.attention_norm(self.attention(x, context))
+            x = x + self.attention_dropout(branch, keys)
+            branch = self.mlp_norm(self.mlp(x, lean))
+            return x + cast(Tensor, self.mlp_dropout(branch, keys))
         x, normed = self.attention_norm.after(x, None)
         with self._forgetting(normed, self.attention_norm, x, lean):
-            branch = self.attention(normed, context)
+            branch = self.attention_dropout(self.attention(normed, context), keys)
         x, normed = self.mlp_norm.after(x, branch)
         with self._forgetting(normed, self.mlp_norm, x, lean):
-            branch = self.mlp(normed, lean)
-        return x + branch
+            out = x + self.mlp_dropout(self.mlp(normed, lean), keys)
+        return cast(Tensor, out)
 
     @staticmethod
     def _forgetting(

@@ -68,4 +68,3 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     assert cfg.vocab_size is not None
     matrices = cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
-

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 
-from llmtrain.linear import Linear, Placement
-from llmtrain.model import Decoder, check_tensor_degree, param_roles, shard_over_tensor
-from llmtrain.model.embedding import Embedding
-from llmtrain.model.norm import Norm
-from llmtrain.parallel import Layout, World, apply_fsdp, build_layout
+from llmtrain.model import (
+    Decoder,
+    check_tensor_degree,
+    param_roles,
+    partial_parameters,
+    shard_over_tensor,
+)
+from llmtrain.parallel import World, apply_fsdp, build_layout
 from llmtrain.planner.setting import Setting
 
 
@@ -88,7 +90,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         with torch.device("meta"):
             model = Decoder(model_cfg, compute, layout.tensor)
-        roles, partial = param_roles(model), _partial(model, layout)
+        roles, partial = param_roles(model), set(partial_parameters(model))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if layout.tensor is not None:
             assert layout.state is not None
@@ -121,7 +123,7 @@ def _fake_world(rank: int, size: int) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized()
-    store = FakeStore()  # type: ignore[no-untyped-call]
+    store = FakeStore()
     dist.init_process_group("fake", rank=rank, world_size=size, store=store)
     try:
         yield World(rank, size, rank, cpu, None)
@@ -136,16 +138,3 @@ def _local_shape(param: torch.Tensor) -> tuple[int, ...]:
 def _block_of(name: str) -> int | None:
     found = re.match(r"blocks\.(\d+)\.", name)
     return int(found[1]) if found else None
-
-
-def _partial(model: nn.Module, layout: Layout) -> set[str]:
-    """Names of replicated parameters of which tensor-parallel ranks see parts of the tokens."""
-    found = set()
-    for prefix, module in model.named_modules():
-        names = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        if isinstance(module, Norm | Embedding) and module.partial:
-            found.update(names)
-        elif isinstance(module, Linear) and module.placement is Placement.ROW:
-            if layout.tensor is not None and layout.tensor.sequence:
-                found.update(name for name in names if name.endswith(".bias"))
-    return found

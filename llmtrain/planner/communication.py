@@ -6,8 +6,9 @@ tensor, context and pipeline parallelism, S the ranks FSDP2 shards over. The tes
 collectives of real steps and find exactly these.
 
 A collective's *payload* is the whole tensor it is about: the result of an all-gather, the input
-of a reduce-scatter or all-reduce, the message of a send. What a rank *sends* of it follows from
-the ring algorithms: (r - 1) / r of the payload among r ranks, twice that for an all-reduce.
+of a reduce-scatter, all-to-all or all-reduce, the message of a send. What a rank *sends* of it
+follows from the ring algorithms: (r - 1) / r of the payload among r ranks, twice that for an
+all-reduce.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmtrain.planner.blueprint import Blueprint, Part
 from llmtrain.planner.setting import Setting
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-SEND = "send"
+ALL_TO_ALL, SEND = "all-to-all", "send"
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,10 @@ def context_layers(setting: Setting, layers: int) -> list[Traffic]:
     """Context parallelism: keys and values of the other ranks' tokens.
 
     g' = max(g / t, 1) key/value heads of a rank. allgather: 2 b s g' d_head e gathered in
-    forward, the gradients reduce-scattered in backward, per layer and micro-batch. ring: c - 1
-    messages of 2 n g' d_head e forward (Liu et al. 2023, 2310.01889); backward the same once
-    more and as many with their gradients in float32. ``recompute: full`` repeats the forward's.
+    forward, as much of gradients exchanged in backward (an all-to-all, added up in float32), per
+    layer and micro-batch. ring: c - 1 messages of 2 n g' d_head e forward (Liu et al. 2023,
+    2310.01889); backward the same once more, and c - 1 of their gradients in float32.
+    ``recompute: full`` repeats the forward's.
     """
     model, c = setting.model, setting.degrees.context
     assert model.n_kv_heads is not None and model.d_head is not None
@@ -218,13 +220,11 @@ def context_layers(setting: Setting, layers: int) -> list[Traffic]:
     forwards = 2 if setting.cfg.train.recompute == "full" else 1
     values = 2 * setting.tokens * heads * model.d_head
     if setting.cfg.parallel.context_method == "allgather":
-        payload = c * values * setting.item
-        return [
-            Traffic(
-                "keys, values", ALL_GATHER, "context", c, forwards * calls, forwards * calls * payload
-            ),
-            Traffic("keys, values", REDUCE_SCATTER, "context", c, calls, calls * payload),
-        ]
+        found, payload = [], c * values * setting.item
+        for kind, passes in ((ALL_GATHER, forwards), (ALL_TO_ALL, 1)):
+            many = passes * calls
+            found.append(Traffic("keys, values", kind, "context", c, many, many * payload))
+        return found
     steps = (c - 1) * calls
     payload = steps * values * ((forwards + 1) * setting.item + 4)
     return [Traffic("keys, values", SEND, "context", c, (forwards + 2) * steps, payload)]

@@ -133,13 +133,14 @@ class _Gathered:
     @classmethod
     def of(cls, setting: Setting, units: list[list[Part]]) -> _Gathered:
         """Outside the blocks: from forward to the end of backward. Of blocks: all of them until
-        their backward with ``reshard_after_forward: false``, else the running one and, on its
-        way, the next. A single shard in the compute dtype is not copied."""
+        their backward with ``reshard_after_forward: false``, else the running one and those that
+        ``prefetch`` has on their way. A single shard in the compute dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
         blocks = [setting.item * _elements(unit) for unit in units if unit[0].block is not None]
         outside = setting.item * sum(_elements(u) for u in units if u[0].block is None)
-        end = outside + 2 * max(blocks, default=0)
+        running = min(1 + setting.cfg.parallel.prefetch, len(blocks))
+        end = outside + running * max(blocks, default=0)
         if not setting.cfg.parallel.reshard_after_forward:
             return cls(outside + sum(blocks), outside + sum(blocks), end, outside)
         return cls(outside, end, end, outside)

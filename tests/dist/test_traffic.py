@@ -25,6 +25,8 @@ def predicted(setting: Setting, rank: int = 0) -> Sent:
 TENSOR = {"parallel__tensor": 2}
 PLAIN = {"parallel__sequence": False}
 MICRO = {"train__micro_batch_size": 1}
+CONTEXT = {"parallel__context": 2}
+RING = {"parallel__context_method": "ring"}
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, TENSOR),
     (2, TENSOR | PLAIN),
@@ -34,6 +36,8 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"parallel__replicate": 2}),
     (4, TENSOR | MICRO),
     (4, {"parallel__replicate": 2} | MICRO),
+    (4, CONTEXT),
+    (4, CONTEXT | RING | MICRO),
     (4, {"parallel__tensor": 4, "model__n_kv_heads": 2, "model__attention_bias": True}),
 ]
 
@@ -68,6 +72,9 @@ LARGE: list[tuple[int, dict[str, Any]]] = [
     (8, TENSOR | {"train__recompute": "selective"}),
     (8, TENSOR | MICRO | {"parallel__reduce_every_micro_batch": True}),
     (8, {"parallel__tensor": 2, "data__seq_len": 23} | MICRO),
+    (16, {"parallel__context": 4, "parallel__tensor": 2, "model__n_kv_heads": 2} | MICRO),
+    (8, CONTEXT | {"train__recompute": "full"}),
+    (16, {"parallel__context": 4} | TENSOR | RING),
     (12, {"parallel__replicate": 4, "model__vocab_size": 130}),
 ]
 

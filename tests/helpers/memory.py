@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Bytes:
 
 def allocated(function: Callable[[], Any]) -> Bytes:
     """Run ``function`` and follow every allocation and release of tensor memory in it."""
+    gc.collect()  # or tensors of before are released within
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
     assert recorded.profiler is not None

@@ -19,7 +19,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.model import complete
 from llmtrain.ops import native_loaded
 from llmtrain.parallel import Layout, World, build_layout, resolve_degrees
-from llmtrain.parallel.hardware import Precision
+from llmtrain.parallel.hardware import DTYPES, Precision
 from llmtrain.planner import Setting
 from llmtrain.train.module import TrainModule
 
@@ -46,7 +46,7 @@ def setting_of(cfg: RunConfig, world: int, compute: torch.dtype = torch.float32)
     """The planner's view of the run on ``world`` ranks of this machine."""
     model: ModelConfig = complete(cfg.model, None, cfg.data.seq_len)
     degrees = resolve_degrees(cfg.parallel, world)
-    precision = Precision(compute, {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.reduce])
+    precision = Precision(compute, DTYPES[cfg.precision.reduce])
     return Setting(cfg, model, precision, degrees, fused=native_loaded())
 
 
@@ -78,6 +78,7 @@ def batch_of(setting: Setting, rank: int = 0) -> Batch:
 
 def step(module: TrainModule, batch: Batch) -> None:
     """One optimizer update."""
+    batch = module.receive(batch)
     module.forward_backward(batch, float(batch.weights.sum()), 1)
     module.update(module.gradient_norm(), 1e-3)
 
@@ -112,8 +113,8 @@ class CountTraffic(TorchDispatchMode):
                 group = layout.state.get_group(dim)
                 if group.size() > 1:
                     self.names[group.group_name] = dim
-        if layout.context_group is not None:
-            self.names[layout.context_group.group_name] = "context"
+        if layout.context is not None:
+            self.names[layout.context.group.group_name] = "context"
         if layout.tensor is not None and layout.tensor.kv_group is not None:
             self.names[layout.tensor.kv_group.group_name] = "tensor"
 
@@ -130,11 +131,12 @@ class CountTraffic(TorchDispatchMode):
             "_reduce_scatter_base_": ("reduce-scatter", lambda: args[1]),
             "allreduce_": ("all-reduce", lambda: args[0][0]),
             "all_reduce": ("all-reduce", lambda: args[0]),
+            "alltoall_base_": ("all-to-all", lambda: args[1]),
             "send": ("send", lambda: args[0][0]),
         }
         if name in ("wait_tensor", "_wrap_tensor_autograd", "recv_", "barrier"):
             return
-        kind, tensor = kinds[name.removesuffix("_") if name == "send_" else name]
+        kind, tensor = kinds[name]
         group, size = self._group(args)
         if size == 1:
             return

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from helpers.memory import allocated
 from helpers.ranks import run_ranks
 from helpers.steps import batch_of, build, fake_group, setting_of, small_run, step
+from torch import Tensor
 
 from llmtrain import ops
 from llmtrain.config.schema import ModelConfig
@@ -17,7 +17,9 @@ from llmtrain.model import ActivationSplit, block_activation_bytes, complete
 from llmtrain.parallel.tensor import local
 from llmtrain.planner import Setting
 
-pytestmark = pytest.mark.skipif(not ops.native_loaded(), reason="the compiled kernels are not built")
+pytestmark = pytest.mark.skipif(
+    not ops.native_loaded(), reason="the compiled kernels are not built"
+)
 
 
 def kept_after_forward(rank: int, setting: Setting) -> int:
@@ -119,7 +121,12 @@ def test_everything_falls_with_the_degree_under_sequence_parallelism() -> None:
 def test_the_papers_layer_keeps_its_34_less_the_two_dropout_masks() -> None:
     """Korthikanti et al. 2022, equation 4: s b h (34) / t for GPT in 16 bits; masks are 2."""
     shape = ModelConfig(
-        vocab_size=256, d_model=64, n_heads=8, norm="layernorm", position="learned", activation="gelu"
+        vocab_size=256,
+        d_model=64,
+        n_heads=8,
+        norm="layernorm",
+        position="learned",
+        activation="gelu",
     )
     cfg, tokens = complete(shape, None, 32), 128
     for t in (1, 2, 4):
