@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,10 @@ from llmtrain.model import (
     shard_over_tensor,
 )
 from llmtrain.parallel import World, apply_fsdp, build_layout
+from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.setting import Setting
+
+TABLE = "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,24 @@ class Blueprint:
     rank: int
     parts: tuple[Part, ...]
 
-    def units(self, blocks: range, first: bool = True, last: bool = True) -> list[list[Part]]:
-        """What FSDP2 gathers and reduces together: each of ``blocks``, then all outside of them
-        that a pipeline rank has which is the ``first`` (embeddings) or the ``last`` (final norm
-        and head, which a tied embedding is)."""
-        found = [[p for p in self.parts if p.block == i] for i in blocks]
+    def units(self, stages: Iterable[Stage]) -> list[list[Part]]:
+        """What FSDP2 gathers and reduces together: of each stage its blocks one by one, then all
+        that is outside of them, embeddings in the first and final norm and head in the last (a
+        tied embedding is both)."""
+        found = []
         tied = not any(p.role == "head" for p in self.parts)
-        outside = []
-        for part in self.parts:
-            is_input = part.role == "embedding"
-            is_output = not is_input or (tied and part.name == "embedding.weight")
-            if part.block is None and ((first and is_input) or (last and is_output)):
-                outside.append(part)
-        return [*found, outside] if outside else found
+        for stage in stages:
+            found += [[p for p in self.parts if p.block == i] for i in stage.blocks]
+            outside = []
+            for part in self.parts:
+                is_input = part.role == "embedding"
+                is_output = not is_input or (tied and part.name == TABLE)
+                here = (stage.first and is_input) or (stage.last and is_output)
+                if part.block is None and here:
+                    outside.append(part)
+            if outside:
+                found.append(outside)
+        return found
 
 
 def draw(setting: Setting, rank: int = 0) -> Blueprint:

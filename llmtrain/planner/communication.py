@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llmtrain.planner.blueprint import Blueprint, Part
+from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
@@ -52,16 +52,16 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
 
     Left out: groups of one rank, evaluation and checkpoints.
     """
-    blocks = setting.stage_blocks(stage)
-    first, last = setting.ends(stage)
-    found = tensor_layers(setting, len(blocks))
-    found += shared_heads(setting, len(blocks))
-    found += tensor_ends(setting, first, last)
-    units = blueprint.units(blocks, first, last)
+    stages = setting.stages(stage)
+    blocks = sum(len(part.blocks) for part in stages)
+    found = tensor_layers(setting, blocks)
+    found += shared_heads(setting, blocks)
+    found += tensor_ends(setting, stages[0].first, stages[-1].last)
+    units = blueprint.units(stages)
     found += sharded_data(setting, units)
     found += tensor_gradients(setting, [part for unit in units for part in unit])
-    found += context_layers(setting, len(blocks))
-    found += pipeline_stages(setting, stage)
+    found += context_layers(setting, blocks)
+    found += pipeline_stages(setting, stage, units)
     found += step_numbers(setting)
     return [t for t in found if t.ranks > 1 and t.calls > 0]
 
@@ -184,7 +184,8 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
     A unit is a block, or all that is outside the blocks. Its padded size is S times
     ceil(rows / S) rows of each parameter. A micro-batch gathers every unit in the compute dtype
     before its forward, and a block again before its backward where ``reshard_after_forward``
-    freed it. Gradients are reduce-scattered in ``precision.reduce`` once a step (or after every
+    freed it. In a pipeline units stay gathered between a backward and the next pass of the step:
+    one gather of each a step, or with ``reshard_after_forward`` m + 1 of a block. Gradients are reduce-scattered in ``precision.reduce`` once a step (or after every
     micro-batch, ``reduce_every_micro_batch``), and the shards then all-reduced over replicas.
     """
     shards, replicas = setting.shards, setting.degrees.replicate
@@ -193,7 +194,10 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
     for unit in units:
         size = shards * sum(part.stored(shards) for part in unit)
         again = setting.cfg.parallel.reshard_after_forward and unit[0].block is not None
-        times = setting.micro_batches * (2 if again else 1)
+        if setting.degrees.pipeline > 1:
+            times = setting.micro_batches + 1 if again else 1
+        else:
+            times = setting.micro_batches * (2 if again else 1)
         gathers, gathered = gathers + times, gathered + times * size * setting.item
         reductions += setting.reductions
         reduced += setting.reductions * size * reduce
@@ -230,23 +234,25 @@ def context_layers(setting: Setting, layers: int) -> list[Traffic]:
     return [Traffic("keys, values", SEND, "context", c, (forwards + 2) * steps, payload)]
 
 
-def pipeline_stages(setting: Setting, stage: int) -> list[Traffic]:
+def pipeline_stages(setting: Setting, rank: int, units: Iterable[list[Part]]) -> list[Traffic]:
     """Pipeline parallelism: the residual stream between stages, n d e a micro-batch (n d e / t
     with sequence parallelism), forward to the next stage and its gradient back.
 
-    Of k stages on each of p ranks the first sends no gradient and the last no activation.
+    Of all stages the first sends no gradient and the last no activation. A tied embedding lies on
+    both ends, whose stored shards of its gradient are all-reduced once a step.
     """
-    p = setting.degrees.pipeline
-    schedule = setting.cfg.parallel.pipeline_schedule
-    several = 2 if schedule in ("interleaved", "zero_bubble") else 1
-    k = setting.cfg.parallel.pipeline_stages or several
-    messages = 2 * k - (stage == 0) - (stage == p - 1)
-    calls = messages * setting.micro_batches
+    p, stages = setting.degrees.pipeline, setting.stages(rank)
+    calls = sum(2 - part.first - part.last for part in stages) * setting.micro_batches
     rows = setting.tokens
     if setting.sequence:
         rows = setting.padded_tokens // setting.degrees.tensor
     payload = calls * rows * setting.model.d_model * setting.item
-    return [Traffic("stages", SEND, "pipeline", p, calls, payload)]
+    found = [Traffic("stages", SEND, "pipeline", p, calls, payload)]
+    tables = [q for unit in units for q in unit if q.name == TABLE]
+    if p > 1 and setting.model.tie_embeddings and tables:
+        size = 4 * tables[0].stored(setting.shards)
+        found.append(Traffic("tied embedding", ALL_REDUCE, "pipeline", 2, 1, size))
+    return found
 
 
 def step_numbers(setting: Setting) -> list[Traffic]:

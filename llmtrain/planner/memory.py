@@ -9,6 +9,7 @@ it within 10%. The interpreter, libraries, communication buffers and fragmentati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 
 from llmtrain.model import ActivationSplit, activation_bytes, block_activation_bytes, padded_vocab
 from llmtrain.model.flops import widths
-from llmtrain.planner.blueprint import Blueprint, Part
+from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 
 FLOAT = 4  # bytes of a float32
@@ -42,9 +43,9 @@ class Memory:
 
 def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> Memory:
     """Memory of a rank of pipeline rank ``stage`` with the parameters of ``blueprint``."""
-    blocks = setting.stage_blocks(stage)
-    first, last = setting.ends(stage)
-    units = blueprint.units(blocks, first, last)
+    stages = setting.stages(stage)
+    blocks = sum(len(part.blocks) for part in stages)
+    units = blueprint.units(stages)
     parts = [part for unit in units for part in unit]
     state = _state(setting, parts)
     standing = sum(state.values())
@@ -53,11 +54,11 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     split = activation_split(setting)
     tokens = setting.padded_tokens if setting.sequence else setting.tokens
     recompute, compute = setting.cfg.train.recompute, setting.precision.compute
-    in_flight = min(setting.micro_batches, setting.degrees.pipeline - stage)
-    kept = activation_bytes(setting.model, tokens, compute, recompute, split, len(blocks))
-    kept = kept * in_flight + _masks(setting, len(blocks)) + _shared_rows(setting, len(blocks))
+    held = blocks * _in_flight(setting, stage)
+    kept = activation_bytes(setting.model, tokens, compute, recompute, split, math.ceil(held))
+    kept += math.ceil(_masks(setting, held) + _shared_rows(setting, held))
     running = _running_block(setting, tokens, split)
-    head = _Head.of(setting, last)
+    head = _Head.of(setting, stages[-1].last)
     loss = kept + head.hidden + head.gradient + head.chunk
     start = kept + head.gradient + running + gathered.backward + grads.block
     one = block_activation_bytes(setting.model, tokens, compute, recompute, split)
@@ -91,6 +92,24 @@ def activation_split(setting: Setting) -> ActivationSplit:
     )
 
 
+def _in_flight(setting: Setting, rank: int) -> float:
+    """Micro-batches whose activations pipeline rank ``rank`` holds at once, in all its stages.
+
+    gpipe: all; 1f1b: as many as ranks from here on (Narayanan et al. 2019); with v stages on a
+    rank 2 (p - 1 - r) + (v - 1) p + 1 forwards of one stage come before the first backward ends
+    (Narayanan et al. 2021).
+    """
+    p, m, v = setting.degrees.pipeline, setting.micro_batches, len(setting.stages(rank))
+    schedule = setting.cfg.parallel.pipeline_schedule
+    if p == 1:
+        return 1
+    if schedule == "gpipe":
+        return m
+    if schedule == "1f1b":
+        return min(m, p - rank)
+    return min(m * v, 2 * (p - 1 - rank) + (v - 1) * p + 1) / v
+
+
 def _stored(setting: Setting, parts: Iterable[Part]) -> int:
     """Elements of the shards that a rank stores."""
     return sum(part.stored(setting.shards) for part in parts)
@@ -117,7 +136,7 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
 
 
 def _is_table(part: Part) -> bool:
-    return part.name == "embedding.weight"
+    return part.name == TABLE
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class _Gathered:
     @classmethod
     def of(cls, setting: Setting, units: list[list[Part]]) -> _Gathered:
         """Outside the blocks: from forward to the end of backward. Of blocks: all of them until
-        their backward with ``reshard_after_forward: false``, else the running one and those that
+        their backward with ``reshard_after_forward: false``, all in a pipeline's backward, else the running one and those that
         ``prefetch`` has on their way. A single shard in the compute dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
@@ -141,6 +160,8 @@ class _Gathered:
         outside = setting.item * sum(_elements(u) for u in units if u[0].block is None)
         running = min(1 + setting.cfg.parallel.prefetch, len(blocks))
         end = outside + running * max(blocks, default=0)
+        if setting.degrees.pipeline > 1:
+            end = outside + sum(blocks)
         if not setting.cfg.parallel.reshard_after_forward:
             return cls(outside + sum(blocks), outside + sum(blocks), end, outside)
         return cls(outside, end, end, outside)
@@ -178,7 +199,7 @@ class _Gradients:
             new = FLOAT * block if several else 0
             return cls(stored, whole if several else 0, whole, new, added)
         reduce = setting.precision.reduce.itemsize
-        accumulates = several and not setting.cfg.parallel.reduce_every_micro_batch
+        accumulates = several and setting.reductions == 1
         held = whole if accumulates else (stored if several else 0)
         complete = whole if accumulates else (2 * stored if several else stored)
         unit = max(setting.item, reduce)
@@ -201,11 +222,11 @@ def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int
         running += tokens * ff // split.tensor * item
     if mode == "full":
         running += block_activation_bytes(model, tokens, compute, "none", split)
-        running += _masks(setting, 1, "none") - stream // split.residual
+        running += int(_masks(setting, 1, "none")) - stream // split.residual
     return running
 
 
-def _masks(setting: Setting, blocks: int, recompute: str | None = None) -> int:
+def _masks(setting: Setting, blocks: float, recompute: str | None = None) -> float:
     """Masks of documents that torch's attention on the CPU keeps: s numbers a token and block."""
     if not (setting.cfg.data.document_mask and setting.fused and setting.item == FLOAT):
         return 0
@@ -214,7 +235,7 @@ def _masks(setting: Setting, blocks: int, recompute: str | None = None) -> int:
     return blocks * setting.tokens * setting.cfg.data.seq_len * setting.item
 
 
-def _shared_rows(setting: Setting, blocks: int) -> int:
+def _shared_rows(setting: Setting, blocks: float) -> float:
     """Rows of the q k v weight that ranks which share a key/value head gather and keep."""
     model = setting.model
     assert model.n_kv_heads is not None and model.d_head is not None

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.model import stage_parts
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.mesh import Degrees
+from llmtrain.parallel.pipeline import Part as Stage
+from llmtrain.parallel.pipeline import stages_per_rank
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,13 @@ class Setting:
 
     @property
     def reductions(self) -> int:
-        """How often a step reduces the gradients over data ranks."""
-        return self.micro_batches if self.cfg.parallel.reduce_every_micro_batch else 1
+        """How often a step reduces the gradients over data ranks; a pipeline does it once."""
+        every = self.cfg.parallel.reduce_every_micro_batch and self.degrees.pipeline == 1
+        return self.micro_batches if every else 1
 
-    def stage_blocks(self, stage: int) -> range:
-        """The blocks of pipeline rank ``stage``, by number."""
-        n, p = self.model.n_layers, self.degrees.pipeline
-        return range(stage * n // p, (stage + 1) * n // p)
-
-    def ends(self, stage: int) -> tuple[bool, bool]:
-        """Whether pipeline rank ``stage`` has the embedding, and whether it has the head."""
-        return stage == 0, stage == self.degrees.pipeline - 1
+    def stages(self, rank: int) -> list[Stage]:
+        """What pipeline rank ``rank`` holds of the model: one or several stages."""
+        per_rank = stages_per_rank(self.cfg.parallel) if self.degrees.pipeline > 1 else 1
+        count = self.degrees.pipeline * per_rank
+        parts = stage_parts(self.model, self.cfg.data.seq_len, count)
+        return parts[rank :: self.degrees.pipeline]

@@ -47,9 +47,9 @@ def layout_lines(setting: Setting) -> list[str]:
 def _parameter_lines(setting: Setting, blueprint: Blueprint, stage: int) -> list[str]:
     """Shapes of all parameters of a stage, of its first block for every block."""
     shards, tensor = setting.shards, setting.degrees.tensor
-    blocks = setting.stage_blocks(stage)
-    units = blueprint.units(blocks, *setting.ends(stage))
-    shown = [*units[-1], *units[0]] if units[-1][0].block is None else units[0]
+    units = blueprint.units(setting.stages(stage))
+    outside = [part for unit in units for part in unit if part.block is None]
+    shown = [*outside, *next(unit for unit in units if unit[0].block is not None)]
     others: dict[str, Part] = {}
     if any(part.split[0] % shards for part in shown):
         last = draw(setting, (shards - 1) * tensor)

@@ -12,10 +12,10 @@ from helpers.steps import Sent, count_step, fake_group, setting_of, small_run
 from llmtrain.planner import Setting, Traffic, draw, step_traffic
 
 
-def predicted(setting: Setting, rank: int = 0) -> Sent:
+def predicted(setting: Setting, rank: int = 0, stage: int = 0) -> Sent:
     """The closed forms, added up by collective and group; numbers over the world left out."""
     found: Sent = {}
-    for t in step_traffic(setting, draw(setting, rank)):
+    for t in step_traffic(setting, draw(setting, rank), stage):
         if t.over != "world":
             calls, payload = found.get(key := (t.collective, t.over, t.ranks), (0, 0))
             found[key] = (calls + t.calls, payload + t.payload)
@@ -27,6 +27,7 @@ PLAIN = {"parallel__sequence": False}
 MICRO = {"train__micro_batch_size": 1}
 CONTEXT = {"parallel__context": 2}
 RING = {"parallel__context_method": "ring"}
+PIPELINE = {"parallel__pipeline": 2} | MICRO
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, TENSOR),
     (2, TENSOR | PLAIN),
@@ -38,6 +39,10 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {"parallel__replicate": 2} | MICRO),
     (4, CONTEXT),
     (4, CONTEXT | RING | MICRO),
+    (4, PIPELINE | {"model__tie_embeddings": True}),
+    (4, PIPELINE | TENSOR | {"parallel__pipeline_schedule": "gpipe"}),
+    (4, PIPELINE | {"parallel__reshard_after_forward": False, "parallel__replicate": 2}),
+    (4, PIPELINE | {"parallel__pipeline_schedule": "interleaved", "model__n_layers": 5}),
     (4, {"parallel__tensor": 4, "model__n_kv_heads": 2, "model__attention_bias": True}),
 ]
 
@@ -57,7 +62,8 @@ def test_a_step_on_real_ranks_moves_what_the_formulas_say(
 ) -> None:
     setting = setting_of(small_run(**changes), world)
     for rank, sent in enumerate(run_ranks(world, count_step, setting)):
-        assert sent == predicted(setting, rank)
+        stage = rank // (world // setting.degrees.pipeline)
+        assert sent == predicted(setting, rank, stage)
 
 
 # One rank of many: the collectives do nothing, but the rank makes them all the same.

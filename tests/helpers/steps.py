@@ -21,6 +21,7 @@ from llmtrain.ops import native_loaded
 from llmtrain.parallel import Layout, World, build_layout, resolve_degrees
 from llmtrain.parallel.hardware import DTYPES, Precision
 from llmtrain.planner import Setting
+from llmtrain.train.engine import build_module
 from llmtrain.train.module import TrainModule
 
 # (collective, dimension, ranks) -> (calls, bytes)
@@ -55,7 +56,7 @@ def build(setting: Setting, rank: int) -> TrainModule:
     world = World(rank, setting.degrees.world, rank, torch.device("cpu"), None)
     assert setting.model.n_kv_heads is not None
     layout = build_layout(setting.cfg.parallel, world, setting.model.n_kv_heads)
-    return TrainModule(setting.cfg, setting.model, setting.precision, layout)
+    return build_module(setting.cfg, setting.model, setting.precision, layout)
 
 
 def batch_of(setting: Setting, rank: int = 0) -> Batch:
@@ -140,7 +141,7 @@ class CountTraffic(TorchDispatchMode):
         group, size = self._group(args)
         if size == 1:
             return
-        key = (kind, self.names[group], size)
+        key = (kind, self.names.get(group, "pipeline"), size)
         self.calls[key] += 1
         self.payload[key] += tensor().numel() * tensor().element_size()
 

@@ -42,7 +42,7 @@ def test_stages_share_out_all_parameters_once() -> None:
     setting = setting_of(small_run(**changes), 12)
     blueprint, names = draw(setting), []
     for stage in range(3):
-        units = blueprint.units(setting.stage_blocks(stage), *setting.ends(stage))
+        units = blueprint.units(setting.stages(stage))
         names += [part.name for unit in units for part in unit]
     assert sorted(names) == sorted(part.name for part in blueprint.parts)
     # Embeddings are first, norm and head last, and only stages in the middle send both ways.
