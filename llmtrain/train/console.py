@@ -23,6 +23,14 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f}MiB"
 
 
+def size(n_bytes: float) -> str:
+    """Bytes in the unit that leaves one to four digits before the point, in powers of 1024."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if n_bytes >= 1024**power:
+            return f"{n_bytes / 1024**power:.2f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
 def clock(seconds: float | None) -> str:
     """Seconds as h:mm:ss; '-' when unknown."""
     if seconds is None:
