@@ -152,8 +152,9 @@ class _Gathered:
     @classmethod
     def of(cls, setting: Setting, units: list[list[Part]]) -> _Gathered:
         """Outside the blocks: from forward to the end of backward. Of blocks: all of them until
-        their backward with ``reshard_after_forward: false``, all in a pipeline's backward, else the running one and those that
-        ``prefetch`` has on their way. A single shard in the compute dtype is not copied."""
+        their backward with ``reshard_after_forward: false``, all in a pipeline's backward, else
+        the running one and those that ``prefetch`` has on their way. A single shard in the compute
+        dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
         blocks = [setting.item * _elements(unit) for unit in units if unit[0].block is not None]
