@@ -312,6 +312,9 @@ class CheckpointConfig:
     every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end", gt=0)
     keep: int = key(2, "newest temporary checkpoints kept", ge=1)
     permanent_every: Duration | None = key(None, "checkpoints that are never pruned", gt=0)
+    keep_at: list[Duration] = key(
+        list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
+    )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
