@@ -70,6 +70,9 @@ class ModelConfig:
     attention_out_bias: bool = key(False, "bias on the attention output projection")
     mlp_bias: bool = key(False, "bias on the MLP projections")
     tie_embeddings: bool = key(False, "the head shares the embedding's weight")
+    dropout: float = key(
+        0.0, "dropped share of the embedding's and of each branch's output, in training", ge=0, lt=1
+    )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
 

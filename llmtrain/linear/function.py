@@ -20,6 +20,7 @@ from llmtrain.parallel.collectives import (
     start_reduce_scatter,
 )
 from llmtrain.parallel.tensor import TensorParallel, pad_rows
+from llmtrain.parallel.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -137,5 +138,14 @@ def apply_linear(
     rank's, [n / t, out], n padded up. Gradients flow to x, weight and bias, each in its own
     dtype. A weight that needs no gradient costs no saved input.
     """
+    run = _run if plan.tensor is None else _run_in_group
+    return run(x, weight, bias, operand, plan)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan) -> Tensor:
     out: Tensor = _LinearFunction.apply(x, weight, bias, operand, plan)  # type: ignore[no-untyped-call]
     return out
+
+
+# torch.compile cannot trace collectives that are waited for later.
+_run_in_group = uncompiled(_run)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Matmul
 from llmtrain.model.attention import Attention
+from llmtrain.model.dropout import Dropout
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import Norm
@@ -23,10 +24,13 @@ class Block(nn.Module):
     [n / t, d_model] of this rank under sequence parallelism.
 
     With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)).
-    recompute: what backward computes again instead of keeping, see ``apply_recompute``.
+    recompute: what backward computes again instead of keeping, see ``apply_recompute``. index:
+    among all blocks of the model, which names its streams of dropout.
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None, index: int
+    ) -> None:
         super().__init__()
         partial = tensor is not None and tensor.sequence
         norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
@@ -36,6 +40,8 @@ class Block(nn.Module):
         self.attention = Attention(cfg, matmul, tensor)
         self.mlp_norm = Norm(*norm, partial=partial)
         self.mlp = MLP(cfg, matmul, tensor)
+        self.attention_dropout = Dropout(f"blocks.{index}.attention", cfg.dropout)
+        self.mlp_dropout = Dropout(f"blocks.{index}.mlp", cfg.dropout)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.recompute == "none" or not self.training:
@@ -47,9 +53,11 @@ class Block(nn.Module):
     def _run(self, x: Tensor, context: AttentionContext) -> Tensor:
         if self.pre_norm:
             x, normed = self.attention_norm.after(x, None)
-            x, normed = self.mlp_norm.after(x, self.attention(normed, context))
-            x = x + self.mlp(normed)
+            branch = self.attention_dropout(self.attention(normed, context), context.keys)
+            x, normed = self.mlp_norm.after(x, branch)
+            x = x + self.mlp_dropout(self.mlp(normed), context.keys)
         else:
-            x = x + self.attention_norm(self.attention(x, context))
-            x = x + self.mlp_norm(self.mlp(x))
+            branch = self.attention_norm(self.attention(x, context))
+            x = x + self.attention_dropout(branch, context.keys)
+            x = x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), context.keys)
         return x

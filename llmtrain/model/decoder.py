@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import matmul_for
 from llmtrain.model.block import RECOMPUTE_MODES, Block
+from llmtrain.model.dropout import Dropout
 from llmtrain.model.embedding import Embedding, Head, VocabularyEmbedding
 from llmtrain.model.masks import (
     FLEX_MIN_HEAD,
@@ -53,7 +54,8 @@ class Decoder(nn.Module):
             self.position_embedding = Embedding(
                 cfg.max_seq_len, cfg.d_model, compute_dtype, partial=partial
             )
-        self.blocks = nn.ModuleList(Block(cfg, matmul, tensor) for _ in range(cfg.n_layers))
+        self.dropout = Dropout("embedding", cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg, matmul, tensor, i) for i in range(cfg.n_layers))
         self.final_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias, partial=partial)
         self.head = Head(cfg, self.embedding, matmul, tensor)
 
@@ -63,15 +65,17 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         head_fn: HeadFn | None = None,
+        keys: Tensor | None = None,
     ) -> Any:
         """Logits [b, s, vocab_size] in compute_dtype, or what ``head_fn(hidden, head)`` returns.
 
         tokens: [b, s] int64. positions: [b, s] int64; None: 0..s-1. doc_ids: [b, s] integers
         that confine attention to equal numbers; None: plain causal. head_fn runs inside this
-        forward, where FSDP2 has the head's weight gathered; hidden is [b, s, d_model].
+        forward, where FSDP2 has the head's weight gathered; hidden is [b, s, d_model]. keys:
+        [b, s] of ``token_keys``, for dropout; None: nothing is dropped.
         """
-        x = self._embed(tokens, positions)
-        context = self._context(tokens, positions, doc_ids)
+        context = self._context(tokens, positions, doc_ids, keys)
+        x = self.dropout(self._embed(tokens, positions), context.keys)
         for block in self.blocks:
             x = block(x, context)
         hidden = self.final_norm(x)
@@ -93,21 +97,27 @@ class Decoder(nn.Module):
         return out
 
     def _context(
-        self, tokens: Tensor, positions: Tensor | None, doc_ids: Tensor | None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        doc_ids: Tensor | None,
+        keys: Tensor | None,
     ) -> AttentionContext:
         shape = (tokens.shape[0], tokens.shape[1])
+        if keys is not None and self.tensor is not None and self.tensor.sequence:
+            keys = self.tensor.own(keys.reshape(-1))
         first = None if doc_ids is None else first_of_document(doc_ids)
         # flex_attention skips blocks between documents, but has no backward on the CPU.
         block_mask = None
         if first is not None and first.is_cuda and (self.cfg.d_head or 0) >= FLEX_MIN_HEAD:
             block_mask = document_block_mask(first)
         if self.cfg.position != "rope":
-            return AttentionContext(shape, None, first, block_mask)
+            return AttentionContext(shape, None, first, block_mask, keys)
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
         length = shape[1] if positions is None else max(shape[1], self.cfg.max_seq_len)
         table = (self.cfg.d_head, self.cfg.rope_theta, tokens.device)
         rotary = rotary_table(positions, length, *table)
-        return AttentionContext(shape, rotary, first, block_mask)
+        return AttentionContext(shape, rotary, first, block_mask, keys)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:

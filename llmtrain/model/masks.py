@@ -17,12 +17,14 @@ FLEX_MIN_HEAD = 16
 class AttentionContext:
     """shape: (b, s) of the tokens. rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s]
     int32, the first key each query sees, or None for plain causal attention. block_mask: the
-    same as a BlockMask where flex_attention runs it."""
+    same as a BlockMask where flex_attention runs it. keys: of this rank's tokens, for dropout,
+    or None for none."""
 
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
     first: Tensor | None = None
     block_mask: Any = None
+    keys: Tensor | None = None
 
 
 def first_of_document(doc_ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ references: the same numbers to round-off, slower.
 
 from llmtrain.ops.attention import attention_reference, causal_attention
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -20,6 +21,7 @@ __all__ = [
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",
+    "dropout",
     "kernels_line",
     "native_loaded",
     "rms_norm",
@@ -27,8 +29,10 @@ __all__ = [
     "rotate",
     "split_rotary",
     "split_rotary_reference",
+    "stream_number",
     "swiglu",
     "swiglu_reference",
+    "token_keys",
     "weight_gradient",
     "weight_gradient_reference",
 ]

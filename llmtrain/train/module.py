@@ -20,6 +20,7 @@ from llmtrain.model import (
     param_roles,
     shard_over_tensor,
 )
+from llmtrain.ops import token_keys
 from llmtrain.optim import (
     Schedule,
     build_groups,
@@ -126,9 +127,17 @@ class TrainModule:
             positions=batch.positions if data.reset_positions else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
             head_fn=head_fn,
+            keys=self.dropout_keys(batch),
         )
         assert isinstance(output, LossOutput)
         return output
+
+    def dropout_keys(self, batch: Batch) -> Tensor | None:
+        """Keys of a micro-batch's tokens [b, s] where the model drops anything in training."""
+        if not (self.model_cfg.dropout and self.model.training):
+            return None
+        index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        return token_keys(self.cfg.seed, batch.sample_ids, index)
 
     def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
         """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""

@@ -1,0 +1,87 @@
+"""Ten steps on every layout against one process: losses, gradient norms and final weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers.layout_runs import Case, Outcome, assert_same, case, train_steps
+from helpers.ranks import run_ranks
+
+# Tied, fewer key/value heads than some of the layouts have ranks, three layers, an odd number of
+# sequences a rank, accumulation over micro-batches of one.
+TIED = case(tie_embeddings=True, n_kv_heads=1)
+UNTIED = case(attention_bias=True, qk_norm="head")
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "DP2": (2, {"replicate": 2}),
+    "FSDP2": (2, {}),
+    "FSDP4": (4, {}),
+    "HSDP2x2": (4, {"replicate": 2}),
+    "ZeRO-2": (2, {"reshard_after_forward": False, "reduce_every_micro_batch": True}),
+    "TP2": (2, {"tensor": 2, "sequence": False}),
+    "TP2+SP": (2, {"tensor": 2}),
+    "TP4+SP": (4, {"tensor": 4}),
+    "TP2+SP+FSDP2": (4, {"tensor": 2}),
+    "TP2+SP+DP2": (4, {"tensor": 2, "replicate": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Case, Outcome]:
+    return {what: train_steps(0, 1, what, {}) for what in (TIED, UNTIED)}
+
+
+def _compare(layout: str, what: Case, alone: Outcome) -> None:
+    world, parallel = LAYOUTS[layout]
+    for ours in run_ranks(world, lambda rank: train_steps(rank, world, what, parallel)):
+        assert_same(ours, alone)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps(layout: str, alone: dict[Case, Outcome]) -> None:
+    _compare(layout, TIED, alone[TIED])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["FSDP2", "TP2+SP", "TP2+SP+FSDP2"])
+def test_ten_steps_with_a_head_of_its_own(layout: str, alone: dict[Case, Outcome]) -> None:
+    _compare(layout, UNTIED, alone[UNTIED])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_dropout_masks_do_not_depend_on_the_layout(recompute: str) -> None:
+    what = case(dropout=0.2, steps=3)
+    alone = train_steps(0, 1, what, {})
+    assert alone.losses != train_steps(0, 1, case(steps=3), {}).losses
+    what = dataclasses.replace(what, train=(("micro_batch_size", 2), ("recompute", recompute)))
+    for ours in run_ranks(4, lambda rank: train_steps(rank, 4, what, {"tensor": 2})):
+        assert_same(ours, alone)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["FSDP2", "TP2", "TP2+SP"])
+def test_bf16_differs_no_more_than_its_own_noise(layout: str, alone: dict[Case, Outcome]) -> None:
+    """Two bf16 runs of one layout each differ as either differs from float32: by rounding."""
+    what = dataclasses.replace(UNTIED, compute=torch.bfloat16)
+    twin, exact = train_steps(0, 1, what, {}), alone[UNTIED]
+    world, parallel = LAYOUTS[layout]
+    ours = run_ranks(world, lambda rank: train_steps(rank, world, what, parallel))[0]
+    for name in ("losses", "norms"):
+        a, b, c = (torch.tensor(getattr(run, name)) for run in (ours, twin, exact))
+        noise = (b - c).norm()
+        assert 0 < (a - b).norm() < 2 * noise and (a - c).norm() < 2 * noise, name
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_compiled_blocks_under_tensor_parallelism() -> None:
+    what = case(steps=2, n_layers=1)
+    alone = train_steps(0, 1, what, {})
+    what = dataclasses.replace(what, train=(("micro_batch_size", 2), ("compile", True)))
+    for ours in run_ranks(2, lambda rank: train_steps(rank, 2, what, {"tensor": 2}), timeout=240):
+        assert_same(ours, alone)
