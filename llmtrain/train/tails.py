@@ -71,7 +71,9 @@ def plan_sweep(
     return _distinct(Study("share of the run on the tail's mixture", labels, branches, commands))
 
 
-def plan_leave_one_out(trunk: Path, at: Duration, tail: Path, overrides: Sequence[str]) -> Study:
+def plan_leave_one_out(
+    trunk: Path, at: Duration, tail: Path | None, overrides: Sequence[str]
+) -> Study:
     """The tail, and the tail without each of its sources; the other shares grow in proportion.
 
     Raises ConfigError where the tail does not write ``data.weights`` with two sources or more.
@@ -81,8 +83,8 @@ def plan_leave_one_out(trunk: Path, at: Duration, tail: Path, overrides: Sequenc
     sources = [name for name, weight in (made.weights or {}).items() if weight > 0]
     if len(sources) < 2:
         raise ConfigError(
-            f"{tail}: --leave-one-out needs data.weights with at least two sources in the tail "
-            "(not data.phases): each is left out in turn"
+            "--leave-one-out: the tail has no data.weights with two sources or more (data.phases "
+            "do not do); write them in TAIL.yaml or as data.weights='{a: 0.5, b: 0.5}'"
         )
     branches, labels = [whole], ["all sources"]
     commands = [_command(point, at, tail, overrides, None)]

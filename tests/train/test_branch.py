@@ -203,7 +203,7 @@ def test_the_past_of_a_tail_is_the_trunks(world: Path) -> None:
         (["--sweep", "0.1", "--at", "16step"], "stands alone"),
         (["--sweep", "0.1,2"], "no part of the run"),
         (["--sweep", "a"], "no list of shares"),
-        (["--at", "16step", "--leave-one-out"], "needs a TAIL"),
+        (["--at", "16step", "--leave-one-out"], "no data.weights with two sources"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -232,5 +232,5 @@ def test_a_ramp_cannot_be_cut_and_a_folder_in_use_is_left_alone(
     with pytest.raises(ConfigError, match="is no branch of this point"):
         plan_branch(point, None, ["name=other", f"out={trunk.parent}"])
     one_source = tail(tmp_path, "data: {weights: {digits: 1}}\n", "alone")
-    with pytest.raises(ConfigError, match="at least two sources"):
+    with pytest.raises(ConfigError, match="two sources or more"):
         plan_leave_one_out(trunk, Duration.parse("16step"), one_source, [])
