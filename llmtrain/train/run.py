@@ -91,7 +91,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         try:
             evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
             services = Services(times, evaluation, recorder, saver)
-            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg.hooks), services)
+            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg), services)
             _drive(trainer, resume, signals)
         finally:
             recorder.close()
