@@ -9,6 +9,7 @@ from llmtrain.config.schema import RunConfig
 def check_layout(cfg: RunConfig, faults: Collector) -> None:
     """Add the faults of ``parallel`` that need nothing but the config."""
     _check_tensor(cfg, faults)
+    _check_context(cfg, faults)
 
 
 def _check_tensor(cfg: RunConfig, faults: Collector) -> None:
@@ -33,6 +34,18 @@ def _check_tensor(cfg: RunConfig, faults: Collector) -> None:
             "parallel.tensor",
             f"{degree} ranks cannot share d_ff {model.d_ff} equally; use a divisor",
             "model.d_ff",
+        )
+
+
+def _check_context(cfg: RunConfig, faults: Collector) -> None:
+    length, chunks = cfg.data.seq_len, 2 * cfg.parallel.context
+    if cfg.parallel.context > 1 and length % chunks:
+        lower, upper = length // chunks * chunks, -(-length // chunks) * chunks
+        near = " or ".join(str(n) for n in (lower, upper) if n)
+        faults.add(
+            "data.seq_len",
+            f"{length} cannot be cut into 2 x parallel.context = {chunks} equal chunks; use {near}",
+            "parallel.context",
         )
 
 

@@ -251,6 +251,11 @@ class ParallelConfig:
         "reduce gradients after each micro-batch: no full gradient on a rank, more traffic",
     )
     reshard_after_forward: bool = key(True, "free gathered weights between forward and backward")
+    prefetch: int = key(
+        1,
+        "blocks whose weights are gathered while an earlier one computes",
+        ge=0,
+    )
     engine: str = key(
         "native", "what shards state: FSDP2, or DeepSpeed (extra)", choices=("native", "deepspeed")
     )

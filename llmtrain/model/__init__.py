@@ -10,7 +10,13 @@ from llmtrain.model.embedding import Head
 from llmtrain.model.flops import activation_bytes, flops_per_token, param_counts
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
-from llmtrain.model.sharding import check_tensor_degree, shard_over_tensor, tensor_placements
+from llmtrain.model.sharding import (
+    check_tensor_degree,
+    keep_own_parts,
+    partial_parameters,
+    shard_over_tensor,
+    tensor_placements,
+)
 
 __all__ = [
     "Block",
@@ -24,9 +30,11 @@ __all__ = [
     "complete",
     "flops_per_token",
     "init_weights",
+    "keep_own_parts",
     "padded_vocab",
     "param_counts",
     "param_roles",
+    "partial_parameters",
     "resolve_model",
     "shard_over_tensor",
     "tensor_placements",

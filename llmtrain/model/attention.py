@@ -14,6 +14,7 @@ from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.ops import causal_attention, rotate, split_rotary
 from llmtrain.parallel.collectives import gather_rows
+from llmtrain.parallel.context_attention import context_attention
 from llmtrain.parallel.tensor import TensorParallel
 
 
@@ -26,6 +27,9 @@ def _flex_attention() -> Any:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q: [b, h, s, d], k and v: [b, g, s, d] -> [b, s, h, d]."""
+    if context.plan is not None:
+        whole: Tensor = context_attention(q, k, v, context.plan)
+        return whole
     if context.block_mask is None:
         return causal_attention(q, k, v, context.first)
     grouped = q.shape[1] != k.shape[1]

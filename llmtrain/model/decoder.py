@@ -22,7 +22,8 @@ from llmtrain.model.masks import (
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import rotary_table
-from llmtrain.parallel.tensor import TensorParallel
+from llmtrain.parallel import SplitSequence, TensorParallel
+from llmtrain.parallel.context_attention import plan_context
 
 HeadFn = Callable[[Tensor, Head], Any]
 
@@ -66,15 +67,18 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         head_fn: HeadFn | None = None,
         keys: Tensor | None = None,
+        part: SplitSequence | None = None,
     ) -> Any:
         """Logits [b, s, vocab_size] in compute_dtype, or what ``head_fn(hidden, head)`` returns.
 
         tokens: [b, s] int64. positions: [b, s] int64; None: 0..s-1. doc_ids: [b, s] integers
         that confine attention to equal numbers; None: plain causal. head_fn runs inside this
         forward, where FSDP2 has the head's weight gathered; hidden is [b, s, d_model]. keys:
-        [b, s] of ``token_keys``, for dropout; None: nothing is dropped.
+        [b, s] of ``token_keys``, for dropout; None: nothing is dropped. part: the tokens are this
+        rank's part of each sequence (context parallelism); then ``positions`` are needed and
+        doc_ids not read. Collective over the context ranks.
         """
-        context = self._context(tokens, positions, doc_ids, keys)
+        context = self._context(tokens, positions, doc_ids, keys, part)
         x = self.dropout(self._embed(tokens, positions), context.keys)
         for block in self.blocks:
             x = block(x, context)
@@ -102,22 +106,32 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         doc_ids: Tensor | None,
         keys: Tensor | None,
+        part: SplitSequence | None,
     ) -> AttentionContext:
         shape = (tokens.shape[0], tokens.shape[1])
+        rotary = self._rotary(shape[1], positions, tokens.device)
         if keys is not None and self.tensor is not None and self.tensor.sequence:
             keys = self.tensor.own(keys.reshape(-1))
+        assert self.cfg.d_head is not None
+        if part is not None:
+            assert positions is not None
+            plan = plan_context(part, shape[1], self.cfg.d_head)
+            return AttentionContext(shape, rotary, keys=keys, plan=plan)
         first = None if doc_ids is None else first_of_document(doc_ids)
         # flex_attention skips blocks between documents, but has no backward on the CPU.
         block_mask = None
-        if first is not None and first.is_cuda and (self.cfg.d_head or 0) >= FLEX_MIN_HEAD:
+        if first is not None and first.is_cuda and self.cfg.d_head >= FLEX_MIN_HEAD:
             block_mask = document_block_mask(first)
-        if self.cfg.position != "rope":
-            return AttentionContext(shape, None, first, block_mask, keys)
-        assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
-        length = shape[1] if positions is None else max(shape[1], self.cfg.max_seq_len)
-        table = (self.cfg.d_head, self.cfg.rope_theta, tokens.device)
-        rotary = rotary_table(positions, length, *table)
         return AttentionContext(shape, rotary, first, block_mask, keys)
+
+    def _rotary(
+        self, tokens: int, positions: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.cfg.position != "rope":
+            return None
+        assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
+        length = tokens if positions is None else max(tokens, self.cfg.max_seq_len)
+        return rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, device)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:

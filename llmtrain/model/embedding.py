@@ -47,6 +47,10 @@ class Embedding(nn.Module):
         """Placement of the table on the tensor dimension of the mesh."""
         return Replicate()
 
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated table is one summand of it."""
+        return self.partial
+
     def forward(self, index: Tensor) -> Tensor:
         return self._look_up(local(self.weight, partial=self.partial), index)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,14 @@ from llmtrain.optim import (
     set_learning_rate,
     state_tensors,
 )
-from llmtrain.parallel import Layout, apply_fsdp, finish_gradients, set_gradient_sync
+from llmtrain.parallel import (
+    Layout,
+    SplitSequence,
+    apply_fsdp,
+    finish_gradients,
+    set_gradient_sync,
+    split_batch,
+)
 from llmtrain.parallel.hardware import Precision
 
 
@@ -79,6 +88,7 @@ class TrainModule:
     ) -> None:
         self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
         self.device = layout.world.device
+        self.context = layout.context
         check_tensor_degree(model_cfg, layout.degrees.tensor)
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
@@ -102,6 +112,9 @@ class TrainModule:
 
     def receive(self, batch: Batch) -> Batch:
         """What this rank computes on of its data rank's ``batch``, on its device."""
+        if self.context is not None:
+            masked = self.cfg.data.document_mask
+            batch = split_batch(batch, self.context.rank, self.context.size, masked)
         return batch.to(self.device)
 
     def token_weight(self, batch: Batch) -> float:
@@ -122,13 +135,18 @@ class TrainModule:
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
-        output = self.model(
+        part = None if self.context is None else SplitSequence(self.context, batch.first)
+        return self._forward(
             batch.tokens,
-            positions=batch.positions if data.reset_positions else None,
+            positions=batch.positions if data.reset_positions or part else None,
             doc_ids=batch.doc_ids if data.document_mask else None,
             head_fn=head_fn,
             keys=self.dropout_keys(batch),
+            part=part,
         )
+
+    def _forward(self, tokens: Tensor, **options: Any) -> LossOutput:
+        output = self.model(tokens, **options)
         assert isinstance(output, LossOutput)
         return output
 
@@ -136,8 +154,10 @@ class TrainModule:
         """Keys of a micro-batch's tokens [b, s] where the model drops anything in training."""
         if not (self.model_cfg.dropout and self.model.training):
             return None
-        index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        return token_keys(self.cfg.seed, batch.sample_ids, index)
+        # Not batch.positions: they may start again in each document.
+        context, s = self.context, self.cfg.data.seq_len
+        index = torch.arange(s) if context is None else context.positions(s)
+        return token_keys(self.cfg.seed, batch.sample_ids, index.to(self.device))
 
     def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
         """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""
@@ -147,18 +167,27 @@ class TrainModule:
         micros = self.micro_batches(batch)
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
-            set_gradient_sync(self.model, last=last)
+            self._begin_micro_batch(last)
             output = self.loss(micro, denominator)
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            self._backward(output.loss)
             total += output.loss.detach()
             weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
             nll.index_add_(0, micro.source_ids, weighted)
             weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
-        if self.layout.tensor is not None:
-            finish_gradients(list(self.params.values()), self.layout.tensor.group)
+        self._finish_gradients()
         if not self.layout.counts_tokens:
             return StepSums(total.zero_(), nll.zero_(), weight.zero_())
         return StepSums(total, nll, weight)
+
+    def _begin_micro_batch(self, last: bool) -> None:
+        set_gradient_sync(self.model, last=last)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _finish_gradients(self) -> None:
+        if self.layout.tensor is not None:
+            finish_gradients(list(self.params.values()), self.layout.tensor.group)
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
@@ -183,3 +212,7 @@ class TrainModule:
         """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
         model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         return {**model, **state_tensors(self.optimizer, self.params)}
+
+    def restore(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Replace the state by what ``read`` writes into the ``tensors`` that it is given."""
+        read(self.tensors())

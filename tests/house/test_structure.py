@@ -40,7 +40,10 @@ ROOMS = (
     "recipes",
     "cli",
 )
-OPTIONAL = {"datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"}
+OPTIONAL = {
+    *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
+    "deepspeed",
+}
 MAX_FILE, MAX_FUNCTION = 400, 60
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -209,7 +212,7 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
-    for extra in ("dev", "docs", "hf", "streaming"):
+    for extra in ("dev", "docs", "hf", "streaming", "deepspeed"):
         wanted += extras[extra]
     names = {w.split("<")[0].split(">")[0].split("=")[0].strip().lower() for w in wanted}
     assert names - pinned == set()
