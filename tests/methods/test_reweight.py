@@ -111,7 +111,8 @@ def test_the_gradient_is_that_of_the_weighted_sum(
     torch.testing.assert_close(trainer.hook.last, w, rtol=0, atol=1e-6)
     assert float(trainer.sums.loss) == pytest.approx(float((w * sample).sum().detach()), rel=1e-5)
     for name, p in trainer.module.params.items():
-        print(name, float((found[name]-p.grad).norm()/p.grad.norm()), float((found[name]-p.grad).abs().max()), float(p.grad.abs().max()))
+        # float32 rounding is relative to a matrix, not to its smallest elements.
+        assert float((found[name] - p.grad).norm()) < 5e-5 * float(p.grad.norm()), name
 
 
 def test_the_warmup_weighs_all_alike_or_has_its_own_temperature(
@@ -169,6 +170,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {"train__micro_batch_size": 1}),
     (2, {"parallel__replicate": 2, "train__micro_batch_size": 2}),
     (2, {"parallel__tensor": 2}),
+    (2, {"parallel__context": 2, "train__micro_batch_size": 4}),
     (4, {"parallel__replicate": 2, "train__micro_batch_size": 1}),
 ]
 
@@ -182,7 +184,10 @@ def steps_of(cfg: RunConfig, ranks: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-def test_layouts_and_accumulation_agree(tmp_path: Path, corpus: Path, reference: Path) -> None:
+@pytest.mark.parametrize("method", ["focal", "rho"])
+def test_layouts_and_accumulation_agree(
+    tmp_path: Path, corpus: Path, reference: Path, method: str
+) -> None:
     section = {
         "samples": "quadratic",
         "temperature": 0.4,
@@ -191,9 +196,14 @@ def test_layouts_and_accumulation_agree(tmp_path: Path, corpus: Path, reference:
         "keep": 0.5,
         "reference": str(reference),
     }
+    if method == "focal":
+        section = {**section, "tokens": "focal"}
+        del section["reference"], section["keep"]
     alone = steps_of(load(tmp_path, corpus, section), 1)
     assert len(alone) == 6
     for i, (ranks, changes) in enumerate(LAYOUTS):
+        if method == "rho" and "parallel__context" in changes:
+            continue  # refused: see the test of references
         folder = tmp_path / str(i)
         folder.mkdir()
         steps = steps_of(load(folder, corpus, section, **changes), ranks)
