@@ -16,7 +16,17 @@ from typing import NoReturn
 import llmtrain
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_GUARD, EXIT_PREEMPTED, ConfigError, LlmtrainError
 
-COMMANDS = ("train", "branch", "data", "eval", "generate", "checkpoint", "report", "doctor")
+COMMANDS = (
+    "train",
+    "branch",
+    "data",
+    "eval",
+    "generate",
+    "checkpoint",
+    "report",
+    "reproduce",
+    "doctor",
+)
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 TRACEBACK = "LLMTRAIN_TRACEBACK"
