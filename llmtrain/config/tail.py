@@ -50,6 +50,7 @@ def load_tail(
     rest = [text for text in overrides if text not in mixture]
     own = apply_overrides(own, mixture, {}, faults)
     base = escaped(to_dict(trunk))
+    base["train"]["stop_after"] = None  # where one process of the trunk stopped, no more
     future, weighted = _future(own)
     if future is not None:
         base["data"].update(weights={}, phases=[])

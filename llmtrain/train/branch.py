@@ -164,9 +164,9 @@ def taken_over(branch: Branch) -> int:
     from llmtrain.data.phases import from_json
 
     state = json.loads(read_files(branch.point.checkpoint)["data.json"])
-    realised = from_json(state["realised"])
+    *earlier, current = [from_json(schedule) for schedule in state["schedules"]]
     names = list(state["sources"])
-    mixture = Mixture(names, realised, state["block_size"], state["seed"])
+    mixture = Mixture(names, current, state["block_size"], state["seed"], earlier)
     return mixture.block_end(branch.point.step * branch.cfg.train.global_batch_size)
 
 
