@@ -33,7 +33,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from common import ROOT, write_result  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from peers.bare import Llama  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from llmtrain.config.schema import ModelConfig, RunConfig  # noqa: E402
 from llmtrain.data.batch import Batch  # noqa: E402
@@ -85,79 +86,6 @@ def ours(world: World, **changes: Any) -> tuple[Step, TrainModule]:
     return step, module
 
 
-class Attention(nn.Module):
-    """Causal self-attention as a tutorial writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(D_MODEL, D_MODEL, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (-1, D_MODEL // N_HEADS)).transpose(1, 2)
-            for f in (self.q, self.k, self.v)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(y.transpose(1, 2).flatten(-2))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [b, h, s, d]."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-class MLP(nn.Module):
-    """SwiGLU as a tutorial writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(D_MODEL, D_FF, bias=False) for _ in range(2))
-        self.down = nn.Linear(D_FF, D_MODEL, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(D_MODEL, eps=1e-5) for _ in range(2))
-        self.attention, self.mlp = Attention(), MLP()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), cos, sin)
-        return x + self.mlp(self.norm2(x))
-
-
-class Llama(nn.Module):
-    """The same decoder in plain torch."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, D_MODEL)
-        self.blocks = nn.ModuleList(Block() for _ in range(N_LAYERS))
-        self.norm = nn.RMSNorm(D_MODEL, eps=1e-5)
-        self.head = nn.Linear(D_MODEL, VOCAB, bias=False)
-        d = D_MODEL // N_HEADS
-        angle = torch.outer(torch.arange(SEQ).float(), 1e4 ** (-torch.arange(0, d, 2) / d))
-        angle = angle.repeat(1, 2)
-        self.register_buffer("cos", angle.cos())
-        self.register_buffer("sin", angle.sin())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
-        return self.head(self.norm(x))
-
-
 def weights_of(module: TrainModule) -> dict[str, Tensor]:
     """llmtrain's whole weights under the tutorial model's names."""
     from torch.distributed.tensor import DTensor
@@ -195,8 +123,8 @@ def dtensor(world: World, weights: dict[str, Tensor]) -> Step:
         parallelize_module,
     )
 
-    model = Llama()
-    model.load_state_dict(weights, strict=False)
+    model = Llama(VOCAB, D_MODEL, N_LAYERS, N_HEADS, D_FF)
+    model.load_state_dict(weights)
     mesh = init_device_mesh("cpu", (world.size,))
     rows = {"input_layouts": Replicate(), "output_layouts": Shard(1)}
     parallelize_module(

@@ -115,7 +115,7 @@ def _write_counters(folder: Path, step: Tensor, groups: int, meta: Mapping[str, 
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": empty[:1]},
     }
     torch.save(state, folder / "zero" / "optimizer_state.pt")
-    counters = {
+    counters: dict[str, Any] = {
         "module": {},
         "optimizer": None,
         "lr_scheduler": None,

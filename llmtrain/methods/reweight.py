@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config.data_methods import ReweightConfig
@@ -111,7 +112,12 @@ def token_losses(module: TrainModule, batch: Batch) -> Tensor:
     """Cross-entropy in nats of every token of a received batch, [b, s] float32; collective."""
     parts = [module.loss(micro, 1.0).nll for micro in module.micro_batches(batch)]
     release_gathered(module.model)
-    return torch.cat(parts)
+    nll, layout = torch.cat(parts), module.layout
+    if layout.degrees.pipeline > 1:
+        assert layout.state is not None
+        # Known on the last rank of the pipeline, zero on the others.
+        dist.all_reduce(nll, group=layout.state.get_group("pipeline"))
+    return nll
 
 
 def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:

@@ -7,7 +7,12 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import activation_bytes, flops_per_token, param_counts
+from llmtrain.model.flops import (
+    activation_bytes,
+    flops_per_token,
+    param_counts,
+    stage_parts,
+)
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.sharding import (
@@ -37,5 +42,6 @@ __all__ = [
     "partial_parameters",
     "resolve_model",
     "shard_over_tensor",
+    "stage_parts",
     "tensor_placements",
 ]

@@ -24,6 +24,7 @@ from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import rotary_table
 from llmtrain.parallel import SplitSequence, TensorParallel
 from llmtrain.parallel.context_attention import plan_context
+from llmtrain.parallel.pipeline import Part
 
 HeadFn = Callable[[Tensor, Head], Any]
 
@@ -34,7 +35,8 @@ class Decoder(nn.Module):
     compute_dtype: float32 or bfloat16, of products and residual stream; parameters are float32.
     Build it under ``torch.device("meta")`` or not; either way the parameters hold nothing until
     ``init_weights``. tensor: the ranks that share its matrices; its parameters have their whole
-    shapes until ``shard_over_tensor``.
+    shapes until ``shard_over_tensor``. stage: build this part of the model only (pipeline
+    parallelism), under the names that its parameters have in the whole.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Decoder(nn.Module):
         cfg: ModelConfig,
         compute_dtype: torch.dtype = torch.float32,
         tensor: TensorParallel | None = None,
+        stage: Part | None = None,
     ) -> None:
         super().__init__()
         assert cfg.max_seq_len is not None
@@ -49,16 +52,24 @@ class Decoder(nn.Module):
         matmul = matmul_for(compute_dtype)
         partial = tensor is not None and tensor.sequence
         table = (padded_vocab(cfg), cfg.d_model, compute_dtype)
-        self.embedding: Embedding
-        self.embedding = VocabularyEmbedding(*table, tensor) if tensor else Embedding(*table)
-        if cfg.position == "learned":
+        stage = stage or Part(range(cfg.n_layers), True, True)
+        self.first, self.last = stage.first, stage.last
+        if stage.first or (stage.last and cfg.tie_embeddings):
+            self.embedding: Embedding
+            self.embedding = VocabularyEmbedding(*table, tensor) if tensor else Embedding(*table)
+        if stage.first and cfg.position == "learned":
             self.position_embedding = Embedding(
                 cfg.max_seq_len, cfg.d_model, compute_dtype, partial=partial
             )
         self.dropout = Dropout("embedding", cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, matmul, tensor, i) for i in range(cfg.n_layers))
-        self.final_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias, partial=partial)
-        self.head = Head(cfg, self.embedding, matmul, tensor)
+        self.blocks = nn.ModuleList()
+        for i in stage.blocks:
+            self.blocks.add_module(str(i), Block(cfg, matmul, tensor, i))
+        if stage.last:
+            norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
+            self.final_norm = Norm(*norm, partial=partial)
+            tied = self.embedding if cfg.tie_embeddings else None
+            self.head = Head(cfg, tied, matmul, tensor)
 
     def forward(
         self,
@@ -68,6 +79,7 @@ class Decoder(nn.Module):
         head_fn: HeadFn | None = None,
         keys: Tensor | None = None,
         part: SplitSequence | None = None,
+        hidden: Tensor | None = None,
     ) -> Any:
         """Logits [b, s, vocab_size] in compute_dtype, or what ``head_fn(hidden, head)`` returns.
 
@@ -76,17 +88,33 @@ class Decoder(nn.Module):
         forward, where FSDP2 has the head's weight gathered; hidden is [b, s, d_model]. keys:
         [b, s] of ``token_keys``, for dropout; None: nothing is dropped. part: the tokens are this
         rank's part of each sequence (context parallelism); then ``positions`` are needed and
-        doc_ids not read. Collective over the context ranks.
+        doc_ids not read. Collective over the context ranks. hidden: of the stage before, where
+        this is a later one; a stage that is not the last returns its own (see ``travels``).
         """
         context = self._context(tokens, positions, doc_ids, keys, part)
-        x = self.dropout(self._embed(tokens, positions), context.keys)
+        if hidden is None:
+            assert self.first
+            x = self.dropout(self._embed(tokens, positions), context.keys)
+        else:
+            x = hidden
         for block in self.blocks:
             x = block(x, context)
+        if not self.last:
+            return x
         hidden = self.final_norm(x)
         if self.tensor is not None:
             n, d = tokens.numel(), self.cfg.d_model
             hidden = self.tensor.enter(hidden).reshape(-1, d)[:n].view(*tokens.shape, d)
         return self.head(hidden) if head_fn is None else head_fn(hidden, self.head)
+
+    def travels(self, tokens: Tensor) -> Tensor:
+        """An empty tensor like the hidden states between stages: [b, s, d_model], or the token
+        shard [n / t, d_model] under sequence parallelism. tokens: [b, s]."""
+        width = (self.cfg.d_model,)
+        shape = (*tokens.shape, *width)
+        if self.tensor is not None and self.tensor.sequence:
+            shape = (-(-tokens.numel() // self.tensor.size), *width)
+        return torch.empty(shape, dtype=self.compute_dtype, device=tokens.device)
 
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """The residual stream before the first block."""

@@ -6,6 +6,7 @@ import torch
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.resolve import padded_vocab
+from llmtrain.parallel.pipeline import Part, split_layers
 
 
 def _widths(cfg: ModelConfig) -> tuple[int, int, int]:
@@ -70,6 +71,18 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     assert cfg.vocab_size is not None
     matrices = cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
+
+
+def stage_parts(cfg: ModelConfig, seq_len: int, stages: int) -> list[Part]:
+    """The model cut into pipeline stages of nearly equal arithmetic.
+
+    A block costs its matrices and causal attention, the head its matrix over the real
+    vocabulary, the embedding nothing.
+    """
+    q, _, _ = _widths(cfg)
+    assert cfg.vocab_size is not None
+    block = float(_block_matrices(cfg) + seq_len * q)
+    return split_layers([block] * cfg.n_layers, 0.0, cfg.vocab_size * cfg.d_model, stages)
 
 
 def activation_bytes(

@@ -142,13 +142,13 @@ def attention_partial_backward(
     """
     q, k, v = qkv
     if _flash_takes(q, window):
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout of 0
-        grads: tuple[Tensor, Tensor, Tensor] = (
-            aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, lse, None, None, window.queries, window.keys, 0.0,
-                not window.full, seed, seed[0],
-            )
-        )  # fmt: skip
+        # Random state of a dropout of 0: never read.
+        state = [torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ())]
+        sizes = (None, None, window.queries, window.keys)
+        grads: tuple[Tensor, Tensor, Tensor]
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, *sizes, 0.0, not window.full, *state
+        )
         return grads
     if window.block_mask is not None:
         return backward_through(_flex_partial, grad, qkv, out, lse, window)

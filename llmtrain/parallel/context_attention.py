@@ -27,6 +27,7 @@ from torch import Tensor
 from llmtrain.ops.window import Window, make_window, window_attention
 from llmtrain.parallel.context import ContextParallel, SplitSequence, gather_sequence
 from llmtrain.parallel.ring import Pair, ring_attention
+from llmtrain.parallel.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def plan_context(part: SplitSequence, tokens: int, d_head: int) -> ContextPlan:
     return ContextPlan(context, ring=tuple(pairs))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# torch.compile cannot trace messages that are waited for later.
+@uncompiled
 def context_attention(q: Tensor, k: Tensor, v: Tensor, plan: ContextPlan) -> Tensor:
     """``ops.causal_attention`` over the whole sequence for this rank's queries.
 
     q: [b, h, s / c, d]; k, v: [b, g, s / c, d], the tokens of ``split``. Returns
-    [b, s / c, h, d]. Collective over the context group; under torch.compile it runs as it is,
-    between compiled parts.
+    [b, s / c, h, d]. Collective over the context group.
     """
     if plan.ring:
         return ring_attention(q, k, v, plan.context.group, plan.ring)

@@ -68,8 +68,9 @@ def release_gathered(model: nn.Module) -> None:
     generation there is no backward, and the next forward would use them as they are even when
     the parameters have changed in between.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:

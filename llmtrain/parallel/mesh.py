@@ -110,6 +110,11 @@ class Layout:
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
+    def counts_losses(self) -> bool:
+        """Whether this rank's losses enter global sums: the last of a pipeline knows them."""
+        return self.tensor_rank == 0 and self.pipeline_rank == self.degrees.pipeline - 1
+
+    @property
     def counts_samples(self) -> bool:
         """Whether this rank's samples enter global sums; context ranks share them."""
         return self.counts_tokens and self.context_rank == 0

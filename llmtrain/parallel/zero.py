@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -32,6 +33,8 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
+
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
         from deepspeed.utils import logger
     except ImportError as error:
         raise EnvironmentFault(
@@ -45,10 +48,9 @@ def import_deepspeed(device: torch.device) -> Any:
         )
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    if device.type == "cpu":
-        # Sums through shared memory on one node: would need a compiler at run time, and leaves
-        # segments behind. gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Sums through shared memory on one node of CPUs: would need a compiler at run time, print its
+    # messages and leave segments behind. gloo does the same.
+    backend.build_shm_op = lambda: None
     return deepspeed
 
 

@@ -83,15 +83,15 @@ class DeepSpeedModule(TrainModule):
         size = self.cfg.train.micro_batch_size or rows
         return size, -(-rows // size)
 
-    def _forward(self, tokens: Tensor, **options: Any) -> LossOutput:
-        head_fn = options.pop("head_fn")
+    def _forward(self, **arguments: Any) -> LossOutput:
+        head_fn = arguments.pop("head_fn")
 
         def as_tuple(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             # DeepSpeed hangs its hooks on the tensors of plain containers.
             output: LossOutput = head_fn(*args)
             return output.loss, output.nll, output.z
 
-        return LossOutput(*self.model(tokens, head_fn=as_tuple, **options))
+        return LossOutput(*self.model(head_fn=as_tuple, **arguments))
 
     def _begin_micro_batch(self, last: bool) -> None:
         self.zero.engine.set_gradient_accumulation_boundary(last)

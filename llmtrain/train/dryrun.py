@@ -89,7 +89,8 @@ def memory_estimate(
 
     Weights, gradients and optimizer state are float32 and sharded over ``parallel.shard``;
     gathered weights are the compute-dtype copies that matmuls read (whole model when one rank
-    holds all of it, else the two largest blocks); activations follow ``activation_bytes``.
+    holds all of it, else the two largest blocks); activations follow ``activation_bytes`` for
+    this rank's part of each sequence, and gathered keys and values are those of the others.
     """
     shard = degrees.shard * degrees.context * degrees.tensor
     world = degrees.data
@@ -98,7 +99,7 @@ def memory_estimate(
     per_element = 2 if precision.compute == torch.bfloat16 else 4
     moments = 1 if cfg.optim.name == "lion" else 2
     batch = cfg.train.micro_batch_size or cfg.train.global_batch_size // world
-    if world == 1:
+    if world * degrees.context == 1:
         gathered = n_params * per_element if per_element == 2 else 0
     elif cfg.parallel.reshard_after_forward:
         outside = n_params - counts["hidden"]
@@ -110,19 +111,28 @@ def memory_estimate(
     if shard > 1 and batch < per_rank and not cfg.parallel.reduce_every_micro_batch:
         gradients += 4 * n_params  # accumulated unsharded until the last micro-batch
     dtype = precision.compute
+    tokens = batch * cfg.data.seq_len // degrees.context
     return {
         "weights (fp32)": 4 * n_params // shard,
         "gradients (fp32)": gradients,
         "optimizer state": 4 * moments * n_params // shard,
         "compute copies": gathered,
-        "activations": activation_bytes(
-            model_cfg, batch, cfg.data.seq_len, cfg.train.recompute, dtype
+        "activations": activation_bytes(model_cfg, 1, tokens, cfg.train.recompute, dtype),
+        "gathered keys/values": _gathered_bytes(
+            cfg, model_cfg, tokens * (degrees.context - 1), dtype
         ),
-        "logits chunk": 3
-        * 4
-        * padded_vocab(model_cfg)
-        * min(cfg.loss.chunk_tokens, batch * cfg.data.seq_len),
+        "logits chunk": 3 * 4 * padded_vocab(model_cfg) * min(cfg.loss.chunk_tokens, tokens),
     }
+
+
+def _gathered_bytes(cfg: RunConfig, model_cfg: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of ``tokens`` tokens of other ranks, of all layers that keep them."""
+    assert model_cfg.n_kv_heads is not None and model_cfg.d_head is not None
+    layers = model_cfg.n_layers if cfg.train.recompute == "none" else 1
+    if cfg.parallel.context_method == "ring":
+        # What is held and what is coming, of one rank each.
+        tokens, layers = 2 * tokens // max(cfg.parallel.context - 1, 1), 1
+    return layers * tokens * 2 * model_cfg.n_kv_heads * model_cfg.d_head * dtype.itemsize
 
 
 def _layout_lines(

@@ -1,4 +1,4 @@
-"""Which engine holds the state of a run: FSDP2 or DeepSpeed."""
+"""Which train module runs: of a whole model or of pipeline stages, on FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.train.deepspeed_module import DeepSpeedModule
 from llmtrain.train.module import TrainModule
+from llmtrain.train.pipeline_module import PipelineModule
 
 
 def build_module(
     cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
 ) -> TrainModule:
-    """The train module that ``parallel.engine`` names.
+    """The train module that ``parallel`` calls for.
 
     Raises EnvironmentFault when DeepSpeed is asked for and not installed.
     """
-    kind = DeepSpeedModule if cfg.parallel.engine == "deepspeed" else TrainModule
+    kind: type[TrainModule] = TrainModule
+    if cfg.parallel.engine == "deepspeed":
+        kind = DeepSpeedModule
+    elif layout.degrees.pipeline > 1:
+        kind = PipelineModule
     return kind(cfg, model_cfg, precision, layout)

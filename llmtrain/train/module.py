@@ -73,6 +73,28 @@ class StepResult:
     skipped: bool
 
 
+def lay_out(
+    model: Decoder,
+    cfg: RunConfig,
+    precision: Precision,
+    layout: Layout,
+    root: nn.Module | None = None,
+) -> None:
+    """Recomputation, compilation, tensor parallelism and FSDP2 of a model on the meta device.
+
+    root: the module around ``model`` that is called in its place.
+    """
+    apply_recompute(model, cfg.train.recompute)
+    if cfg.train.compile:
+        compile_blocks(model)
+    if layout.tensor is not None:
+        assert layout.state is not None
+        shard_over_tensor(model, layout.state["tensor"])
+    if layout.fsdp is not None:
+        dtypes = (precision.compute, precision.reduce)
+        apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+
+
 class TrainModule:
     """Owns the model, its parallel layout and the optimizer.
 
@@ -93,15 +115,7 @@ class TrainModule:
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
-        apply_recompute(model, cfg.train.recompute)
-        if cfg.train.compile:
-            compile_blocks(model)
-        if layout.tensor is not None:
-            assert layout.state is not None
-            shard_over_tensor(model, layout.state["tensor"])
-        if layout.fsdp is not None:
-            dtypes = (precision.compute, precision.reduce)
-            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+        lay_out(model, cfg, precision, layout)
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
@@ -130,23 +144,27 @@ class TrainModule:
 
     def loss(self, batch: Batch, denominator: float) -> LossOutput:
         """Forward of one micro-batch. denominator: weight of the whole global batch."""
+        return self._forward(**self.arguments(batch, denominator))
+
+    def arguments(self, batch: Batch, denominator: float) -> dict[str, Any]:
+        """What the decoder is called with for a micro-batch."""
         data = self.cfg.data
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
 
         part = None if self.context is None else SplitSequence(self.context, batch.first)
-        return self._forward(
-            batch.tokens,
-            positions=batch.positions if data.reset_positions or part else None,
-            doc_ids=batch.doc_ids if data.document_mask else None,
-            head_fn=head_fn,
-            keys=self.dropout_keys(batch),
-            part=part,
-        )
+        return {
+            "tokens": batch.tokens,
+            "positions": batch.positions if data.reset_positions or part else None,
+            "doc_ids": batch.doc_ids if data.document_mask else None,
+            "head_fn": head_fn,
+            "keys": self.dropout_keys(batch),
+            "part": part,
+        }
 
-    def _forward(self, tokens: Tensor, **options: Any) -> LossOutput:
-        output = self.model(tokens, **options)
+    def _forward(self, **arguments: Any) -> LossOutput:
+        output = self.model(**arguments)
         assert isinstance(output, LossOutput)
         return output
 
@@ -170,14 +188,19 @@ class TrainModule:
             self._begin_micro_batch(last)
             output = self.loss(micro, denominator)
             self._backward(output.loss)
-            total += output.loss.detach()
-            weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
-            nll.index_add_(0, micro.source_ids, weighted)
-            weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
+            if self.layout.counts_losses:
+                self.add_sums(micro, output, total, nll, weight)
         self._finish_gradients()
-        if not self.layout.counts_tokens:
-            return StepSums(total.zero_(), nll.zero_(), weight.zero_())
         return StepSums(total, nll, weight)
+
+    def add_sums(
+        self, micro: Batch, output: LossOutput, total: Tensor, nll: Tensor, weight: Tensor
+    ) -> None:
+        """Add a micro-batch to the sums of ``StepSums``, in place."""
+        total += output.loss.detach()
+        weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
+        nll.index_add_(0, micro.source_ids, weighted)
+        weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
 
     def _begin_micro_batch(self, last: bool) -> None:
         set_gradient_sync(self.model, last=last)

@@ -206,6 +206,17 @@ def test_mistakes_of_our_own_keep_their_traceback(error: Exception, fake: Any) -
         main(["train"])
 
 
+def test_the_end_of_another_process_is_no_traceback_of_ours(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(RuntimeError("[../pair.cc:537] Connection closed by peer [127.0.0.1]:5432"))
+    with pytest.raises(RuntimeError):
+        main(["train"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train"]) == 1
+    assert "another process of this run has ended" in capsys.readouterr().err
+
+
 def test_a_traceback_can_be_asked_for(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMTRAIN_TRACEBACK", "1")
     fake(errors.DataError("bad shard"))

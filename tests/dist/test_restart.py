@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def test_resume_on_two_ranks_and_back_with_another_micro_batch(
         trajectory(run), trajectory(straight), strict=True
     ):
         assert (step, lr) == (step0, lr0)
-        assert loss == pytest.approx(loss0, rel=2e-5)
-        assert norm == pytest.approx(norm0, rel=2e-4)
+        # The round-off of fp32 sums in another order (see test_layouts.py).
+        assert loss == pytest.approx(loss0, rel=5e-7)
+        assert norm == pytest.approx(norm0, rel=3e-6)
     seen = [r["sources"] for r in records(run)]
     expected = [r["sources"] for r in records(straight)]
     for ours, theirs in zip(seen, expected, strict=True):
@@ -197,7 +199,7 @@ def test_the_local_launcher_passes_signals_on_and_keeps_the_exit_code(
     launcher = Path(__file__).parents[2] / "launch" / "local.sh"
     process = subprocess.Popen(
         [str(launcher), str(config)],
-        env=environment(NPROC="2"),
+        env=environment(NPROC="2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,0 +1,43 @@
+"""The dry run's estimate of memory on split sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llmtrain.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.model import complete
+from llmtrain.parallel import Degrees
+from llmtrain.parallel.hardware import Precision
+from llmtrain.train.dryrun import memory_estimate
+
+MODEL = complete(ModelConfig(d_model=64, n_layers=3, n_heads=4, n_kv_heads=2), 300, 512)
+
+
+def estimate(context: int, method: str = "allgather", recompute: str = "none") -> dict[str, int]:
+    cfg = RunConfig(
+        model=MODEL,
+        parallel=ParallelConfig(context=context, context_method=method),
+        train=TrainConfig(global_batch_size=6, micro_batch_size=3, recompute=recompute),
+    )
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=512))
+    precision = Precision(torch.bfloat16, torch.float32)
+    return memory_estimate(cfg, MODEL, precision, Degrees(context=context))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_split_sequences_divide_activations(recompute: str) -> None:
+    whole, split = (estimate(n, recompute=recompute) for n in (1, 4))
+    assert split["activations"] * 4 == whole["activations"]
+    assert split["weights (fp32)"] == whole["weights (fp32)"] // 4
+
+
+def test_keys_and_values_of_other_ranks() -> None:
+    # A token's key and value, two heads of 16 each in bfloat16; three sequences at a time.
+    token, others = 2 * 2 * 16 * 2, 3 * (512 - 128)
+    assert estimate(1)["gathered keys/values"] == 0
+    assert estimate(4)["gathered keys/values"] == 3 * others * token
+    assert estimate(4, recompute="full")["gathered keys/values"] == others * token
+    assert estimate(4, "ring")["gathered keys/values"] == 2 * 3 * 128 * token
