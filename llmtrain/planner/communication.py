@@ -185,8 +185,9 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
     ceil(rows / S) rows of each parameter. A micro-batch gathers every unit in the compute dtype
     before its forward, and a block again before its backward where ``reshard_after_forward``
     freed it. In a pipeline units stay gathered between a backward and the next pass of the step:
-    one gather of each a step, or with ``reshard_after_forward`` m + 1 of a block. Gradients are reduce-scattered in ``precision.reduce`` once a step (or after every
-    micro-batch, ``reduce_every_micro_batch``), and the shards then all-reduced over replicas.
+    one gather of each a step, or with ``reshard_after_forward`` m + 1 of a block. Gradients are
+    reduce-scattered in ``precision.reduce`` once a step (or after every micro-batch,
+    ``reduce_every_micro_batch``), and the shards then all-reduced over replicas.
     """
     shards, replicas = setting.shards, setting.degrees.replicate
     reduce = setting.precision.reduce.itemsize
