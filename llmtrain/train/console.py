@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 def human(number: float) -> str:
     """1234567 -> '1.23M'."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    scales = (
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "B"),
+        (1e6, "M"),
+        (1e3, "k"),
+    )
+    for scale, letter in scales:
         if abs(number) >= scale:
             return f"{number / scale:.3g}{letter}"
     return f"{number:.0f}" if float(number).is_integer() else f"{number:.3g}"

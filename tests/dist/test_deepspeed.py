@@ -26,11 +26,11 @@ from llmtrain.parallel.zero import import_deepspeed
 
 pytestmark = pytest.mark.dist
 
-TIED = case(tie_embeddings=True, n_kv_heads=1)
-# All kinds of vectors and placements: biases of either side, head norms, learned positions.
+TIED = case(tie_embeddings=True, n_kv_heads=1, position="learned")
+# All kinds of vectors and placements: biases of either side, norms with biases, head norms.
 RICH = case(
-    norm="layernorm", norm_bias=True, position="learned", activation="gelu",
-    attention_bias=True, attention_out_bias=True, mlp_bias=True, qk_norm="head",
+    norm="layernorm", norm_bias=True, activation="gelu", attention_bias=True,
+    attention_out_bias=True, mlp_bias=True, qk_norm="head",
 )  # fmt: skip
 LION = dataclasses.replace(
     case(qk_norm="full", norm_placement="post_branch"),
@@ -61,8 +61,6 @@ RUNS: dict[str, tuple[Case, int, dict[str, Any]]] = {
     "ZeRO-1 x TP2+SP": (TIED, 4, zero(1, tensor=2)),
     "ZeRO-2 x TP2": (RICH, 4, zero(2, tensor=2, sequence=False)),
     "ZeRO-3 x TP2+SP": (RICH, 4, zero(3, tensor=2)),
-    "ZeRO-3 x TP2+SP, tied": (TIED, 2, zero(3, tensor=2)),
-    "ZeRO-2 alone": (TIED, 1, zero(2, offload_optimizer=True)),
 }
 
 
@@ -96,8 +94,9 @@ def interrupted(rank: int, world: int, parallel: dict[str, Any], compute: torch.
     return outcome(module, [*steps, (evaluated, 0.0), one_step(module, 2)])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, False), (2, False), (3, False), (2, True), (3, True)]
+)
 def test_a_dropped_step_and_an_evaluation_leave_no_trace(stage: int, offload: bool) -> None:
     alone = interrupted(0, 1, {}, torch.float32)
     parallel = zero(stage, offload_optimizer=offload)
@@ -109,7 +108,7 @@ def test_bf16_is_the_same_under_every_stage_and_close_to_fsdp2() -> None:
     """Masters stay float32, and the reduction too; products are the same bf16 ones."""
     native = run_ranks(2, lambda rank: interrupted(rank, 2, {}, torch.bfloat16))[0]
     runs = []
-    for stage, offload in ((1, False), (2, False), (3, False), (1, True), (2, True), (3, True)):
+    for stage, offload in ((1, False), (2, False), (2, True), (3, True)):
         parallel = zero(stage, offload_optimizer=offload)
         ranks = run_ranks(2, lambda rank, p=parallel: interrupted(rank, 2, p, torch.bfloat16))
         runs.append(ranks[0])
