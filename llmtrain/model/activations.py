@@ -24,17 +24,14 @@ class ActivationSplit:
     """How ranks share the activations of a micro-batch.
 
     tensor: tensor-parallel degree; sequence, keep_gathered: as in ``parallel``. context:
-    context-parallel degree of the gathering method, which keeps the keys and values of the whole
-    sequence; 1 for the ring. head_major: attention's result lies in memory as rotated queries do,
-    by heads (torch's does; the compiled one for bf16 on the CPU does not), and the projection
-    behind it keeps a copy by tokens.
+    context-parallel degree; ring: its method, which keeps no keys and values of other ranks.
     """
 
     tensor: int = 1
     sequence: bool = False
     keep_gathered: bool = False
-    gathered_context: int = 1
-    head_major: bool = True
+    context: int = 1
+    ring: bool = False
 
     @property
     def residual(self) -> int:
@@ -60,8 +57,10 @@ def block_activation_bytes(
 
     - the residual stream before each norm and the norms' results, n (2 d + 2 d) e, split over t
       by sequence parallelism (with ``keep_gathered`` the results are whole);
-    - q, k, v and the attention's result, n (2 q + 2 k) e / t (with rotary positions 3 q, see
-      ``ActivationSplit.head_major``), and q and k before their norms;
+    - q, k, v and the attention's result, n (2 q + 2 k) e / t, with context parallelism by
+      gathering the keys and values of all c ranks, and q and k before their norms; once more the
+      result, q, where it lies by heads and the projection behind it reads it by tokens: with
+      rotary positions, and with context parallelism;
     - the input and the result of the activation, n (u + d_ff) e / t (ReLU: the result alone);
     - in float32 a norm's statistics and a log-sum-exp for each query head.
 
@@ -86,8 +85,8 @@ def block_activation_bytes(
     kept += 2 * statistics * (tokens // split.residual)
     up = 2 * ff if cfg.activation == "swiglu" else ff
     inner = up if recompute == "selective" else up + ff
-    copied = cfg.position == "rope" and split.head_major
-    values = (3 if copied else 2) * q + 2 * k * split.gathered_context
+    copied = cfg.position == "rope" or split.context > 1
+    values = (3 if copied else 2) * q + 2 * k * (1 if split.ring else split.context)
     values += ff if cfg.activation == "relu" else inner
     per_token = values * dtype.itemsize + heads * STATISTIC
     per_token += _qk_norm_bytes(cfg, q + k, heads + groups, dtype, t)

@@ -82,13 +82,12 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
 def activation_split(setting: Setting) -> ActivationSplit:
     """How the ranks of a run share its activations."""
     parallel, degrees = setting.cfg.parallel, setting.degrees
-    gathers = parallel.context_method == "allgather"
     return ActivationSplit(
         degrees.tensor,
         setting.sequence,
         parallel.keep_gathered,
-        degrees.context if gathers else 1,
-        head_major=not (setting.fused and setting.item == 2),
+        degrees.context,
+        parallel.context_method == "ring",
     )
 
 
@@ -153,8 +152,8 @@ class _Gathered:
     def of(cls, setting: Setting, units: list[list[Part]]) -> _Gathered:
         """Outside the blocks: from forward to the end of backward. Of blocks: all of them until
         their backward with ``reshard_after_forward: false``, all in a pipeline's backward, else
-        the running one and those that ``prefetch`` has on their way. A single shard in the compute
-        dtype is not copied."""
+        the running one and those that ``prefetch`` has on their way. A single shard in the
+        compute dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
         blocks = [setting.item * _elements(unit) for unit in units if unit[0].block is not None]
@@ -228,12 +227,19 @@ def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int
 
 
 def _masks(setting: Setting, blocks: float, recompute: str | None = None) -> float:
-    """Masks of documents that torch's attention on the CPU keeps: s numbers a token and block."""
-    if not (setting.cfg.data.document_mask and setting.fused and setting.item == FLOAT):
+    """Masks that torch's attention on the CPU keeps in each block: of documents s numbers a token;
+    of a rank's two chunks of a split sequence the keys they may see, 2 c + 1 chunks."""
+    if not (setting.fused and setting.item == FLOAT):
         return 0
     if (recompute or setting.cfg.train.recompute) == "full":
         return 0
-    return blocks * setting.tokens * setting.cfg.data.seq_len * setting.item
+    parallel, length = setting.cfg.parallel, setting.cfg.data.seq_len
+    if setting.degrees.context > 1:
+        chunk = length // (2 * setting.degrees.context)
+        copies = setting.sequences if setting.cfg.data.document_mask else 1
+        gathers = parallel.context_method == "allgather"
+        return blocks * copies * chunk * (chunk + length) * FLOAT if gathers else 0
+    return blocks * setting.tokens * length * FLOAT if setting.cfg.data.document_mask else 0
 
 
 def _shared_rows(setting: Setting, blocks: float) -> float:

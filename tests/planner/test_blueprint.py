@@ -28,13 +28,17 @@ def real_shapes(rank: int, setting: Setting) -> dict[str, tuple[int, ...]]:
         (4, {"parallel__tensor": 2, "model__mlp_bias": True, "model__tie_embeddings": True}),
         (4, {"parallel__replicate": 2, "parallel__tensor": 2, "model__qk_norm": "full"}),
         (4, {"parallel__tensor": 4, "model__n_kv_heads": 1, "model__position": "learned"}),
+        (4, {"parallel__pipeline": 2, "model__tie_embeddings": True}),
     ],
     ids=str,
 )
 def test_every_rank_is_drawn_as_it_is(world: int, changes: dict[str, Any]) -> None:
     setting = setting_of(small_run(**changes), world)
     for rank, shapes in enumerate(run_ranks(world, real_shapes, setting)):
-        assert {p.name: p.local for p in draw(setting, rank).parts} == shapes
+        units = draw(setting, rank).units(
+            setting.stages(rank // (world // setting.degrees.pipeline))
+        )
+        assert {part.name: part.local for unit in units for part in unit} == shapes
 
 
 def test_stages_share_out_all_parameters_once() -> None:

@@ -50,6 +50,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor, plain": (2, SHAPE | TENSOR | {"parallel__sequence": False}),
     "tensor, full": (2, SHAPE | TENSOR | FULL),
     "tensor, selective, tied": (2, DEEP | TENSOR | SELECTIVE | TIED),
+    "context": (4, SHAPE | {"parallel__context": 2}),
+    "ring": (2, SHAPE | {"parallel__context": 2, "parallel__context_method": "ring"}),
     "tensor, fsdp": (4, SHAPE | TENSOR | MICRO),
 }
 
