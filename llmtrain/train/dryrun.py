@@ -22,6 +22,7 @@ from llmtrain.optim import build_groups, groups_table
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.parallel.mesh import Degrees, resolve_degrees
 from llmtrain.parallel.world import pick_device
+from llmtrain.parallel.zero import BUCKET
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import gib, human, table
 
@@ -112,16 +113,51 @@ def memory_estimate(
         gradients += 4 * n_params  # accumulated unsharded until the last micro-batch
     dtype = precision.compute
     tokens = batch * cfg.data.seq_len // degrees.context
-    return {
+    state = {
         "weights (fp32)": 4 * n_params // shard,
         "gradients (fp32)": gradients,
         "optimizer state": 4 * moments * n_params // shard,
         "compute copies": gathered,
+    }
+    if cfg.parallel.engine == "deepspeed":
+        state = _zero_bytes(cfg, model_cfg, dtype.itemsize, degrees)
+    return {
+        **state,
         "activations": activation_bytes(model_cfg, 1, tokens, cfg.train.recompute, dtype),
         "gathered keys/values": _gathered_bytes(
             cfg, model_cfg, tokens * (degrees.context - 1), dtype
         ),
         "logits chunk": 3 * 4 * padded_vocab(model_cfg) * min(cfg.loss.chunk_tokens, tokens),
+    }
+
+
+def _zero_bytes(
+    cfg: RunConfig, model_cfg: ModelConfig, itemsize: int, degrees: Degrees
+) -> dict[str, int]:
+    """State under DeepSpeed (Rajbhandari et al. 2020, section 5); itemsize: of compute copies.
+
+    ZeRO 1 shards masters and optimizer, 2 the gradients too, 3 the compute copies too, which it
+    gathers two blocks at a time. Gradients are summed in float32 whatever they are computed in,
+    and reduced through a bucket. ``(host)``: offloaded.
+    """
+    stage = cfg.parallel.zero_stage or 3
+    counts, ranks = param_counts(model_cfg), degrees.data
+    n_params, hidden = counts["total"] // degrees.tensor, counts["hidden"] // degrees.tensor
+    moments = 1 if cfg.optim.name == "lion" else 2
+    copies, gradients = itemsize * n_params, 4 * n_params
+    if stage == 1 and itemsize == 2:
+        gradients += 2 * n_params
+    if stage > 1:
+        gradients = gradients // ranks + 4 * min(BUCKET, n_params)
+    if stage == 3:
+        blocks = n_params - hidden + 2 * hidden // model_cfg.n_layers
+        copies = copies // ranks + itemsize * blocks
+    place = " (host)" if cfg.parallel.offload_optimizer else ""
+    return {
+        f"weights (fp32){place}": 4 * n_params // ranks,
+        "gradients (fp32)": gradients,
+        f"optimizer state{place}": 4 * moments * n_params // ranks,
+        "compute copies": copies,
     }
 
 
@@ -143,7 +179,9 @@ def _layout_lines(
     micro = cfg.train.micro_batch_size or per_rank
     parts = memory_estimate(cfg, model_cfg, precision, degrees)
     rows = [("memory per rank", "estimate")] + [(k, gib(v)) for k, v in parts.items()]
-    rows.append(("total", gib(sum(parts.values()))))
+    device = {name: bytes_ for name, bytes_ in parts.items() if not name.endswith("(host)")}
+    total = "total" if device == parts else "total on the device"
+    rows.append((total, gib(sum(device.values()))))
     return [
         "layout:",
         f"  {world} process(es) = {degrees}; "
