@@ -38,12 +38,13 @@ $(BIN)/python:
 	  echo "cannot make a virtual environment; on Debian and Ubuntu:" \
 	    "apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
-# torch goes in first, so that nothing else chooses it. mosaicml-streaming goes in last and
+# torch goes in first, so that nothing else chooses it. DeepSpeed comes as source and is told not
+# to compile its operators, none of which is used. mosaicml-streaming goes in last and
 # without its requirements: its pins would hold numpy and transformers back (docs/install.md).
 $(INSTALLED): $(BIN)/python pyproject.toml constraints.txt
 	@echo "== installing; pip writes to $(LOG)"
 	@{ $(PIP) $(TORCH_ARGS) torch && \
-	   $(PIP) -e '.[dev,docs,hf,streaming]' && \
+	   DS_BUILD_OPS=0 $(PIP) -e '.[dev,docs,hf,streaming,deepspeed]' && \
 	   $(PIP) --no-deps mosaicml-streaming; } > $(LOG) 2>&1 || { \
 	  grep -vE 'is ignored|^mosaicml-streaming .* requires|dependency resolver' $(LOG) \
 	    | tail -n 25 >&2; echo "installation failed; all of it is in $(LOG)" >&2; exit 1; }

@@ -69,6 +69,8 @@ Level level() {
 
 const char* kernel_set() { return kLevelNames[level()]; }
 
+const char* sources() { return LLMTRAIN_SOURCES; }
+
 const KernelSet& best_kernels() {
 #ifdef __x86_64__
   if (level() <= kAvx512) return avx512::kernels;

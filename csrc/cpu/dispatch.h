@@ -11,6 +11,9 @@ namespace llmtrain {
 // LLMTRAIN_CPU_KERNELS names the best one to use, to compare the others with it.
 const char* kernel_set();
 
+// The stamp of the sources that this library was compiled from (llmtrain/ops/native.py).
+const char* sources();
+
 // For T float and bf16.
 template <class T>
 const RowKernels<T>& rows();

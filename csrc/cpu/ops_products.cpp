@@ -8,6 +8,8 @@ namespace llmtrain {
 
 std::string kernel_set_name() { return kernel_set(); }
 
+std::string sources_stamp() { return sources(); }
+
 bool has_attention() { return attention_kernels() != nullptr; }
 
 bool has_products() { return product_kernels() != nullptr; }
@@ -124,6 +126,7 @@ Triple attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmtrain, m) {
   m.def("kernel_set() -> str");
+  m.def("sources() -> str");
   m.def("has_attention() -> bool");
   m.def("has_products() -> bool");
   m.def("weight_gradient_(Tensor(a!) out, Tensor grad, Tensor x, bool add) -> ()");
@@ -136,6 +139,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmtrain, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(llmtrain, CompositeExplicitAutograd, m) {
   m.impl("kernel_set", TORCH_BOX(&kernel_set_name));
+  m.impl("sources", TORCH_BOX(&sources_stamp));
   m.impl("has_attention", TORCH_BOX(&has_attention));
   m.impl("has_products", TORCH_BOX(&has_products));
 }

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.checkpoint.layout import (
     HOOK_PREFIX,
+    MODEL_PREFIX,
     OPTIM_PREFIX,
     Checkpoint,
     checkpoints_folder,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOOK_PREFIX",
+    "MODEL_PREFIX",
     "OPTIM_PREFIX",
     "Checkpoint",
     "Checkpointer",

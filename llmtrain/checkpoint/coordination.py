@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, LlmtrainError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ class _Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> _Failure:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, LlmtrainError):
             return cls(rank, str(error), True)
         return cls(rank, "".join(traceback.format_exception(error)), False)
 

@@ -2,7 +2,7 @@
 
 One ``model.safetensors``, or ``model-00001-of-0000N.safetensors`` with the usual
 ``model.safetensors.index.json`` when it is larger than a shard; names without the ``model.``
-prefix, besides them the checkpoint's config.yaml, tokenizer.json and meta.json.
+prefix, besides them the checkpoint's config.yaml, tokenizer files and meta.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmtrain.checkpoint.store import explain, sync_folder
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.errors import CheckpointError
 
-COPIED = ("config.yaml", "tokenizer.json", META)
+COPIED = ("config.yaml", "tokenizer.json", "tokenizer_config.json", META)
 SHARD_BYTES = 5 << 30
 
 
@@ -57,12 +57,14 @@ def export_model(
     prefix: str = "model.",
     shard_bytes: int = SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write the tensors whose names begin with ``prefix`` to the new folder ``dst``.
 
     source: a checkpoint (verified first) or a run, whose newest good one is taken, by one process;
-    or live tensors, then all ranks of ``group`` call this and the main one writes. files: small
-    files to put beside; those of a checkpoint are taken by themselves. dtype: cast floating-point
+    or live tensors, then all ranks of ``group`` call this and the main one writes. warn: is told
+    the fault of each newer checkpoint passed over. files: small files to put beside; those of a
+    checkpoint are taken by themselves. dtype: cast floating-point
     tensors to it; None keeps them. At most one whole tensor is in memory. ``dst`` appears by one
     rename, complete. Returns the files of tensors. Raises CheckpointError naming what is wrong.
     """
@@ -70,7 +72,9 @@ def export_model(
     if isinstance(source, Mapping):
         items = [_live(k, v, dtype) for k, v in sorted(source.items()) if k.startswith(prefix)]
     else:
-        path = find(ranks, Path(source))[0]
+        path, skipped = find(ranks, Path(source), prefix)
+        for fault in skipped:
+            (warn or _ignore)(f"{fault}; {path.name} is exported instead")
         stored = {k: v for k, v in read_layout(path).items() if k.startswith(prefix)}
         items = [_stored(path, k, v, dtype) for k, v in sorted(stored.items())]
         kept = {n: data for n, data in read_files(path).items() if n in COPIED}
@@ -89,6 +93,10 @@ def export_model(
         if ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _ignore(text: str) -> None:
+    """Nobody wants to know."""
 
 
 def _live(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> _Item:

@@ -126,28 +126,36 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
     body = read_json(path / CHECKSUMS)
     files = body.get("files")
     try:
-        if not isinstance(files, dict) or body["digest"] != _digest(files):
+        if body["version"] != VERSION or not isinstance(files, dict):
+            raise ValueError
+        if body["digest"] != _digest(files):
             raise ValueError
         return {
             name: FileSum(name, int(entry["bytes"]), str(entry[ALGORITHM]))
             for name, entry in files.items()
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / CHECKSUMS} is damaged") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / CHECKSUMS} is damaged, or of another version than {VERSION}"
+        ) from error
 
 
 def _digest(files: dict[str, Any]) -> str:
     return hash_bytes(json.dumps(files, sort_keys=True).encode())
 
 
-def size_problems(path: Path) -> list[str]:
-    """One sentence per file of a checkpoint that is missing or has another size than recorded."""
+def size_problems(path: Path, names: Iterable[str] | None = None) -> list[str]:
+    """One sentence per file of a checkpoint that is missing or has another size than recorded.
+
+    names: the files that matter; None for all.
+    """
     problems = []
     sums = read_checksums(path)
     for name in (META, TENSORS):
         if name not in sums:
             problems.append(f"{path / CHECKSUMS} does not list {name}")
-    for name, entry in sorted(sums.items()):
+    for name in sorted(sums if names is None else names):
+        entry = sums[name]
         try:
             size = (path / name).stat().st_size
         except FileNotFoundError:

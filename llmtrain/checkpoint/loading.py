@@ -19,23 +19,28 @@ from llmtrain.checkpoint.layout import (
     scan,
 )
 from llmtrain.checkpoint.storage import DTYPES, SafetensorsReader
-from llmtrain.checkpoint.verify import cheap_problems, checksum_problems
+from llmtrain.checkpoint.verify import cheap_problems, checksum_problems, needed_files
 from llmtrain.errors import CheckpointError
 
 _NAMED = 5
 _SAME_MODEL = "resume with the model and optimizer it was saved with (see its config.yaml)"
 
 
-def examine(ranks: Ranks, path: Path) -> list[str]:
-    """``verify`` with every file read by one rank only; the same answer on all ranks."""
+def examine(ranks: Ranks, path: Path, prefix: str = "") -> list[str]:
+    """``verify`` with every file read by one rank only; the same answer on all ranks.
+
+    prefix: look only at what a reader of the tensors of such names reads.
+    """
 
     def shares() -> tuple[list[str], list[list[str]]]:
-        problems = cheap_problems(path)
+        problems = cheap_problems(path, prefix)
         if problems:
             return problems, []
         parts: list[list[str]] = [[] for _ in range(ranks.size)]
         loads = [0] * ranks.size
-        for entry in sorted(read_checksums(path).values(), key=lambda e: (-e.bytes, e.name)):
+        sums = read_checksums(path)
+        needed = [sums[name] for name in needed_files(path, prefix)]
+        for entry in sorted(needed, key=lambda e: (-e.bytes, e.name)):
             least = loads.index(min(loads))
             parts[least].append(entry.name)
             loads[least] += entry.bytes
@@ -50,11 +55,11 @@ def examine(ranks: Ranks, path: Path) -> list[str]:
     )
 
 
-def newest_good(ranks: Ranks, root: Path) -> tuple[Path | None, list[str]]:
+def newest_good(ranks: Ranks, root: Path, prefix: str = "") -> tuple[Path | None, list[str]]:
     """The newest checkpoint under ``root`` with nothing wrong, and the fault of each newer one."""
     skipped: list[str] = []
     for checkpoint in reversed(ranks.on_main(lambda: scan(root))):
-        problems = [checkpoint.problem] if checkpoint.problem else examine(ranks, checkpoint.path)
+        problems = examine(ranks, checkpoint.path, prefix)
         if not problems:
             return checkpoint.path, skipped
         skipped.append(problems[0])
@@ -82,10 +87,12 @@ def load_checkpoint(
     return found
 
 
-def find(ranks: Ranks, path: Path) -> tuple[Path, list[str]]:
+def find(ranks: Ranks, path: Path, prefix: str = "") -> tuple[Path, list[str]]:
     """The verified checkpoint a user's path means: itself, or the newest good one of a run.
 
-    Raises CheckpointError naming what is damaged or missing.
+    prefix: of the tensors that will be read, and so verified; "" for all of them. Returned
+    besides: the fault of each newer one passed over. Raises CheckpointError naming what is
+    damaged or missing.
     """
 
     def is_checkpoint() -> bool:
@@ -94,30 +101,32 @@ def find(ranks: Ranks, path: Path) -> tuple[Path, list[str]]:
         return parse_step(path.name) is not None or (path / META).exists()
 
     if ranks.on_main(is_checkpoint):
-        require_good(ranks, path)
+        require_good(ranks, path, prefix)
         return path, []
-    good, skipped = newest_good(ranks, checkpoints_folder(path))
+    good, skipped = newest_good(ranks, checkpoints_folder(path), prefix)
     if good is None:
         because = f": {skipped[0]}" if skipped else ""
         raise CheckpointError(f"{path} holds no checkpoint that can be used{because}")
     return good, skipped
 
 
-def require_good(ranks: Ranks, path: Path) -> None:
+def require_good(ranks: Ranks, path: Path, prefix: str = "") -> None:
     """Raise CheckpointError naming the damaged file of a checkpoint and what to use instead."""
-    problems = examine(ranks, path)
+    problems = examine(ranks, path, prefix)
     if problems:
-        raise CheckpointError(f"{problems[0]}; {ranks.on_main(lambda: advice(path))}")
+        raise CheckpointError(f"{problems[0]}; {ranks.on_main(lambda: advice(path, prefix))}")
 
 
-def advice(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
+def advice(path: Path, prefix: str = "") -> str:
+    """What to do about a damaged checkpoint; prefix: of the tensors wanted from it."""
     step = parse_step(path.name)
     earlier = [
         c for c in scan(path.parent) if c.problem is None and step is not None and c.step < step
     ]
     if not earlier:
         return "there is no earlier checkpoint of this run to fall back on"
+    if prefix:
+        return f"an earlier one is {earlier[-1].path}"
     return (
         f"set checkpoint.resume={earlier[-1].path}, or delete {path} and checkpoint.resume=auto "
         "goes on from the earlier one"

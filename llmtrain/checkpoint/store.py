@@ -223,6 +223,6 @@ def reason(error: OSError) -> str:
         return "the file system is read-only; set `out` to a folder that can be written"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "permission denied; set `out` to a folder that can be written"
-    if error.errno in (errno.ENOTDIR, errno.ENOENT):
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG):
         return f"{error.strerror} ({error.filename}); set `out` to a folder that can be created"
     return f"{error.strerror or error}; set `out` to a healthy disk"

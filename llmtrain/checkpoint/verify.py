@@ -54,13 +54,33 @@ def read_files(path: Path) -> dict[str, bytes]:
     return contents
 
 
-def cheap_problems(path: Path) -> list[str]:
-    """What can be said without reading the data: files, sizes, headers, cover of each tensor."""
+def cheap_problems(path: Path, prefix: str = "") -> list[str]:
+    """What can be said without reading the data: files, sizes, headers, cover of each tensor.
+
+    prefix: look only at what a reader of the tensors of such names reads.
+    """
     try:
-        problems = size_problems(path)
-        return problems or layout_problems(path, read_layout(path))
+        problems = size_problems(path, needed_files(path, prefix))
+        tensors = read_layout(path) if not problems else {}
+        return problems or layout_problems(
+            path, {key: layout for key, layout in tensors.items() if key.startswith(prefix)}
+        )
     except CheckpointError as error:
         return [str(error)]
+
+
+def needed_files(path: Path, prefix: str) -> list[str]:
+    """The files of a checkpoint without those that hold only tensors not named ``prefix*``.
+
+    So that a model can be read whose optimizer is damaged or was deleted. Raises CheckpointError.
+    """
+    names = set(read_checksums(path))
+    if prefix and TENSORS in names:
+        files: dict[bool, set[str]] = {True: set(), False: set()}
+        for key, layout in read_layout(path).items():
+            files[key.startswith(prefix)].update(chunk.file for chunk in layout.chunks)
+        names -= files[False] - files[True]
+    return sorted(names)
 
 
 def checksum_problems(path: Path, names: Sequence[str]) -> list[str]:

@@ -1,14 +1,16 @@
-"""``llmtrain checkpoint list|verify|prune|export``."""
+"""``llmtrain checkpoint list|verify|prune|export|to-deepspeed|from-deepspeed``."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_OK, CheckpointError
 
-HELP = "list, verify, prune or export the checkpoints of a run"
+HELP = "list, verify, prune, export or convert the checkpoints of a run"
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -40,11 +42,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)"
     )
+    _add_conversions(actions)
+
+
+def _add_conversions(actions: Any) -> None:
+    leaving = actions.add_parser("to-deepspeed", help="write a DeepSpeed universal checkpoint")
+    leaving.add_argument("run", metavar="RUN", help="folder of a run, or one checkpoint")
+    leaving.add_argument("out", metavar="DST", help="folder to create")
+
+    coming = actions.add_parser("from-deepspeed", help="read a DeepSpeed universal checkpoint")
+    coming.add_argument("source", metavar="SRC", help="folder with latest_universal, or of a step")
+    coming.add_argument("out", metavar="RUN", help="folder of the run that gets the checkpoint")
+    coming.add_argument(
+        "--like", metavar="RUN", help="run or checkpoint with the same model, for its config"
+    )
+    coming.add_argument("--step", type=int, metavar="N", help="updates made, if it does not say")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    actions = {"list": _list, "verify": _verify, "prune": _prune, "export": _export}
+    actions = {
+        "list": _list,
+        "verify": _verify,
+        "prune": _prune,
+        "export": _export,
+        "to-deepspeed": _to_deepspeed,
+        "from-deepspeed": _from_deepspeed,
+    }
     return actions[args.action](args)
 
 
@@ -135,9 +159,27 @@ def _export(args: argparse.Namespace) -> int:
         Path(args.out),
         dtype=dtypes[args.dtype] if args.dtype else None,
         shard_bytes=max(1, int(args.shard_gb * 1e9)),
+        warn=lambda text: print(f"llmtrain: warning: {text}", file=sys.stderr),
     )
     for path in written:
         print(f"{path} ({size_text(path.stat().st_size)})")
+    return EXIT_OK
+
+
+def _to_deepspeed(args: argparse.Namespace) -> int:
+    from llmtrain.checkpoint.universal import to_deepspeed
+
+    print(to_deepspeed(_existing(args.run), Path(args.out)))
+    return EXIT_OK
+
+
+def _from_deepspeed(args: argparse.Namespace) -> int:
+    from llmtrain.checkpoint.universal import from_deepspeed
+
+    if args.step is not None and args.step < 1:
+        raise CheckpointError("--step must be at least 1: it counts updates made")
+    like = _existing(args.like) if args.like is not None else None
+    print(from_deepspeed(_existing(args.source), Path(args.out), like=like, step=args.step))
     return EXIT_OK
 
 

@@ -26,6 +26,7 @@ NEEDED = (
 OPTIONAL = {
     "datasets": "Hugging Face datasets as sources: pip install 'llmtrain[hf]'",
     "transformers": "comparison with Hugging Face models: pip install 'llmtrain[hf]'",
+    "deepspeed": "parallel.engine: deepspeed: DS_BUILD_OPS=0 pip install 'llmtrain[deepspeed]'",
     "wandb": "logging to Weights & Biases: pip install 'llmtrain[wandb]'",
     "mlflow": "logging to MLflow: pip install 'llmtrain[mlflow]'",
 }
@@ -59,6 +60,7 @@ def diagnose() -> Iterator[Check]:
         ("gloo", _gloo, False),
         ("NCCL", _nccl, False),
         ("C++ compiler", _compiler, False),
+        ("CPU kernels", _kernels, False),
         ("streaming", _streaming, False),
         *((name, _optional(name, why), False) for name, why in OPTIONAL.items()),
         ("disk", _disk, False),
@@ -173,6 +175,15 @@ def _compiler() -> str:
         if path:
             return f"{path}: train.compile works"
     raise Broken("none found; train.compile on CPU needs g++ or clang++")
+
+
+def _kernels() -> str:
+    from llmtrain.ops import kernels_line, native_loaded
+
+    line = kernels_line().removeprefix("CPU kernels: ")
+    if not native_loaded():
+        raise Broken(line)
+    return line
 
 
 def _streaming() -> str:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from llmtrain.train.console import table
 
     result = evaluate_checkpoint(Path(args.checkpoint), args.overrides, args.device)
-    for fault in result.skipped:
+    for fault in result.warnings:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     if args.json:
         print(json.dumps({"checkpoint": str(result.path), "domains": result.domains}, indent=1))

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device, 0)
     trained = load_trained(Path(args.checkpoint), device)
-    for fault in trained.skipped:
+    for fault in trained.warnings:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     tokenizer = trained.tokenizer
     if tokenizer is None:

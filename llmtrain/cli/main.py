@@ -14,9 +14,22 @@ from types import ModuleType
 from typing import NoReturn
 
 import llmtrain
+from llmtrain.cli.chorus import said_elsewhere
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_GUARD, EXIT_PREEMPTED, ConfigError, LlmtrainError
 
-COMMANDS = ("train", "data", "eval", "generate", "checkpoint", "merge", "report", "doctor")
+COMMANDS = (
+    "train",
+    "branch",
+    "data",
+    "eval",
+    "generate",
+    "checkpoint",
+    "merge",
+    "report",
+    "reproduce",
+    "doctor",
+)
+EXIT_LOST = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 TRACEBACK = "LLMTRAIN_TRACEBACK"
@@ -39,6 +52,8 @@ _OS_REMEDIES = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHOICE = re.compile(r"argument ([^:]+): invalid choice: '([^']*)' \(choose from (.*)\)")
+# What gloo says when the process at the other end of a connection is gone.
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 _EXTRAS = {
     "datasets": "pip install 'llmtrain[hf]'",
     "transformers": "pip install 'llmtrain[hf]'",
@@ -74,7 +89,7 @@ def entry() -> NoReturn:
 
     this_is_the_command()
     code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _several():
         # A gloo worker thread that still holds a tensor owned by Python would abort the
         # interpreter on its way out and hide the exit code. All is closed and flushed by now.
         sys.stdout.flush()
@@ -85,10 +100,18 @@ def entry() -> NoReturn:
 
 
 def _tell_launcher(code: int) -> None:
-    """torchrun turns every failure into 1; launch/local.sh reads the real code from this file."""
+    """torchrun turns every failure into 1; launch/local.sh reads the real code from this file.
+
+    The first rank's counts, but where it was left waiting or lost a rank that failed, that one's.
+    """
     file = os.environ.get("LLMTRAIN_EXIT_FILE")
-    if file and os.environ.get("RANK", "0") == "0":
-        with open(file, "w") as out:
+    if not file:
+        return
+    with open(file, "r+") as out:
+        first = os.environ.get("RANK", "0") == "0" and code != EXIT_LOST
+        if first or out.read().strip() in ("", str(EXIT_LOST)):
+            out.seek(0)
+            out.truncate()
             out.write(str(code))
 
 
@@ -199,6 +222,8 @@ def _explain(error: Exception) -> tuple[str | None, int]:
         package = error.name.partition(".")[0]
         if package in _EXTRAS:
             return f"this needs the package {package}: run {_EXTRAS[package]}", EXIT_BAD_INPUT
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)) and _several():
+        return "another process of this run has ended; its own message says why", EXIT_LOST
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and (cause is error or cause.errno in _FULL):
@@ -207,6 +232,10 @@ def _explain(error: Exception) -> tuple[str | None, int]:
                 return sentence, EXIT_BAD_INPUT
         cause = cause.__cause__ or cause.__context__
     return None, 1
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _os_sentence(error: OSError) -> str | None:
@@ -226,6 +255,9 @@ def _report(error: Exception, sentence: str, code: int) -> None:
     if (ended and rank != "0") or (
         isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
     ):
+        return
+    # Faults of the config are found before torch is loaded, by all ranks alike.
+    if _several() and not isinstance(error, ConfigError) and said_elsewhere(sentence):
         return
     who = "llmtrain" if rank == "0" else f"llmtrain: rank {rank}"
     label = {EXIT_GUARD: "stopped", EXIT_PREEMPTED: "preempted"}.get(code, "error")

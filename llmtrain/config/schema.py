@@ -1,7 +1,7 @@
 """The typed tree that describes a run: every key a YAML file may have, with its default.
 
 One class per section; ``config.fields`` says what a field's ``key`` may hold. Sections of methods
-are in ``config.methods``. Rules between fields live in ``config.check``.
+are in files of their own. Rules between fields live in ``config.check``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
-from llmtrain.config.methods import AverageConfig
+from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
 
@@ -251,6 +252,11 @@ class ParallelConfig:
         "reduce gradients after each micro-batch: no full gradient on a rank, more traffic",
     )
     reshard_after_forward: bool = key(True, "free gathered weights between forward and backward")
+    prefetch: int = key(
+        1,
+        "blocks whose weights are gathered while an earlier one computes",
+        ge=0,
+    )
     engine: str = key(
         "native", "what shards state: FSDP2, or DeepSpeed (extra)", choices=("native", "deepspeed")
     )
@@ -298,6 +304,9 @@ class CheckpointConfig:
     every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end", gt=0)
     keep: int = key(2, "newest temporary checkpoints kept", ge=1)
     permanent_every: Duration | None = key(None, "checkpoints that are never pruned", gt=0)
+    keep_at: list[Duration] = key(
+        list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
+    )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
@@ -354,6 +363,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = key(CheckpointConfig)
     guard: GuardConfig = key(GuardConfig)
     log: LogConfig = key(LogConfig)
+    reweight: ReweightConfig | None = key(
+        None,
+        "weights of samples and tokens by their losses",
+        hook="llmtrain.methods.reweight:Reweight",
+    )
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"
     )

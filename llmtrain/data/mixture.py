@@ -1,17 +1,18 @@
 """Which source gives global sample i: exact apportionment in closed form.
 
-A phase of constant weights is cut into blocks of at most 1,024 samples. ``Apportionment`` says how
-many samples of each source lie before a block boundary; inside a block the sources' labels are
+A stretch of constant weights is cut into blocks of at most 1,024 samples. ``Apportionment`` says
+how many samples of each source lie before a block boundary; inside a block the sources' labels are
 shuffled. Nothing grows with the length of the run.
 
-Each stretch starts from the rounding left over by the stretches before it, and depends on its own
-sources only, so that appending a source changes no earlier sample.
+Counts look ahead over the whole schedule: who is rounded up before a change of weights depends on
+the weights after it. So where a schedule is changed during a run, the mixture keeps the one given
+up beside the new one, and the past stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from llmtrain.data.apportion import Apportionment
 from llmtrain.data.order import mix, stream_key
+from llmtrain.data.targets import Stretch
 
 # First sample of a block, source index of each of its samples, and how many samples of that
 # source come before each.
@@ -27,43 +29,53 @@ _Contents: TypeAlias = tuple[int, NDArray[np.int64], NDArray[np.int64]]
 _KEPT = 4
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Global samples [start, stop) of constant weights (which sum to 1, all positive)."""
-
-    start: int
-    stop: int
-    weights: Mapping[str, Fraction]
+def cut(schedule: Sequence[Stretch], turn: int) -> list[Stretch]:
+    """The part of a schedule before global sample ``turn``."""
+    return [Stretch(s.start, min(s.stop, turn), s.weights) for s in schedule if s.start < turn]
 
 
 class Mixture:
-    """The source of every global sample of a run, from consecutive stretches of weights.
+    """The source of every global sample of a run, from schedules of consecutive stretches.
 
     names: all sources, in the order of the indices that are returned. block: samples per block.
+    schedules: complete, in the order in which they were in force; each is given up at the first
+    sample of the next. stretches: those in force when their samples are dealt.
     """
 
     def __init__(
-        self, names: Sequence[str], stretches: Sequence[Stretch], block: int, seed: int
+        self,
+        names: Sequence[str],
+        stretches: Sequence[Stretch],
+        block: int,
+        seed: int,
+        earlier: Sequence[Sequence[Stretch]] = (),
     ) -> None:
-        self.names, self.stretches = list(names), list(stretches)
-        self.block, self.seed = block, seed
+        """stretches: the schedule in force now. earlier: schedules that it has replaced."""
+        self.names, self.block, self.seed = list(names), block, seed
+        self.schedules = [list(schedule) for schedule in (*earlier, stretches)]
         place = {name: i for i, name in enumerate(self.names)}
-        self._parts: list[Apportionment] = []
-        self._indices: list[NDArray[np.int64]] = []
+        self.stretches: list[Stretch] = []
+        self._parts: list[tuple[Apportionment, NDArray[np.int64], NDArray[np.int64]]] = []
         self._bases = [np.zeros(len(self.names), np.int64)]
-        owed = dict.fromkeys(self.names, Fraction(0))
-        for stretch in self.stretches:
-            part = Apportionment(stretch.weights, owed, block)
-            indices = np.array([place[name] for name in part.names])
-            length = stretch.stop - stretch.start
-            counted = part.counts(length)
-            for name, count in zip(part.names, counted, strict=True):
-                owed[name] += stretch.weights[name] * length - int(count)
+        errors = dict.fromkeys(self.names, Fraction(0))
+        turns = [schedule[0].start for schedule in self.schedules[1:]]
+        for schedule, turn in zip(self.schedules, [*turns, stretches[-1].stop], strict=True):
+            part = Apportionment(schedule, block, errors)
+            # Sources that occur only in what was given up have dealt nothing.
+            columns = [j for j, name in enumerate(part.names) if name in place]
+            indices = np.array([place[part.names[j]] for j in columns])
+            counted = part.counts(turn)[columns]
+            for stretch in cut(schedule, turn):
+                self.stretches.append(stretch)
+                for name, weight in stretch.weights.items():
+                    errors[name] -= weight * (stretch.stop - stretch.start)
+            for j, count in zip(indices, counted, strict=True):
+                errors[self.names[j]] += int(count)
             base = self._bases[-1].copy()
             base[indices] += counted
             self._bases.append(base)
-            self._parts.append(part)
-            self._indices.append(indices)
+            self._parts.append((part, np.array(columns), indices))
+        self._starts, self._turns = [s.start for s in self.stretches], turns
         self._kept: tuple[_Contents, ...] = ()
 
     @property
@@ -75,8 +87,11 @@ class Mixture:
         """Samples of each source among global samples [0, i): [sources] int64, 0 <= i <= total."""
         if i >= self.total:
             return self._bases[-1].copy()
-        index, first = self._block(i)
-        out = self._boundary(index, first)
+        _, first = self._block(i)
+        schedule = bisect_right(self._turns, first)
+        part, columns, indices = self._parts[schedule]
+        out = self._bases[schedule].copy()
+        out[indices] += part.counts(first)[columns]
         if first < i:
             labels, _ = self.locate_range(first, i)
             out += np.bincount(labels, minlength=len(self.names))
@@ -110,21 +125,9 @@ class Mixture:
 
     def _block(self, i: int) -> tuple[int, int]:
         """(stretch, first sample of the block) that global sample i lies in."""
-        low, high = 0, len(self.stretches) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if i < self.stretches[middle].stop:
-                high = middle
-            else:
-                low = middle + 1
-        start = self.stretches[low].start
-        return low, start + (i - start) // self.block * self.block
-
-    def _boundary(self, index: int, first: int) -> NDArray[np.int64]:
-        out = self._bases[index].copy()
-        counted = self._parts[index].counts(first - self.stretches[index].start)
-        out[self._indices[index]] += counted
-        return out
+        index = bisect_right(self._starts, i) - 1
+        start = self._starts[index]
+        return index, start + (i - start) // self.block * self.block
 
     def _contents(self, i: int) -> _Contents:
         """The block around global sample i; the last few are kept, for several readers."""
@@ -132,10 +135,11 @@ class Mixture:
             if kept[0] <= i < kept[0] + len(kept[1]):
                 return kept
         index, first = self._block(i)
-        stretch, part, indices = self.stretches[index], self._parts[index], self._indices[index]
-        stop = min(first + self.block, stretch.stop)
-        start = part.counts(first - stretch.start)
-        numbers = part.counts(stop - stretch.start) - start
+        schedule = bisect_right(self._turns, first)
+        part, columns, indices = self._parts[schedule]
+        stop = min(first + self.block, self.stretches[index].stop)
+        start = part.counts(first)[columns]
+        numbers = part.counts(stop)[columns] - start
         local = np.repeat(np.arange(len(indices)), numbers)
         key = stream_key(self.seed, "block", first)
         shuffle = np.argsort(mix(np.arange(stop - first, dtype=np.uint64), key), kind="stable")
@@ -144,7 +148,7 @@ class Mixture:
         rank = np.arange(len(local)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
         before = np.empty(len(local), np.int64)
         before[order] = rank
-        before += (self._bases[index][indices] + start)[local]
+        before += (self._bases[schedule][indices] + start)[local]
         contents = (first, indices[local], before)
         self._kept = (contents, *self._kept[: _KEPT - 1])
         return contents

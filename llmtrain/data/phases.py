@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from llmtrain.config.schema import PhaseConfig, RunConfig
-from llmtrain.data.mixture import Mixture, Stretch
+from llmtrain.data.mixture import Mixture, cut
+from llmtrain.data.targets import Stretch
 from llmtrain.errors import DataError
 
 # A linear ramp is this many steps of constant weights at most, each of whole blocks; every step
@@ -92,10 +93,14 @@ def first_difference(old: Sequence[Stretch], new: Sequence[Stretch]) -> int | No
     return longer[min(len(old), len(new))].start
 
 
+def _phases(stretches: Sequence[Stretch]) -> list[tuple[int, Mapping[str, Fraction]]]:
+    return [(stretch.start, stretch.weights) for stretch in stretches]
+
+
 def continue_schedule(
     realised: Mixture, configured: Sequence[Stretch], planned: Sequence[Stretch], consumed: int
-) -> list[Stretch]:
-    """The schedule of a resumed run: what was realised, then what is planned now.
+) -> list[list[Stretch]]:
+    """The schedules of a resumed run: those that were in force, then what is planned now.
 
     realised: of the run so far; configured: what its config said; planned: what the config says
     now; consumed: global samples already seen. The past must agree; where the future differs the
@@ -103,8 +108,9 @@ def continue_schedule(
     as a whole. Raises DataError naming the sample where the past differs.
     """
     difference = first_difference(configured, planned)
+    schedules = realised.schedules
     if difference is None:
-        return realised.stretches
+        return schedules
     if difference < consumed:
         raise DataError(
             f"data.phases or data.weights: the schedule differs from sample {difference} on, but "
@@ -112,9 +118,13 @@ def continue_schedule(
             "weights back (phases in dur move with train.duration), or start a new run under "
             "another name"
         )
+    last = schedules[-1][-1]
+    whole = last.start + (difference - last.start) // realised.block * realised.block
+    if _phases(configured) == _phases(planned) and consumed <= whole:
+        # Only the end moves, and no block seen so far was cut by it: nothing before changes.
+        moved = Stretch(last.start, planned[-1].stop, last.weights)
+        return [*schedules[:-1], [*schedules[-1][:-1], moved]]
     turn = realised.block_end(difference)
-    past = [
-        Stretch(s.start, min(s.stop, turn), s.weights) for s in realised.stretches if s.start < turn
-    ]
+    past = [schedule for schedule in schedules if schedule[0].start < turn]
     future = [Stretch(max(s.start, turn), s.stop, s.weights) for s in planned if s.stop > turn]
-    return past + future
+    return [*past, future] if future else [*past[:-1], cut(past[-1], turn)]

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.catalogue import Catalogue, open_catalogue
-from llmtrain.data.mixture import Mixture, Stretch
+from llmtrain.data.mixture import Mixture, cut
 from llmtrain.data.packing import samples_in
 from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_json
 from llmtrain.data.source import TokenSource
+from llmtrain.data.targets import Stretch
 from llmtrain.errors import DataError
 
 # Raised whenever the same config would give another order of samples.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -74,6 +75,7 @@ class DataPlan:
             },
             "configured": to_json(self.configured),
             "realised": to_json(self.mixture.stretches),
+            "schedules": [to_json(schedule) for schedule in self.mixture.schedules],
         }
 
     def check_resume(self, old: dict[str, Any], consumed: int) -> None:
@@ -100,20 +102,27 @@ class DataPlan:
                     f"{where} is {ours[key]} but the checkpoint was made with {old[key]}, which "
                     f"would change samples already seen; resume with {where}={old[key]}"
                 )
-        realised = from_json(old["realised"])
-        used = Mixture(list(old["sources"]), realised, old["block_size"], old["seed"])
+        *earlier, current = [from_json(schedule) for schedule in old["schedules"]]
+        used = Mixture(list(old["sources"]), current, old["block_size"], old["seed"], earlier)
         counts = used.counts(consumed)
         for (name, source), count in zip(old["sources"].items(), counts, strict=True):
             if count:
                 self._check_source(name, source)
-        stretches = continue_schedule(used, from_json(old["configured"]), self.configured, consumed)
-        missing = {n for s in stretches for n in s.weights} - set(self.names)
+        configured = from_json(old["configured"])
+        *earlier, current = continue_schedule(used, configured, self.configured, consumed)
+        turns = [schedule[0].start for schedule in (*earlier, current)][1:]
+        past = [
+            s for schedule, turn in zip(earlier, turns, strict=True) for s in cut(schedule, turn)
+        ]
+        missing = {n for s in (*past, *current) for n in s.weights} - set(self.names)
         if missing:
             raise DataError(
                 f"data.sources: {', '.join(sorted(missing))} took part in this run's past and is "
                 "no longer configured; add it again (its weight may be 0 from now on)"
             )
-        self.mixture = Mixture(self.names, stretches, self.cfg.data.block_size, self.cfg.seed)
+        self.mixture = Mixture(
+            self.names, current, self.cfg.data.block_size, self.cfg.seed, earlier
+        )
 
     def _check_source(self, name: str, old: dict[str, Any]) -> None:
         if name not in self.names:

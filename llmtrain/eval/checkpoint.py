@@ -21,12 +21,12 @@ from llmtrain.parallel.world import pick_device
 
 @dataclass(frozen=True)
 class CheckpointMetrics:
-    """domains: name -> loss, perplexity, tokens, bits_per_byte; skipped: damaged newer ones."""
+    """domains: name -> loss, perplexity, tokens, bits_per_byte; warnings: for the user."""
 
     path: Path
     step: int
     domains: dict[str, dict[str, float]]
-    skipped: list[str]
+    warnings: list[str]
 
 
 class Alone:
@@ -67,4 +67,4 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> Ch
     micro = cfg.eval.micro_batch_size or cfg.train.micro_batch_size or 16
     alone = Layout(World(0, 1, 0, place, None), Degrees())
     domains = evaluate_domains(Alone(trained, place), heldout_sets(cfg), micro, alone)
-    return CheckpointMetrics(trained.path, trained.step, domains, trained.skipped)
+    return CheckpointMetrics(trained.path, trained.step, domains, trained.warnings)

@@ -42,8 +42,9 @@ def evaluate_domains(
         for batch in heldout.batches(micro_batch_size, layout.data_rank, layout.degrees.data):
             own = model.receive(batch)
             output = model.loss(own, 1.0)
-            if layout.counts_tokens:
+            if layout.counts_losses:
                 nll += float((output.nll * own.weights).sum(dtype=torch.float64))
+            if layout.counts_tokens:
                 weight += float(own.weights.sum(dtype=torch.float64))
         nll, weight = layout.world.sum([nll, weight])
         mean = nll / weight if weight else math.nan

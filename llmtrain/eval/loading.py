@@ -17,6 +17,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
 from llmtrain.model import Decoder, resolve_model
+from llmtrain.ops import kernels_warning
 from llmtrain.parallel.hardware import resolve_precision
 
 
@@ -24,7 +25,8 @@ from llmtrain.parallel.hardware import resolve_precision
 class Trained:
     """A model in evaluation mode, with what is needed to use it.
 
-    step: updates it was trained for. skipped: faults of newer checkpoints passed over.
+    step: updates it was trained for. warnings: a sentence for each newer checkpoint passed over,
+    and when compiled kernels are there but not in use.
     """
 
     model: Decoder
@@ -33,24 +35,27 @@ class Trained:
     tokenizer: Tokenizer | None
     step: int
     path: Path
-    skipped: list[str]
+    warnings: list[str]
 
 
 def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
-    the weights stay float32. Optimizer state is not read. Raises CheckpointError naming what is
-    missing or damaged.
+    the weights stay float32. Optimizer state is neither read nor verified. Raises CheckpointError
+    naming what is missing or damaged.
     """
     alone = Ranks(None)
-    found, skipped = find(alone, path.expanduser())
+    found, faults = find(alone, path.expanduser(), "model.")
+    warnings = [f"{fault}; {found.name} is used instead" for fault in faults]
+    if device.type == "cpu" and (out_of_date := kernels_warning()) is not None:
+        warnings.append(out_of_date)
     files = read_files(found)
-    if "config.yaml" not in files:
-        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain train")
+    missing = next((name for name in ("config.yaml", "data.json") if name not in files), None)
+    if missing is not None:
+        raise CheckpointError(f"{found} has no {missing}: it was not saved by llmtrain train")
     cfg = load_config(found / "config.yaml", overrides)
-    state = json.loads(files["data.json"])
-    model_cfg = resolve_model(cfg, int(state["vocab_size"]))
+    model_cfg = resolve_model(cfg, json.loads(files["data.json"])["vocab_size"])
     with torch.device("meta"):
         model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute)
     model.to_empty(device=device)
@@ -59,4 +64,4 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])
-    return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, skipped)
+    return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from llmtrain.parallel.collectives import (
     start_reduce_scatter,
 )
 from llmtrain.parallel.tensor import TensorParallel, pad_rows
+from llmtrain.parallel.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ class Plan:
     def row(self) -> TensorParallel | None:
         """The group of a row-parallel layer."""
         return self.tensor if self.placement is Placement.ROW else None
+
+
+class _Needed:
+    """Which gradients the backward pass that runs now is for.
+
+    Autograd tells a function what it needs once, in forward. A zero-bubble pipeline runs backward
+    twice, first for the inputs of a stage and later for its weights, and each product once.
+    """
+
+    inputs = True
+    weights = True
+
+
+@contextmanager
+def backward_for(kind: str) -> Iterator[None]:
+    """Around a backward pass: ``full``, or for ``input`` or ``weight`` gradients alone.
+
+    One backward pass runs at a time in a process; autograd's own threads see the same.
+    """
+    _Needed.inputs, _Needed.weights = kind != "weight", kind != "input"
+    try:
+        yield
+    finally:
+        _Needed.inputs = _Needed.weights = True
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -77,6 +104,8 @@ class _LinearFunction(torch.autograd.Function):
         plan: Plan = ctx.plan
         x, operand = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x = needs_x and _Needed.inputs
+        needs_weight, needs_bias = needs_weight and _Needed.weights, needs_bias and _Needed.weights
         flat = grad.reshape(-1, grad.shape[-1]).to(plan.matmul.dtype)
         db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         if plan.row is not None and plan.row.sequence:
@@ -137,5 +166,14 @@ def apply_linear(
     rank's, [n / t, out], n padded up. Gradients flow to x, weight and bias, each in its own
     dtype. A weight that needs no gradient costs no saved input.
     """
+    run = _run if plan.tensor is None else _run_in_group
+    return run(x, weight, bias, operand, plan)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan) -> Tensor:
     out: Tensor = _LinearFunction.apply(x, weight, bias, operand, plan)  # type: ignore[no-untyped-call]
     return out
+
+
+# torch.compile cannot trace collectives that are waited for later.
+_run_in_group = uncompiled(_run)

@@ -92,16 +92,19 @@ class Linear(nn.Module):
         """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
         return self.placement.weight if name == "weight" else self.placement.bias
 
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated parameter is one summand of it."""
+        # A row-parallel bias is added to this rank's tokens only.
+        return name == "bias" and self.plan.by_tokens and self.placement is Placement.ROW
+
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as this rank computes with them."""
         if self.bias is None:
             return local(self.weight), None
-        # A row-parallel bias is added to this rank's tokens only.
-        partial = self.plan.by_tokens and self.placement is Placement.ROW
-        return local(self.weight), local(self.bias, partial=partial)
+        return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
 
     def operand(self) -> Tensor:
-        """The weight as the products read it, without gradient."""
+        """The weight as the products read it; the parameter itself where its dtype fits."""
         return self._cache.get(self.parts()[0], self.matmul)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ class DenseMatmul:
         return f"DenseMatmul({self.name})"
 
     def operand(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.dtype)
+        # The parameter itself where it fits: ZeRO 3 frees it after forward and fills the same
+        # tensor again for backward, so a product that saved an alias would keep the memory.
+        return weight if weight.dtype == self.dtype else weight.detach().to(self.dtype)
 
     def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, None if bias is None else bias.to(self.dtype))

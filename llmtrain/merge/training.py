@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, load_checkpoint
-from llmtrain.config.methods import AverageConfig
+from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.merge.copies import (
     Weights,

@@ -4,30 +4,42 @@
 a run's model section complete, ``init_weights`` fills a model on any device and layout.
 """
 
+from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import activation_bytes, flops_per_token, param_counts
+from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
-from llmtrain.model.sharding import check_tensor_degree, shard_over_tensor, tensor_placements
+from llmtrain.model.sharding import (
+    check_tensor_degree,
+    keep_own_parts,
+    partial_parameters,
+    shard_over_tensor,
+    tensor_placements,
+)
 
 __all__ = [
+    "ActivationSplit",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
     "apply_recompute",
+    "block_activation_bytes",
     "build_model",
     "check_tensor_degree",
     "compile_blocks",
     "complete",
     "flops_per_token",
     "init_weights",
+    "keep_own_parts",
     "padded_vocab",
     "param_counts",
     "param_roles",
+    "partial_parameters",
     "resolve_model",
     "shard_over_tensor",
+    "stage_parts",
     "tensor_placements",
 ]

@@ -14,6 +14,7 @@ from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.ops import causal_attention, rotate, split_rotary
 from llmtrain.parallel.collectives import gather_rows
+from llmtrain.parallel.context_attention import context_attention
 from llmtrain.parallel.tensor import TensorParallel
 
 
@@ -26,6 +27,9 @@ def _flex_attention() -> Any:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """softmax(q k^T / sqrt(d)) v. q: [b, h, s, d], k and v: [b, g, s, d] -> [b, s, h, d]."""
+    if context.plan is not None:
+        whole: Tensor = context_attention(q, k, v, context.plan)
+        return whole
     if context.block_mask is None:
         return causal_attention(q, k, v, context.first)
     grouped = q.shape[1] != k.shape[1]
@@ -134,8 +138,9 @@ class Attention(nn.Module):
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, h, s, d], k and v [b, g, s, d] of qkv [b, s, g, h / g + 2, d], normalised."""
         b, s = qkv.shape[:2]
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = q.reshape(b, s, self.n_heads, self.d_head)
+        # Copies: a view would keep all of qkv until backward.
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :].contiguous(), qkv[..., -1, :].contiguous()
+        q = q.reshape(b, s, self.n_heads, self.d_head).contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             if self.qk_norm == "full":
                 q, k = q.flatten(2), k.flatten(2)

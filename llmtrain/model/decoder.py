@@ -22,7 +22,9 @@ from llmtrain.model.masks import (
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import rotary_table
-from llmtrain.parallel.tensor import TensorParallel
+from llmtrain.parallel import SplitSequence, TensorParallel
+from llmtrain.parallel.context_attention import plan_context
+from llmtrain.parallel.pipeline import Part
 
 HeadFn = Callable[[Tensor, Head], Any]
 
@@ -33,7 +35,8 @@ class Decoder(nn.Module):
     compute_dtype: float32 or bfloat16, of products and residual stream; parameters are float32.
     Build it under ``torch.device("meta")`` or not; either way the parameters hold nothing until
     ``init_weights``. tensor: the ranks that share its matrices; its parameters have their whole
-    shapes until ``shard_over_tensor``.
+    shapes until ``shard_over_tensor``. stage: build this part of the model only (pipeline
+    parallelism), under the names that its parameters have in the whole.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Decoder(nn.Module):
         cfg: ModelConfig,
         compute_dtype: torch.dtype = torch.float32,
         tensor: TensorParallel | None = None,
+        stage: Part | None = None,
     ) -> None:
         super().__init__()
         assert cfg.max_seq_len is not None
@@ -48,16 +52,24 @@ class Decoder(nn.Module):
         matmul = matmul_for(compute_dtype)
         partial = tensor is not None and tensor.sequence
         table = (padded_vocab(cfg), cfg.d_model, compute_dtype)
-        self.embedding: Embedding
-        self.embedding = VocabularyEmbedding(*table, tensor) if tensor else Embedding(*table)
-        if cfg.position == "learned":
+        stage = stage or Part(range(cfg.n_layers), True, True)
+        self.first, self.last = stage.first, stage.last
+        if stage.first or (stage.last and cfg.tie_embeddings):
+            self.embedding: Embedding
+            self.embedding = VocabularyEmbedding(*table, tensor) if tensor else Embedding(*table)
+        if stage.first and cfg.position == "learned":
             self.position_embedding = Embedding(
                 cfg.max_seq_len, cfg.d_model, compute_dtype, partial=partial
             )
         self.dropout = Dropout("embedding", cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, matmul, tensor, i) for i in range(cfg.n_layers))
-        self.final_norm = Norm(cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias, partial=partial)
-        self.head = Head(cfg, self.embedding, matmul, tensor)
+        self.blocks = nn.ModuleList()
+        for i in stage.blocks:
+            self.blocks.add_module(str(i), Block(cfg, matmul, tensor, i))
+        if stage.last:
+            norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
+            self.final_norm = Norm(*norm, partial=partial)
+            tied = self.embedding if cfg.tie_embeddings else None
+            self.head = Head(cfg, tied, matmul, tensor)
 
     def forward(
         self,
@@ -66,23 +78,43 @@ class Decoder(nn.Module):
         doc_ids: Tensor | None = None,
         head_fn: HeadFn | None = None,
         keys: Tensor | None = None,
+        part: SplitSequence | None = None,
+        hidden: Tensor | None = None,
     ) -> Any:
         """Logits [b, s, vocab_size] in compute_dtype, or what ``head_fn(hidden, head)`` returns.
 
         tokens: [b, s] int64. positions: [b, s] int64; None: 0..s-1. doc_ids: [b, s] integers
         that confine attention to equal numbers; None: plain causal. head_fn runs inside this
         forward, where FSDP2 has the head's weight gathered; hidden is [b, s, d_model]. keys:
-        [b, s] of ``token_keys``, for dropout; None: nothing is dropped.
+        [b, s] of ``token_keys``, for dropout; None: nothing is dropped. part: the tokens are this
+        rank's part of each sequence (context parallelism); then ``positions`` are needed and
+        doc_ids not read. Collective over the context ranks. hidden: of the stage before, where
+        this is a later one; a stage that is not the last returns its own (see ``travels``).
         """
-        context = self._context(tokens, positions, doc_ids, keys)
-        x = self.dropout(self._embed(tokens, positions), context.keys)
+        context = self._context(tokens, positions, doc_ids, keys, part)
+        if hidden is None:
+            assert self.first
+            x = self.dropout(self._embed(tokens, positions), context.keys)
+        else:
+            x = hidden
         for block in self.blocks:
             x = block(x, context)
+        if not self.last:
+            return x
         hidden = self.final_norm(x)
         if self.tensor is not None:
             n, d = tokens.numel(), self.cfg.d_model
             hidden = self.tensor.enter(hidden).reshape(-1, d)[:n].view(*tokens.shape, d)
         return self.head(hidden) if head_fn is None else head_fn(hidden, self.head)
+
+    def travels(self, tokens: Tensor) -> Tensor:
+        """An empty tensor like the hidden states between stages: [b, s, d_model], or the token
+        shard [n / t, d_model] under sequence parallelism. tokens: [b, s]."""
+        width = (self.cfg.d_model,)
+        shape = (*tokens.shape, *width)
+        if self.tensor is not None and self.tensor.sequence:
+            shape = (-(-tokens.numel() // self.tensor.size), *width)
+        return torch.empty(shape, dtype=self.compute_dtype, device=tokens.device)
 
     def _embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """The residual stream before the first block."""
@@ -102,29 +134,40 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         doc_ids: Tensor | None,
         keys: Tensor | None,
+        part: SplitSequence | None,
     ) -> AttentionContext:
         shape = (tokens.shape[0], tokens.shape[1])
+        rotary = self._rotary(shape[1], positions, tokens.device)
         if keys is not None and self.tensor is not None and self.tensor.sequence:
             keys = self.tensor.own(keys.reshape(-1))
+        assert self.cfg.d_head is not None
+        if part is not None:
+            assert positions is not None
+            plan = plan_context(part, shape[1], self.cfg.d_head)
+            return AttentionContext(shape, rotary, keys=keys, plan=plan)
         first = None if doc_ids is None else first_of_document(doc_ids)
         # flex_attention skips blocks between documents, but has no backward on the CPU.
         block_mask = None
-        if first is not None and first.is_cuda and (self.cfg.d_head or 0) >= FLEX_MIN_HEAD:
+        if first is not None and first.is_cuda and self.cfg.d_head >= FLEX_MIN_HEAD:
             block_mask = document_block_mask(first)
-        if self.cfg.position != "rope":
-            return AttentionContext(shape, None, first, block_mask, keys)
-        assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
-        length = shape[1] if positions is None else max(shape[1], self.cfg.max_seq_len)
-        table = (self.cfg.d_head, self.cfg.rope_theta, tokens.device)
-        rotary = rotary_table(positions, length, *table)
         return AttentionContext(shape, rotary, first, block_mask, keys)
+
+    def _rotary(
+        self, tokens: int, positions: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.cfg.position != "rope":
+            return None
+        assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
+        length = tokens if positions is None else max(tokens, self.cfg.max_seq_len)
+        return rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, device)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:
-    """Set what backward computes again: none, selective (all but products and attention), full.
+    """Set what backward computes again: none, selective (norms and activations), full.
 
-    full keeps only the input of each block (about a third more arithmetic). selective keeps the
-    results of matrix products and attention and repeats norms, rotations and activations.
+    full keeps only the input of each block (about a third more arithmetic, and the collectives
+    of forward once more). selective repeats norms and activations, which are bandwidth only; under
+    torch.compile it keeps the results of products and attention and repeats all else.
     """
     if mode not in RECOMPUTE_MODES:
         raise ValueError(f"recompute mode {mode!r} is not one of {', '.join(RECOMPUTE_MODES)}")

@@ -47,6 +47,10 @@ class Embedding(nn.Module):
         """Placement of the table on the tensor dimension of the mesh."""
         return Replicate()
 
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated table is one summand of it."""
+        return self.partial
+
     def forward(self, index: Tensor) -> Tensor:
         return self._look_up(local(self.weight, partial=self.partial), index)
 
@@ -88,7 +92,7 @@ class Head(nn.Module):
     def __init__(
         self,
         cfg: ModelConfig,
-        embedding: Embedding,
+        tied_to: Embedding | None,
         matmul: Matmul,
         tensor: TensorParallel | None = None,
     ) -> None:
@@ -96,9 +100,9 @@ class Head(nn.Module):
         assert cfg.vocab_size is not None
         self.vocab_size, self.matmul, self.tensor = cfg.vocab_size, matmul, tensor
         # Looked up through the owner each time: FSDP2 replaces parameters of their owner.
-        self._tied_to = [embedding] if cfg.tie_embeddings else []
+        self._tied_to = [] if tied_to is None else [tied_to]
         self._cache = OperandCache()
-        if not cfg.tie_embeddings:
+        if tied_to is None:
             rows = padded_vocab(cfg)
             self.projection = Linear(
                 cfg.d_model,

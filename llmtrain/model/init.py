@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder
+from llmtrain.parallel import local_boxes
 
 # Values drawn at a time: bounds the memory beside the parameter, and fixes the stream of values.
 CHUNK_VALUES = 1 << 20
@@ -68,48 +69,44 @@ def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: 
     return torch.from_numpy(out).view(stop - start, *shape[1:])
 
 
-def _local_part(param: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """The values this process holds, their shape and their offset in the whole tensor."""
-    if not isinstance(param, DTensor):
-        return param, tuple(param.shape), (0,) * param.dim()
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    return param.to_local(), tuple(shape), tuple(offset)
-
-
-def _fill_normal(param: Tensor, seed: int, name: str, std: float) -> None:
-    local, shape, offset = _local_part(param)
-    if 0 in shape:
+def _fill_normal(
+    local: Tensor,
+    offset: tuple[int, ...],
+    whole: tuple[int, ...],
+    label: tuple[int, str],
+    std: float,
+) -> None:
+    """Fill the box ``local`` of the parameter ``label`` (seed, name) of shape ``whole``."""
+    if local.numel() == 0:
         return
-    whole = tuple(param.shape)
     step = max(1, CHUNK_VALUES // max(1, math.prod(whole[1:])))
-    for row in range(0, shape[0], step):
-        stop = min(shape[0], row + step)
-        rows = normal_rows(seed, name, whole, offset[0] + row, offset[0] + stop)
+    for row in range(0, local.shape[0], step):
+        stop = min(local.shape[0], row + step)
+        rows = normal_rows(*label, whole, offset[0] + row, offset[0] + stop)
         for dim in range(1, rows.dim()):
-            rows = rows.narrow(dim, offset[dim], shape[dim])
+            rows = rows.narrow(dim, offset[dim], local.shape[dim])
         local[row:stop].copy_(rows.mul_(std))
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int) -> None:
+def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill every parameter in place, on whatever device and layout it lies.
 
     Weights are normal with standard deviation model.init_std (projections into the residual
     stream divided by sqrt(2 n_layers) with model.init_depth_scale), norms one, biases zero.
-    Every process fills its own part; nothing is communicated.
+    Every process fills its own part; nothing is communicated. state: tensors to fill instead of
+    the model's own parameters, by the same names.
     """
-    for name, param in model.named_parameters():
+    for name, param in (dict(model.named_parameters()) if state is None else state).items():
         role = _role(name)
-        if role == "norm":
-            param.fill_(1.0)
-        elif role == "bias":
-            param.zero_()
-        else:
-            _fill_normal(param, seed, name, _std(name, role, model))
+        for local, offset in local_boxes(param):
+            if role == "norm":
+                local.fill_(1.0)
+            elif role == "bias":
+                local.zero_()
+            else:
+                label = (seed, name)
+                _fill_normal(local, offset, tuple(param.shape), label, _std(name, role, model))
 
 
 def build_model(

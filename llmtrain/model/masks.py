@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The narrowest head that compiled flex_attention takes.
-FLEX_MIN_HEAD = 16
+from llmtrain.ops import FLEX_MIN_HEAD, first_of_document
+from llmtrain.parallel.context_attention import ContextPlan
+
+__all__ = ["FLEX_MIN_HEAD", "AttentionContext", "document_block_mask", "first_of_document"]
 
 
 @dataclass(frozen=True)
@@ -18,24 +20,15 @@ class AttentionContext:
     """shape: (b, s) of the tokens. rotary: (cos, sin) of ``rotary_table``, or None. first: [b, s]
     int32, the first key each query sees, or None for plain causal attention. block_mask: the
     same as a BlockMask where flex_attention runs it. keys: of this rank's tokens, for dropout,
-    or None for none."""
+    or None for none. plan: instead of first and block_mask, where this rank has a part of each
+    sequence."""
 
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
     first: Tensor | None = None
     block_mask: Any = None
     keys: Tensor | None = None
-
-
-def first_of_document(doc_ids: Tensor) -> Tensor:
-    """Position at which the document of each position begins.
-
-    doc_ids: [b, s] integers; a document is a run of equal numbers. Returns [b, s] int32.
-    """
-    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
-    begins = torch.ones_like(doc_ids, dtype=torch.bool)
-    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
+    plan: ContextPlan | None = None
 
 
 @cache

@@ -37,6 +37,10 @@ class Norm(nn.Module):
         """Placement of a parameter on the tensor dimension of the mesh."""
         return Replicate()
 
+    def tensor_partial(self, name: str) -> bool:
+        """Whether this rank's gradient of a replicated parameter is one summand of it."""
+        return self.partial
+
     def part(self, param: Tensor) -> Tensor:
         """A parameter as this rank computes with it."""
         return local(param, partial=self.partial)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -47,12 +50,19 @@ def _refuse(key: str, value: int, degree: int) -> None:
 
 def tensor_placements(model: nn.Module) -> dict[str, TensorPlacement]:
     """Placement on the tensor dimension of every parameter, as its module declares it."""
-    found = {}
+    return {full: owner.tensor_placement(name) for full, owner, name in _owned(model)}
+
+
+def partial_parameters(model: nn.Module) -> list[str]:
+    """Replicated parameters of which each tensor rank forms one summand of the gradient."""
+    return [full for full, owner, name in _owned(model) if owner.tensor_partial(name)]
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Full name, owning module and own name of every parameter."""
     for prefix, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            found[full] = module.tensor_placement(name)
-    return found
+            yield (f"{prefix}.{name}" if prefix else name), module, name
 
 
 def shard_over_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -74,6 +84,19 @@ def shard_over_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
             stride=param.stride(),
         )
         setattr(model.get_submodule(owner), leaf, nn.Parameter(whole))
+
+
+def keep_own_parts(model: nn.Module, rank: int, size: int) -> None:
+    """Replace every parameter by this rank's part as a plain tensor, in place.
+
+    What ``shard_over_tensor`` does for those who cannot hold DTensors: partial gradients
+    (``partial_parameters``) are then theirs to sum.
+    """
+    placements = tensor_placements(model)
+    for name, param in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        part = own_part(param.detach(), placements[name], rank, size)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
 
 
 def own_part(param: Tensor, placement: TensorPlacement, rank: int, size: int) -> Tensor:

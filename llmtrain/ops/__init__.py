@@ -6,23 +6,40 @@ and dtype. Without the compiled library (``python -m llmtrain.ops.build``) every
 references: the same numbers to round-off, slower.
 """
 
-from llmtrain.ops.attention import attention_reference, causal_attention
+from llmtrain.ops.attention import attention_reference, causal_attention, first_of_document
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.glu import swiglu, swiglu_reference
-from llmtrain.ops.native import kernels_line, native_loaded
+from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
+from llmtrain.ops.window import (
+    FLEX_MIN_HEAD,
+    Window,
+    attention_partial,
+    attention_partial_backward,
+    make_window,
+    merge_partial,
+    window_attention,
+)
 
 __all__ = [
+    "FLEX_MIN_HEAD",
+    "Window",
     "add_rms_norm",
+    "attention_partial",
+    "attention_partial_backward",
     "attention_reference",
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",
     "dropout",
+    "first_of_document",
     "kernels_line",
+    "kernels_warning",
+    "make_window",
+    "merge_partial",
     "native_loaded",
     "rms_norm",
     "rms_norm_reference",
@@ -35,4 +52,5 @@ __all__ = [
     "token_keys",
     "weight_gradient",
     "weight_gradient_reference",
+    "window_attention",
 ]

@@ -11,6 +11,17 @@ from torch import Tensor
 from llmtrain.ops.native import attention_usable, kernels
 
 
+def first_of_document(doc_ids: Tensor) -> Tensor:
+    """Position at which the document of each position begins.
+
+    doc_ids: [b, s] integers; a document is a run of equal numbers. Returns [b, s] int32.
+    """
+    position = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
+
+
 def visible(first: Tensor) -> Tensor:
     """Bool mask [b, 1, s, s], True where query i sees key j: first[b, i] <= j <= i."""
     key = torch.arange(first.shape[1], device=first.device)

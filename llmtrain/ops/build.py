@@ -1,7 +1,8 @@
 """Compile the CPU kernels: ``python -m llmtrain.ops.build``.
 
 Needs g++ (or $CXX) and takes seconds: torch is used through its stable C++ interface, so the
-library also serves other torch versions from 2.11 on. Row kernels are compiled for several
+library also serves other torch versions from 2.11 on. It carries a stamp of its sources, by which
+one that was built before they changed is told apart. Row kernels are compiled for several
 instruction sets and chosen on the machine they run on.
 """
 
@@ -17,9 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.errors import EnvironmentFault, LlmtrainError
-from llmtrain.ops.native import LIBRARY
-
-SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+from llmtrain.ops.native import LIBRARY, SOURCES, sources_stamp
 
 COMMON = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter "
@@ -45,7 +44,6 @@ X86_OBJECTS = {
 }
 OBJECTS = {
     "rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
-    "dispatch": ("dispatch.cpp", "-O2"),
 }
 
 
@@ -65,10 +63,14 @@ def build(target: Path = LIBRARY) -> Path:
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    if not SOURCES.is_dir():
+    stamp = sources_stamp()
+    if stamp is None:
         raise EnvironmentFault(f"{SOURCES} is missing: kernels are built in a source checkout")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    objects = dict(OBJECTS)
+    objects = {
+        **OBJECTS,
+        "dispatch": ("dispatch.cpp", f'-O2 -DLLMTRAIN_SOURCES="{stamp}"'),
+    }
     if platform.machine() in ("x86_64", "AMD64"):
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,38 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
+SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+
+
+def sources_stamp() -> str | None:
+    """A hash of the sources as they are now; None in an installation without them."""
+    files = [path for path in sorted(SOURCES.glob("*")) if path.suffix in (".cpp", ".h")]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @cache
 def _load() -> str | None:
-    """Load the library. Returns None, or one clause that says why it is not there."""
+    """Load the library. Returns None, or one clause that says why it is not in use.
+
+    One that was built before the sources changed may have other signatures and is not used.
+    """
     if not LIBRARY.exists():
         return "not built; run: make build"
     try:
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"does not load ({error}); run: make build"
+        return f"damaged or of another machine ({error}); run: make build"
+    wanted = sources_stamp()
+    # Libraries from before there were stamps have none.
+    stamp = torch.ops.llmtrain.sources() if hasattr(torch.ops.llmtrain, "sources") else "none"
+    if wanted is not None and stamp != wanted:
+        return "out of date, built from other sources than csrc/cpu has now; run: make build"
     return None
 
 
@@ -35,6 +57,14 @@ def kernels_line() -> str:
     if missing is not None:
         return f"CPU kernels: plain PyTorch, slower (the compiled library is {missing})"
     return f"CPU kernels: compiled, {torch.ops.llmtrain.kernel_set()}"
+
+
+def kernels_warning() -> str | None:
+    """A sentence for the user when a compiled library is there but not in use; else None."""
+    missing = _load()
+    if missing is None or not LIBRARY.exists():
+        return None
+    return f"{LIBRARY} is {missing}. Plain PyTorch takes its place, slower"
 
 
 def kernels() -> Any:

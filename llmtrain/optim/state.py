@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +11,22 @@ from torch.optim import Optimizer
 from llmtrain.optim.lion import Lion
 
 
-def create_state(optimizer: Optimizer) -> None:
+def create_state(optimizer: Optimizer, params: Iterable[Tensor] | None = None) -> None:
     """Allocate the moments now instead of in the first step, so that a checkpoint can be read.
 
     AdamW: ``exp_avg``, ``exp_avg_sq`` like the parameter and a float32 ``step``; Lion: ``exp_avg``.
+    params: whose; None: those in the optimizer's groups.
     """
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            state = optimizer.state[param]
-            if state:
-                continue
-            if not isinstance(optimizer, Lion):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                state["exp_avg_sq"] = torch.zeros_like(param)
-            state["exp_avg"] = torch.zeros_like(param)
+    if params is None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+    for param in params:
+        state = optimizer.state[param]
+        if state:
+            continue
+        if not isinstance(optimizer, Lion):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        state["exp_avg"] = torch.zeros_like(param)
 
 
 def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

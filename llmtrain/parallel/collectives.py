@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.parallel.uncompiled import uncompiled
+
 Group = dist.ProcessGroup
 
 # The names of torch >= 2.13, where the old ones warn.
@@ -111,6 +113,8 @@ class _Conjugate(torch.autograd.Function):
         return ctx.adjoint(grad, ctx.group), None, None, None
 
 
+# torch.compile cannot trace collectives that are waited for later; the code around is compiled.
+@uncompiled
 def _apply(x: Tensor, group: Group, forward: Any, backward: Any) -> Tensor:
     out: Tensor = _Conjugate.apply(x, group, forward, backward)  # type: ignore[no-untyped-call]
     return out

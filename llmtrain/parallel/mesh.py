@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llmtrain.config.schema import ParallelConfig
 from llmtrain.errors import EnvironmentFault
+from llmtrain.parallel.context import ContextParallel
 from llmtrain.parallel.tensor import TensorParallel
 from llmtrain.parallel.world import World
 
@@ -68,14 +69,14 @@ def resolve_degrees(cfg: ParallelConfig, world_size: int) -> Degrees:
 class Layout:
     """Where this process stands, and the groups it talks to.
 
-    state: mesh over ``STATE_DIMS``, None for a single process. context_group: the ranks that
-    share this rank's sequences, None without. tensor: None at degree 1.
+    state: mesh over ``STATE_DIMS``, None for a single process. context: the ranks that share
+    this rank's sequences. tensor: those that share its matrices. Both None at degree 1.
     """
 
     world: World
     degrees: Degrees
     state: DeviceMesh | None = None
-    context_group: dist.ProcessGroup | None = None
+    context: ContextParallel | None = None
     tensor: TensorParallel | None = None
 
     def _index(self, stride: int, size: int) -> int:
@@ -109,6 +110,11 @@ class Layout:
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
+    def counts_losses(self) -> bool:
+        """Whether this rank's losses enter global sums: the last of a pipeline knows them."""
+        return self.tensor_rank == 0 and self.pipeline_rank == self.degrees.pipeline - 1
+
+    @property
     def counts_samples(self) -> bool:
         """Whether this rank's samples enter global sums; context ranks share them."""
         return self.counts_tokens and self.context_rank == 0
@@ -133,9 +139,10 @@ def build_layout(cfg: ParallelConfig, world: World, n_kv_heads: int) -> Layout:
     device = world.device.type
     sizes = (degrees.pipeline, degrees.replicate, degrees.shard * degrees.context, degrees.tensor)
     state = init_device_mesh(device, sizes, mesh_dim_names=STATE_DIMS)
-    context_group = None
+    context = None
     if degrees.context > 1:
-        context_group = _groups(world, degrees.context, degrees.tensor)
+        group = _groups(world, degrees.context, degrees.tensor)
+        context = ContextParallel(group, group.rank(), degrees.context, cfg.context_method)
     tensor = None
     if degrees.tensor > 1:
         sharing = degrees.tensor // gcd(degrees.tensor, n_kv_heads)
@@ -147,7 +154,7 @@ def build_layout(cfg: ParallelConfig, world: World, n_kv_heads: int) -> Layout:
             keep_gathered=cfg.keep_gathered,
             kv_group=_groups(world, sharing, 1) if sharing > 1 else None,
         )
-    return Layout(world, degrees, state, context_group, tensor)
+    return Layout(world, degrees, state, context, tensor)
 
 
 def _groups(world: World, size: int, stride: int) -> dist.ProcessGroup:

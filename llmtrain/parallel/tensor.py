@@ -17,6 +17,7 @@ from llmtrain.parallel.collectives import (
     reduce_from_parallel,
     reduce_scatter_rows,
 )
+from llmtrain.parallel.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ def local(param: Tensor, *, partial: bool = False) -> Tensor:
     partial: this rank's gradient is one summand of a replicated parameter's; the parameter's
     placement then carries the sum that is still owed (``finish_gradients``, FSDP2).
     """
-    if not isinstance(param, DTensor):
-        return param
+    return _local_part(param, partial) if isinstance(param, DTensor) else param
+
+
+# Not compiled: inductor refuses a DTensor among the inputs of a graph whose outputs are views.
+@uncompiled
+def _local_part(param: DTensor, partial: bool) -> Tensor:
     grads = [Partial() if partial and isinstance(p, Replicate) else p for p in param.placements]
     out: Tensor = param.to_local(grad_placements=grads)
     return out

@@ -35,9 +35,9 @@ def read_records(path: Path) -> Iterator[Record]:
                 return
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
 
 

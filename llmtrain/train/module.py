@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,14 @@ from llmtrain.optim import (
     set_learning_rate,
     state_tensors,
 )
-from llmtrain.parallel import Layout, apply_fsdp, finish_gradients, set_gradient_sync
+from llmtrain.parallel import (
+    Layout,
+    SplitSequence,
+    apply_fsdp,
+    finish_gradients,
+    set_gradient_sync,
+    split_batch,
+)
 from llmtrain.parallel.hardware import Precision
 
 
@@ -64,11 +73,36 @@ class StepResult:
     skipped: bool
 
 
+def lay_out(
+    model: Decoder,
+    cfg: RunConfig,
+    precision: Precision,
+    layout: Layout,
+    root: nn.Module | None = None,
+) -> None:
+    """Recomputation, compilation, tensor parallelism and FSDP2 of a model on the meta device.
+
+    root: the module around ``model`` that is called in its place.
+    """
+    apply_recompute(model, cfg.train.recompute)
+    if cfg.train.compile:
+        compile_blocks(model)
+    if layout.tensor is not None:
+        assert layout.state is not None
+        shard_over_tensor(model, layout.state["tensor"])
+    if layout.fsdp is not None:
+        dtypes = (precision.compute, precision.reduce)
+        apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+
+
 class TrainModule:
     """Owns the model, its parallel layout and the optimizer.
 
     Master parameters and optimizer state are float32 whatever ``precision.compute`` is.
     """
+
+    # Whether backward runs once for inputs and once for weights.
+    in_parts = False
 
     def __init__(
         self,
@@ -79,19 +113,12 @@ class TrainModule:
     ) -> None:
         self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
         self.device = layout.world.device
+        self.context = layout.context
         check_tensor_degree(model_cfg, layout.degrees.tensor)
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
-        apply_recompute(model, cfg.train.recompute)
-        if cfg.train.compile:
-            compile_blocks(model)
-        if layout.tensor is not None:
-            assert layout.state is not None
-            shard_over_tensor(model, layout.state["tensor"])
-        if layout.fsdp is not None:
-            dtypes = (precision.compute, precision.reduce)
-            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+        lay_out(model, cfg, precision, layout)
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
@@ -102,6 +129,9 @@ class TrainModule:
 
     def receive(self, batch: Batch) -> Batch:
         """What this rank computes on of its data rank's ``batch``, on its device."""
+        if self.context is not None:
+            masked = self.cfg.data.document_mask
+            batch = split_batch(batch, self.context.rank, self.context.size, masked)
         return batch.to(self.device)
 
     def token_weight(self, batch: Batch) -> float:
@@ -117,18 +147,35 @@ class TrainModule:
 
     def loss(self, batch: Batch, denominator: float) -> LossOutput:
         """Forward of one micro-batch. denominator: weight of the whole global batch."""
+        return self._forward(**self.arguments(batch, denominator))
+
+    def arguments(self, batch: Batch, denominator: float) -> dict[str, Any]:
+        """What the decoder is called with for a micro-batch."""
         data = self.cfg.data
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
-            return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
+            return head_loss(
+                hidden,
+                head,
+                batch.targets,
+                batch.weights,
+                self.cfg.loss,
+                denominator,
+                in_parts=self.in_parts,
+            )
 
-        output = self.model(
-            batch.tokens,
-            positions=batch.positions if data.reset_positions else None,
-            doc_ids=batch.doc_ids if data.document_mask else None,
-            head_fn=head_fn,
-            keys=self.dropout_keys(batch),
-        )
+        part = None if self.context is None else SplitSequence(self.context, batch.first)
+        return {
+            "tokens": batch.tokens,
+            "positions": batch.positions if data.reset_positions or part else None,
+            "doc_ids": batch.doc_ids if data.document_mask else None,
+            "head_fn": head_fn,
+            "keys": self.dropout_keys(batch),
+            "part": part,
+        }
+
+    def _forward(self, **arguments: Any) -> LossOutput:
+        output = self.model(**arguments)
         assert isinstance(output, LossOutput)
         return output
 
@@ -136,8 +183,10 @@ class TrainModule:
         """Keys of a micro-batch's tokens [b, s] where the model drops anything in training."""
         if not (self.model_cfg.dropout and self.model.training):
             return None
-        index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        return token_keys(self.cfg.seed, batch.sample_ids, index)
+        # Not batch.positions: they may start again in each document.
+        context, s = self.context, self.cfg.data.seq_len
+        index = torch.arange(s) if context is None else context.positions(s)
+        return token_keys(self.cfg.seed, batch.sample_ids, index.to(self.device))
 
     def forward_backward(self, batch: Batch, denominator: float, n_sources: int) -> StepSums:
         """All micro-batches of this rank's ``batch``; gradients are complete afterwards."""
@@ -147,18 +196,32 @@ class TrainModule:
         micros = self.micro_batches(batch)
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
-            set_gradient_sync(self.model, last=last)
+            self._begin_micro_batch(last)
             output = self.loss(micro, denominator)
-            output.loss.backward()  # type: ignore[no-untyped-call]
-            total += output.loss.detach()
-            weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
-            nll.index_add_(0, micro.source_ids, weighted)
-            weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
+            self._backward(output.loss)
+            if self.layout.counts_losses:
+                self.add_sums(micro, output, total, nll, weight)
+        self._finish_gradients()
+        return StepSums(total, nll, weight)
+
+    def add_sums(
+        self, micro: Batch, output: LossOutput, total: Tensor, nll: Tensor, weight: Tensor
+    ) -> None:
+        """Add a micro-batch to the sums of ``StepSums``, in place."""
+        total += output.loss.detach()
+        weighted = (output.nll * micro.weights).sum(1, dtype=torch.float64)
+        nll.index_add_(0, micro.source_ids, weighted)
+        weight.index_add_(0, micro.source_ids, micro.weights.sum(1, dtype=torch.float64))
+
+    def _begin_micro_batch(self, last: bool) -> None:
+        set_gradient_sync(self.model, last=last)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _finish_gradients(self) -> None:
         if self.layout.tensor is not None:
             finish_gradients(list(self.params.values()), self.layout.tensor.group)
-        if not self.layout.counts_tokens:
-            return StepSums(total.zero_(), nll.zero_(), weight.zero_())
-        return StepSums(total, nll, weight)
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
@@ -183,3 +246,7 @@ class TrainModule:
         """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
         model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         return {**model, **state_tensors(self.optimizer, self.params)}
+
+    def restore(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Replace the state by what ``read`` writes into the ``tensors`` that it is given."""
+        read(self.tensors())

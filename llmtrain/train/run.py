@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 
-from llmtrain.checkpoint import HOOK_PREFIX, Checkpointer
+from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, Checkpointer
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.store import explain
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.errors import EXIT_OK, LlmtrainError
+from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
-from llmtrain.ops import kernels_line
+from llmtrain.ops import kernels_line, kernels_warning
 from llmtrain.parallel import (
     World,
     build_layout,
@@ -29,8 +30,10 @@ from llmtrain.parallel import (
     resolve_degrees,
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
+from llmtrain.train.aside import leave_behind
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
+from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.hooks import load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
@@ -45,15 +48,21 @@ from llmtrain.train.trainer import Services, Trainer
 _PLAN_LINES = 24
 
 
-def train(cfg: RunConfig) -> int:
-    """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults."""
+def train(cfg: RunConfig, world: World | None = None) -> int:
+    """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults.
+
+    world: joined by the caller, who has several runs to make and leaves it afterwards; a process
+    group that was left cannot be joined again under the same launcher.
+    """
+    _set_environment(cfg)
     with SignalWatch() as signals:
-        world = init_world(cfg.device)
+        joined = init_world(cfg.device) if world is None else world
         try:
-            check_world(cfg, world.size)
-            _train(cfg, world, signals)
+            check_world(cfg, joined.size)
+            _train(cfg, joined, signals)
         finally:
-            close_world()
+            if world is None:
+                close_world()
     return EXIT_OK
 
 
@@ -77,30 +86,37 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             console.warn(fault)
         _preamble(console, cfg, world, times, plan, (model_cfg, precision))
         if resume is not None and resume.step >= times.stop:
-            console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
+            _say_nothing_to_do(console, cfg, resume)
             return
         assert model_cfg.n_kv_heads is not None
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
-        module = TrainModule(cfg, model_cfg, precision, layout)
+        module = build_module(cfg, model_cfg, precision, layout)
+        evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
+        hooks = load_hooks(cfg)
+        if resume is not None:
+            load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
+            module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
+        # Only now: what cannot start must leave the run's folder as it is.
+        for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
+            console.say(line)
         recorder = _recorder(cfg, plan, times, (console, module, resume))
         try:
-            evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
             services = Services(times, evaluation, recorder, saver)
-            trainer = Trainer(cfg, world, module, plan, load_hooks(cfg), services)
-            _drive(trainer, resume, signals)
+            _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
         finally:
             recorder.close()
 
 
 def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
-    """Load, train, sample; what goes wrong is recorded before it is raised."""
+    """Train, sample; what goes wrong is recorded before it is raised."""
     cfg, recorder = trainer.cfg, trainer.recorder
     try:
         if resume is not None:
-            checkpointer = trainer.saver.checkpointer
             trainer.load_state_dict(resume.step, resume.extra)
-            # Tensors of hooks that this run has not are left where they are.
-            checkpointer.load(resume.path, trainer.tensors(), unused=(HOOK_PREFIX,), verify=False)
+            # The module has its own by now; those of hooks that this run has not stay unread.
+            others = (MODEL_PREFIX, OPTIM_PREFIX, HOOK_PREFIX)
+            load = trainer.saver.checkpointer.load
+            load(resume.path, trainer.hook_tensors(), unused=others, verify=False)
             _say_resume(recorder.console, cfg, resume)
             recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
         trainer.run(signals)
@@ -112,10 +128,17 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
         raise
 
 
+def _set_environment(cfg: RunConfig) -> None:
+    """What the libraries read when they start: before the first product and the first message."""
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # One algorithm, or NCCL picks by size and topology and sums in another order.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+
+
 def _set_numerics(cfg: RunConfig) -> None:
     torch.manual_seed(cfg.seed)
     if cfg.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
@@ -137,8 +160,9 @@ def _recorder(
     loggers: list[Logger] = []
 
     def open_loggers() -> None:
-        _write_run_files(cfg, plan)
-        loggers.extend(build_loggers(cfg, run_folder(cfg), position, to_dict(cfg)))
+        with explain(f"the records of the run cannot be written to {run_folder(cfg)}"):
+            _write_run_files(cfg, plan)
+            loggers.extend(build_loggers(cfg, run_folder(cfg), position, to_dict(cfg)))
 
     Ranks(world.cpu_group).on_main(open_loggers)
     return Recorder(cfg, module.layout, plan, times, throughput, (console, loggers))
@@ -157,6 +181,8 @@ def _preamble(
     batch = cfg.train.global_batch_size
     console.say(tier_line(world.device, precision))
     if world.device.type == "cpu":
+        if warning := kernels_warning():
+            console.warn(warning)
         console.say(kernels_line())
     console.say(
         f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
@@ -177,9 +203,26 @@ def _preamble(
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
     console.say(f"resumed from {resume.path} after step {resume.step}")
-    old = load_config(resume.path / "config.yaml")
-    for line in diff_configs(old, cfg):
+    for line in _changes(cfg, resume):
         console.say(f"  changed since then: {line}")
+
+
+def _say_nothing_to_do(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
+    console.say(f"nothing to do: {resume.path} is already at step {resume.step}")
+    changes = _changes(cfg, resume)
+    for line in changes:
+        console.say(f"  changed since then, without effect: {line}")
+    if changes:
+        console.say("  to train with this config: another name=, or --resume never")
+
+
+def _changes(cfg: RunConfig, resume: ResumePoint) -> list[str]:
+    """What differs from the config of the checkpoint, beside where to resume from."""
+    try:
+        old = load_config(resume.path / "config.yaml")
+    except ConfigError:
+        return ["the checkpoint's config.yaml is of another version; what else, cannot be told"]
+    return [line for line in diff_configs(old, cfg) if not line.startswith("checkpoint.resume:")]
 
 
 def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:

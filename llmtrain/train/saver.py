@@ -25,7 +25,8 @@ class ResumePoint:
     """A checkpoint to go on from.
 
     step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
-    newer checkpoints that were passed over.
+    newer checkpoints that were passed over. chosen: the user named it, it is not simply the newest
+    one of this run.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class ResumePoint:
     samples: int
     extra: dict[str, Any]
     skipped: list[str]
+    chosen: bool = False
 
 
 class Saver:
@@ -77,29 +79,30 @@ class Saver:
         """Until everything is on disk. Raises CheckpointError when that failed."""
         return self.checkpointer.wait()
 
-    def _resolve(self) -> Resume:
+    def _resolve(self) -> tuple[Resume, bool]:
         """``checkpoint.resume``; a path is where this run began, not where it goes on for ever.
 
         Once the run has checkpoints of its own that go back to that path, the newest is taken,
-        so that the same command may be run again after a preemption.
+        so that the same command may be run again after a preemption. Returned besides: whether
+        it is the checkpoint that the user named.
         """
         wanted = self.cfg.checkpoint.resume
         if wanted in ("auto", "never"):
-            return self.checkpointer.resolve(wanted)
+            return self.checkpointer.resolve(wanted), False
         self._origin = str(Path(wanted).expanduser().resolve())
         own = self.checkpointer.resolve("auto")
         if own.path is not None:
             meta = json.loads(read_files(own.path)["meta.json"])
             if meta.get("origin") == self._origin:
-                return own
-        return self.checkpointer.resolve(wanted)
+                return own, False
+        return self.checkpointer.resolve(wanted), True
 
     def find(self) -> ResumePoint | None:
         """Where ``checkpoint.resume`` says to go on, or None for a fresh start.
 
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
-        resume = self._resolve()
+        resume, chosen = self._resolve()
         if resume.path is None:
             if resume.skipped:
                 raise CheckpointError(
@@ -121,5 +124,5 @@ class Saver:
         self.plan.check_resume(json.loads(files["data.json"]), samples)
         self._last = step
         return ResumePoint(
-            resume.path, step, samples, json.loads(files["extra.json"]), resume.skipped
+            resume.path, step, samples, json.loads(files["extra.json"]), resume.skipped, chosen
         )

@@ -149,12 +149,13 @@ class Trainer:
         for hook in self.hooks:
             hook.on_checkpoint(self)
         permanent = final or self.clockwork.keeps(self.step_done)
-        self.saver.save(self.step_done, self.tensors(), self.state_dict(), permanent)
+        tensors = self.module.tensors() | self.hook_tensors()
+        self.saver.save(self.step_done, tensors, self.state_dict(), permanent)
         self.recorder.resume()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint: of the module, and ``hook.<key>.<name>`` of the hooks."""
-        found = self.module.tensors()
+    def hook_tensors(self) -> dict[str, Tensor]:
+        """What the hooks keep in a checkpoint, as ``hook.<key>.<name>``."""
+        found: dict[str, Tensor] = {}
         for i, hook in enumerate(self.hooks):
             for name, value in hook.tensors(self).items():
                 found[f"{HOOK_PREFIX}{self._hook_key(i)}.{name}"] = value

@@ -101,7 +101,7 @@ def test_help_and_printing_a_config_load_nothing_heavy(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "'trian' is no command; did you mean 'train'?"),
-        (["merge"], "'merge' is no command; the commands are train, data"),
+        (["merge"], "'merge' is no command; the commands are train, branch"),
         (["--vresion"], "'--vresion' is no option"),
         (["train"], "the following arguments are required: config; see llmtrain train --help"),
         (["train", "a.yaml", "--dry-rum"], "'--dry-rum'; did you mean '--dry-run'?"),
@@ -204,6 +204,17 @@ def test_mistakes_of_our_own_keep_their_traceback(error: Exception, fake: Any) -
     fake(error)
     with pytest.raises(type(error)):
         main(["train"])
+
+
+def test_the_end_of_another_process_is_no_traceback_of_ours(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(RuntimeError("[../pair.cc:537] Connection closed by peer [127.0.0.1]:5432"))
+    with pytest.raises(RuntimeError):
+        main(["train"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train"]) == 1
+    assert "another process of this run has ended" in capsys.readouterr().err
 
 
 def test_a_traceback_can_be_asked_for(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,9 @@ def test_a_source_may_be_added_but_not_taken_away_or_changed(corpus: Path, tmp_p
     assert np.array_equal(ours[0], np.array(place)[labels])
     assert np.array_equal(ours[1], before)
     assert plan.counts(1000)[plan.names.index("more")] == pytest.approx(100, abs=1)
+    planned_only = resumed(two(corpus, late, sources=extra), two(corpus), 500)
+    assert planned_only.names == old.names
+    assert planned_only.mixture.counts(1000).sum() == 1000
     with pytest.raises(DataError, match=r"'more'.*no longer configured"):
         resumed(two(corpus, late, sources=extra), two(corpus), 900)
     with pytest.raises(DataError, match="'digits' has changed"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmtrain.config.duration import Duration
-from llmtrain.config.methods import AverageConfig
+from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llmtrain.data.batch import Batch
 from llmtrain.merge.copies import part

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP2": (2, {}),
     "FSDP4": (4, {}),
     "HSDP2x2": (4, {"replicate": 2}),
+    "FSDP2, three blocks ahead": (2, {"prefetch": 3}),
     "ZeRO-2": (2, {"reshard_after_forward": False, "reduce_every_micro_batch": True}),
     "TP2": (2, {"tensor": 2, "sequence": False}),
     "TP2+SP": (2, {"tensor": 2}),
@@ -75,3 +76,27 @@ def test_bf16_differs_no_more_than_its_own_noise(layout: str, alone: dict[Case, 
         a, b, c = (torch.tensor(getattr(run, name)) for run in (ours, twin, exact))
         noise = (b - c).norm()
         assert 0 < (a - b).norm() < 2 * noise and (a - c).norm() < 2 * noise, name
+
+
+@pytest.mark.dist
+def test_deterministic_runs_are_the_same_to_the_bit() -> None:
+    what = dataclasses.replace(TIED, steps=3)
+
+    def body(rank: int) -> Outcome:
+        torch.use_deterministic_algorithms(True)
+        return train_steps(rank, 4, what, {"tensor": 2})
+
+    first, second = (run_ranks(4, body)[0] for _ in range(2))
+    assert first.losses == second.losses and first.norms == second.norms
+    for name, value in first.weights.items():
+        assert torch.equal(value, second.weights[name]), name
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_compiled_blocks_under_tensor_parallelism() -> None:
+    what = case(steps=2, n_layers=1)
+    alone = train_steps(0, 1, what, {})
+    what = dataclasses.replace(what, train=(("micro_batch_size", 2), ("compile", True)))
+    for ours in run_ranks(2, lambda rank: train_steps(rank, 2, what, {"tensor": 2}), timeout=240):
+        assert_same(ours, alone)

@@ -11,6 +11,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
+# Layouts differ in the order in which fp32 sums are made, 6e-8 apart at first. The weights carry
+# that on: over twenty updates it grew to 6e-8 in the loss and 6e-7 in the norm, measured over all
+# layouts here; the bounds leave five times that for other processors' kernels. A wrong share of
+# one rank's gradient, a norm summed in fp32 (1e-3) or a lost micro-batch is far beyond them.
+LOSS, NORM = 5e-7, 3e-6
+
 CHANGES = {
     "train.micro_batch_size": "1",  # accumulation on every layout
     "eval.every": "null",
@@ -42,8 +48,8 @@ def test_layouts_agree_over_twenty_steps(
     steps = run(tmp_path, corpus, ranks, f"parallel.replicate={replicate}")
     assert len(steps) == len(alone) == 20
     for ours, theirs in zip(steps, alone, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM)
         for name, source in theirs["sources"].items():
             assert ours["sources"][name]["tokens"] == source["tokens"]
 
@@ -62,5 +68,5 @@ def test_weights_changed_by_a_hook_after_an_evaluation_are_the_ones_trained_on(
         assert done.returncode == 0, done.stderr
         runs.append(records(folder / "runs" / "tiny"))
     for ours, theirs in zip(*runs, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM)

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def test_resume_on_two_ranks_and_back_with_another_micro_batch(
         trajectory(run), trajectory(straight), strict=True
     ):
         assert (step, lr) == (step0, lr0)
-        assert loss == pytest.approx(loss0, rel=2e-5)
-        assert norm == pytest.approx(norm0, rel=2e-4)
+        # The round-off of fp32 sums in another order (see test_layouts.py).
+        assert loss == pytest.approx(loss0, rel=5e-7)
+        assert norm == pytest.approx(norm0, rel=3e-6)
     seen = [r["sources"] for r in records(run)]
     expected = [r["sources"] for r in records(straight)]
     for ours, theirs in zip(seen, expected, strict=True):
@@ -197,7 +199,7 @@ def test_the_local_launcher_passes_signals_on_and_keeps_the_exit_code(
     launcher = Path(__file__).parents[2] / "launch" / "local.sh"
     process = subprocess.Popen(
         [str(launcher), str(config)],
-        env=environment(NPROC="2"),
+        env=environment(NPROC="2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -211,3 +213,24 @@ def test_the_local_launcher_passes_signals_on_and_keeps_the_exit_code(
     assert process.returncode == 75, errors
     stopped = records(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped:08d}").exists()
+
+
+@pytest.mark.dist
+def test_branches_on_two_ranks_one_after_the_other(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    """Several runs in one launch; the tree is recorded once, the data is what one rank sees."""
+    shutil.copytree(straight, tmp_path / "runs" / "tiny")
+    trunk = tmp_path / "runs" / "tiny"
+    words = ["branch", str(trunk), "--sweep", "0.25,0.5", f"out={trunk.parent}"]
+    done = llmtrain(*words, "log.every=1", ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name, step in (("tiny-branch-d0.25", 15), ("tiny-branch-d0.5", 10)):
+        ours = records(trunk.parent / name)
+        theirs = [r for r in records(straight) if r["step"] > step]
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+        assert ours[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=2e-5)
+        assert (trunk / "branches" / f"{name}.json").exists()
+        tokens = [{n: s["tokens"] for n, s in r["sources"].items()} for r in (ours[-1], theirs[-1])]
+        assert tokens[0] == tokens[1]
+    assert done.stdout.count("held-out loss:") == 1

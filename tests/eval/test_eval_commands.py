@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,62 @@ def test_bad_input_is_one_sentence(
     err = capsys.readouterr().err
     assert says in err
     assert "Traceback" not in err
+
+
+def flip(folder: Path, name: str) -> None:
+    """Change one bit in the middle of the first file of such a name."""
+    file = next(folder.glob(name))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+COMMANDS = {
+    "eval": ["eval", "{path}", "eval.samples=2"],
+    "generate": ["generate", "{path}", "--prompt", "alpha", "--tokens", "2"],
+    "export": ["checkpoint", "export", "{path}", "{out}"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("victim", ["model-*", "config.yaml", "tensors.json", "checksums.json"])
+def test_a_flipped_bit_is_noticed(
+    run: Path, tmp_path: Path, name: str, victim: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a run's newest checkpoint: a warning, and the one before; in a named one: an error."""
+    damaged = tmp_path / "run"
+    shutil.copytree(run / "checkpoints", damaged / "checkpoints")
+    newest = damaged / "checkpoints" / "step-00000006"
+    flip(newest, victim)
+    file = next(newest.glob(victim)).name
+
+    words = [w.format(path=damaged, out=tmp_path / "out") for w in COMMANDS[name]]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("llmtrain: warning: ")
+    assert f"step-00000006/{file}" in err and "step-00000003" in err
+    if name == "export":
+        assert json.loads((tmp_path / "out" / "meta.json").read_text())["step"] == 3
+
+    words = [w.format(path=newest, out=tmp_path / "out2") for w in COMMANDS[name]]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("llmtrain: error: ")
+    assert file in err and "step-00000003" in err and "checkpoint.resume" not in err
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda file: flip(file.parent, file.name), Path.unlink])
+def test_a_model_is_read_although_its_optimizer_is_damaged_or_gone(
+    run: Path, tmp_path: Path, damage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(run / "checkpoints" / "step-00000006", tmp_path / "step-00000006"))
+    damage(next(path.glob("optim-*")))
+    for words in COMMANDS.values():
+        assert main([w.format(path=path, out=tmp_path / "out") for w in words]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["checkpoint", "verify", str(path)]) == 2
+    assert "optim-00000" in capsys.readouterr().out
 
 
 class Fixed(torch.nn.Module):

@@ -1,13 +1,15 @@
 """The same few steps of training on any layout: what every layout test compares.
 
-``train_steps`` drives a real ``TrainModule`` without files or launcher, so that ``run_ranks`` can
-fork it. Packed documents, uneven float weights, an odd number of tokens, accumulation.
+``train_steps`` drives a real ``TrainModule`` (of either engine) without files or launcher, so that
+``run_ranks`` can fork it. Packed documents, uneven float weights, an odd number of tokens,
+accumulation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.model import complete
-from llmtrain.parallel import World, build_layout
+from llmtrain.parallel import Fragment, World, build_layout, local_boxes
 from llmtrain.parallel.hardware import Precision
+from llmtrain.train.engine import build_module
 from llmtrain.train.module import TrainModule
 
 # full_tensor() of a tensor over two mesh dimensions says that it gathers twice.
@@ -35,6 +38,7 @@ class Case:
 
     model: tuple[tuple[str, Any], ...] = ()
     train: tuple[tuple[str, Any], ...] = (("micro_batch_size", 1),)
+    optim: tuple[tuple[str, Any], ...] = ()
     compute: torch.dtype = torch.float32
     steps: int = STEPS
     seq_len: int = SEQ
@@ -69,7 +73,7 @@ def configs(what: Case, parallel: dict[str, Any]) -> tuple[RunConfig, ModelConfi
             cfg.data, seq_len=what.seq_len, document_mask=True, reset_positions=True, eos_id=0
         ),
         loss=replace(cfg.loss, z_loss=1e-3, label_smoothing=0.1, chunk_tokens=7),
-        optim=replace(cfg.optim, lr=3e-3, clip_norm=0.7),
+        optim=replace(cfg.optim, **{"lr": 3e-3, "clip_norm": 0.7, **dict(what.optim)}),
         parallel=replace(cfg.parallel, **parallel),
         train=replace(cfg.train, global_batch_size=BATCH, **dict(what.train)),
     )
@@ -108,36 +112,49 @@ def build(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> TrainM
     place = World(rank, world, rank, torch.device("cpu"), group)
     assert model_cfg.n_kv_heads is not None
     layout = build_layout(cfg.parallel, place, model_cfg.n_kv_heads)
-    module = TrainModule(cfg, model_cfg, Precision(what.compute, torch.float32), layout)
-    with torch.no_grad():
-        for name, param in module.params.items():
-            if param.dim() == 1:
-                draw = torch.Generator().manual_seed(len(name))
-                add_whole(param, 0.1 * torch.randn(param.shape, generator=draw))
+    module = build_module(cfg, model_cfg, Precision(what.compute, torch.float32), layout)
+    module.restore(_vary_vectors)
     return module
+
+
+@torch.no_grad()
+def _vary_vectors(tensors: dict[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if key.startswith("model.") and value.dim() == 1:
+            draw = torch.Generator().manual_seed(len(key.removeprefix("model.")))
+            add_whole(value, 0.1 * torch.randn(value.shape, generator=draw))
 
 
 def add_whole(param: Tensor, value: Tensor) -> None:
     """Add a whole tensor to a parameter of any layout, without communication."""
-    if not isinstance(param, DTensor):
-        param.add_(value)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    for values, offset in local_boxes(param):
+        values.add_(_cut(value, offset, values.shape))
 
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
+
+def _cut(value: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
     for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
         value = value.narrow(dim, start, size)
-    param.to_local().add_(value)
+    return value
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of any layout, a copy. Collective."""
+    if isinstance(tensor, Fragment):
+        full = torch.full(tensor.shape, -torch.inf)
+        for piece in tensor.pieces:
+            _cut(full, piece.offset, piece.values.shape).copy_(piece.values)
+        dist.all_reduce(full, op=dist.ReduceOp.MAX)
+        return full
+    value = tensor.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
 
 
 def rank_batch(module: TrainModule, step: int) -> Batch:
     """What this rank computes on of global batch ``step``."""
     layout = module.layout
     share = BATCH // layout.degrees.data
-    whole = make_batch(step, module.cfg.data.seq_len)
-    return module.receive(whole[layout.data_rank * share : (layout.data_rank + 1) * share])
+    batch = make_batch(step, module.cfg.data.seq_len)
+    return module.receive(batch[layout.data_rank * share : (layout.data_rank + 1) * share])
 
 
 def one_step(module: TrainModule, step: int) -> tuple[float, float]:
@@ -156,10 +173,13 @@ def train_steps(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> 
     """Train ``what.steps`` updates. Every rank returns the same losses and norms."""
     module = build(rank, world, what, parallel)
     steps = [one_step(module, step) for step in range(what.steps)]
-    weights = {}
-    for name, param in module.params.items():
-        whole = param.detach()
-        weights[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone()
+    return outcome(module, steps)
+
+
+def outcome(module: TrainModule, steps: list[tuple[float, float]]) -> Outcome:
+    """The losses and norms of ``steps``, and the parameters as they are now."""
+    state = {k: v for k, v in module.tensors().items() if k.startswith("model.")}
+    weights = {key.removeprefix("model."): whole(value) for key, value in state.items()}
     return Outcome([loss for loss, _ in steps], [norm for _, norm in steps], weights)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -275,6 +276,44 @@ def test_wrong_arguments_are_refused() -> None:
         kernels.swiglu(x.half())
 
 
+STALE = """
+import sys, torch
+from pathlib import Path
+from llmtrain.ops import native
+from llmtrain import ops
+native.SOURCES = Path(sys.argv[1])
+print(ops.kernels_line())
+print(ops.kernels_warning())
+print(torch.equal(ops.swiglu(torch.ones(3, 8)), ops.swiglu_reference(torch.ones(3, 8))))
+"""
+
+
+def test_a_library_left_from_before_a_change_fails_these_tests_instead_of_skipping_them() -> None:
+    assert ops.kernels_warning() is None
+
+
+@NATIVE
+def test_a_library_of_other_sources_is_told_and_not_used(tmp_path: Path) -> None:
+    """After a pull the kernels may have other signatures; without csrc there is no telling."""
+    from llmtrain.ops import native
+
+    sources = tmp_path / "cpu"
+    shutil.copytree(native.SOURCES, sources)
+    for changed, told in ((False, "compiled, "), (True, "out of date"), (None, "compiled, ")):
+        if changed:
+            with (sources / "rows.h").open("a") as file:
+                file.write("// changed\n")
+        elif changed is None:
+            shutil.rmtree(sources)
+        done = subprocess.run(
+            [sys.executable, "-c", STALE, str(sources)], capture_output=True, text=True, check=True
+        )
+        line, warning, same = done.stdout.splitlines()
+        assert told in line and same == "True"
+        assert (warning == "None") is not bool(changed)
+        assert not changed or (warning + line).count("make build") == 2
+
+
 def test_missing_library_is_told_and_replaced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -289,7 +328,8 @@ def test_missing_library_is_told_and_replaced(
         torch.testing.assert_close(ops.swiglu(x), expected)
         (tmp_path / "absent.so").write_bytes(b"not a library")
         native._load.cache_clear()
-        assert "does not load" in ops.kernels_line()
+        assert "damaged or of another machine" in ops.kernels_line()
+        assert "absent.so is damaged" in (ops.kernels_warning() or "")
     finally:
         monkeypatch.undo()
         native._load.cache_clear()

@@ -69,13 +69,13 @@ def test_groups_of_a_real_mesh() -> None:
         import torch.distributed as dist
 
         assert layout.tensor is not None and layout.tensor.kv_group is not None
-        assert layout.context_group is not None and layout.fsdp is not None
+        assert layout.context is not None and layout.fsdp is not None
         ranks = dist.get_process_group_ranks
         assert layout.tensor.rank == layout.tensor_rank == layout.tensor.group.rank()
         return (
             ranks(layout.tensor.group),
             ranks(layout.tensor.kv_group),
-            ranks(layout.context_group),
+            ranks(layout.context.group),
             tuple(layout.fsdp.shape),
         )
 

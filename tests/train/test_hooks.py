@@ -2,8 +2,8 @@
 
 import pytest
 
-from llmtrain.config.methods import AverageConfig
 from llmtrain.config.schema import HookConfig, RunConfig
+from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.errors import ConfigError
 from llmtrain.train import Hook
 from llmtrain.train.hooks import load_hooks

@@ -1,4 +1,4 @@
-"""Sections of methods that reach the training loop as hooks."""
+"""Sections of methods that change the weights besides the optimizer."""
 
 from __future__ import annotations
 

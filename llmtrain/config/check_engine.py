@@ -1,0 +1,51 @@
+"""Rules of ``parallel.engine``: what DeepSpeed is told, and what it cannot be asked for here."""
+
+from __future__ import annotations
+
+from llmtrain.config.faults import Collector
+from llmtrain.config.schema import ParallelConfig, RunConfig
+
+_NATIVE = "use parallel.engine: native"
+
+
+def check_engine(cfg: RunConfig, faults: Collector) -> None:
+    """Add a fault for every key that the engine does not read or cannot serve."""
+    parallel = cfg.parallel
+    if parallel.engine == "native":
+        for key in ("zero_stage", "offload_optimizer"):
+            if getattr(parallel, key) != ParallelConfig.__dataclass_fields__[key].default:
+                faults.add(
+                    f"parallel.{key}",
+                    "is read by DeepSpeed only; set parallel.engine: deepspeed or remove it",
+                    "parallel.engine",
+                )
+        return
+    for key in ("pipeline", "context"):
+        if getattr(parallel, key) > 1:
+            faults.add(
+                f"parallel.{key}",
+                f"{getattr(parallel, key)} does not go together with engine: deepspeed; {_NATIVE}",
+                "parallel.engine",
+            )
+    fsdp = ("shard", "replicate", "reduce_every_micro_batch", "reshard_after_forward")
+    for key in fsdp:
+        if getattr(parallel, key) != ParallelConfig.__dataclass_fields__[key].default:
+            faults.add(
+                f"parallel.{key}",
+                "steers FSDP2, and engine: deepspeed shards by parallel.zero_stage over all "
+                f"data-parallel ranks; remove it or {_NATIVE}",
+                "parallel.engine",
+            )
+    if cfg.average is not None:
+        faults.add(
+            "average",
+            "writes to parameters, and engine: deepspeed keeps the float32 ones to itself; "
+            f"{_NATIVE}, or merge checkpoints afterwards with llmtrain merge",
+            "parallel.engine",
+        )
+    if cfg.train.compile:
+        faults.add(
+            "train.compile",
+            f"does not go together with parallel.engine: deepspeed; set it to false or {_NATIVE}",
+            "parallel.engine",
+        )
