@@ -211,6 +211,7 @@ def test_a_section_added_or_taken_away_on_resume(tmp_path: Path, corpus: Path) -
         (["average={every: 21step}"], "average.every: 21step is longer than the run"),
         (["average={start: 21step}"], "average.start: 21step is after the end"),
         (["average={anchor: nowhere/step-00000001}"], "average.anchor: nowhere"),
+        (["average={beta: 0.5}", "parallel.engine=deepspeed"], "average: writes to parameters"),
         (["average={methd: ema}"], "did you mean 'method'"),
     ],
 )
