@@ -25,7 +25,7 @@ def said_elsewhere(sentence: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
     try:
-        from torch.distributed import TCPStore
+        from torch._C._distributed_c10d import TCPStore
 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, is_master=False, timeout=_CONNECT, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""``llmtrain data prepare|inspect|plan``."""
+"""``llmtrain data prepare|inspect|plan|seen``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ HELP = "make, look at and plan training data"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="prepare|inspect|plan")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="prepare|inspect|plan|seen"
+    )
     prepare = actions.add_parser("prepare", help="text to shards, as the section `prepare` says")
     _add_config(prepare)
     prepare.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores")
@@ -26,6 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--eos-id", type=int, metavar="ID", help="token that ends a document")
     plan = actions.add_parser("plan", help="tokens, epochs and share per source and phase")
     _add_config(plan)
+    seen = actions.add_parser("seen", help="what a run is trained on between two points")
+    seen.add_argument("trained", metavar="RUN", help="folder of a run")
+    seen.add_argument(
+        "--between",
+        nargs=2,
+        required=True,
+        metavar=("FROM", "TO"),
+        help="durations, such as 100step 200step, 1.5Mtok 2Mtok or 0.8dur 1dur",
+    )
+    seen.add_argument(
+        "--list", metavar="FILE", help="write a JSON line for every sample: its source and number"
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +49,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    actions = {"prepare": _prepare, "inspect": _inspect, "plan": _plan}
+    actions = {"prepare": _prepare, "inspect": _inspect, "plan": _plan, "seen": _seen}
     return actions[args.action](args)
 
 
@@ -78,6 +92,26 @@ def _plan(args: argparse.Namespace) -> int:
     from llmtrain.data.plan import plan_report
 
     print(plan_report(load_config(args.config, args.overrides)))
+    return 0
+
+
+def _seen(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from llmtrain.config import Duration
+    from llmtrain.data.seen import Seen, write_list
+    from llmtrain.errors import ConfigError
+
+    try:
+        low, high = (Duration.parse(text) for text in args.between)
+    except ValueError as error:
+        raise ConfigError(f"--between: {error}") from error
+    seen = Seen.of_run(Path(args.trained), low, high)
+    for line in seen.lines():
+        print(line)
+    if args.list is not None:
+        write_list(seen, Path(args.list))
+        print(f"written: {args.list}")
     return 0
 
 

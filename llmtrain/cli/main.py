@@ -17,7 +17,17 @@ import llmtrain
 from llmtrain.cli.chorus import said_elsewhere
 from llmtrain.errors import EXIT_BAD_INPUT, EXIT_GUARD, EXIT_PREEMPTED, ConfigError, LlmtrainError
 
-COMMANDS = ("train", "data", "eval", "generate", "checkpoint", "report", "doctor")
+COMMANDS = (
+    "train",
+    "branch",
+    "data",
+    "eval",
+    "generate",
+    "checkpoint",
+    "report",
+    "reproduce",
+    "doctor",
+)
 EXIT_LOST = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141

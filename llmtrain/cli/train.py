@@ -7,6 +7,7 @@ import os
 import sys
 
 from llmtrain.cli.process import prepare_process
+from llmtrain.errors import LlmtrainError
 
 HELP = "train a model from a YAML file"
 
@@ -23,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print model, data plan, memory and layout, and start nothing",
     )
     parser.add_argument(
+        "--world",
+        type=int,
+        metavar="N",
+        help="with --dry-run: plan for N processes that need not be here",
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the resolved YAML, and start nothing"
     )
     parser.add_argument(
@@ -37,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from llmtrain.config import load_config, to_yaml
 
+    _check_world(args)
     overrides = list(args.overrides)
     if args.resume is not None:
         overrides.append(f"checkpoint.resume={args.resume}")
@@ -48,10 +56,22 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from llmtrain.train.dryrun import dry_run
 
-        text = dry_run(cfg)
+        text = dry_run(cfg, args.world)
         if os.environ.get("RANK", "0") == "0":
             print(text)
         return 0
     from llmtrain.train.run import train
 
     return train(cfg)
+
+
+def _check_world(args: argparse.Namespace) -> None:
+    if args.world is None:
+        return
+    if not args.dry_run:
+        raise LlmtrainError(
+            f"--world {args.world} only plans: add --dry-run, or start {args.world} processes "
+            "with torchrun"
+        )
+    if args.world < 1:
+        raise LlmtrainError(f"--world {args.world}: the number of processes is 1 or more")

@@ -39,6 +39,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_train(cfg, faults)
     _check_schedule(cfg, faults)
     _check_hooks(cfg, faults)
+    _check_reweight(cfg, faults)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
     return faults.found
@@ -163,6 +164,36 @@ def _check_hooks(cfg: RunConfig, faults: Collector) -> None:
             if not name.isidentifier():
                 message = "cannot name an argument; use letters, digits and _"
                 faults.add(("hooks", str(i), "args", name), message, f"hooks.{i}.use")
+
+
+def _check_reweight(cfg: RunConfig, faults: Collector) -> None:
+    section = cfg.reweight
+    if section is None:
+        return
+    if section.samples == "none" and section.tokens == "none":
+        faults.add("reweight", "changes nothing; set reweight.samples or reweight.tokens")
+    reads = section.tokens in ("prior", "rho")
+    if reads and section.reference is None:
+        faults.add(
+            "reweight.reference",
+            f"is missing: tokens: {section.tokens} compares with a reference model; name a "
+            "checkpoint or the folder of a run",
+            "reweight.tokens",
+        )
+    elif not reads and section.reference is not None:
+        faults.add(
+            "reweight.reference",
+            f"is not read with tokens: {section.tokens}; take it away, or use tokens: prior or rho",
+            "reweight.tokens",
+        )
+    if part_of_run(cfg, section.warmup) > 1:
+        faults.add(
+            "reweight.warmup",
+            f"{section.warmup} is longer than the run ({cfg.train.duration}); shorten it",
+            "train.duration",
+            "train.global_batch_size",
+            "data.seq_len",
+        )
 
 
 def part_of_run(cfg: RunConfig, duration: Duration) -> Fraction:

@@ -10,6 +10,7 @@ def check_layout(cfg: RunConfig, faults: Collector) -> None:
     """Add the faults of ``parallel`` that need nothing but the config."""
     _check_tensor(cfg, faults)
     _check_context(cfg, faults)
+    _check_pipeline(cfg, faults)
 
 
 def _check_tensor(cfg: RunConfig, faults: Collector) -> None:
@@ -46,6 +47,70 @@ def _check_context(cfg: RunConfig, faults: Collector) -> None:
             "data.seq_len",
             f"{length} cannot be cut into 2 x parallel.context = {chunks} equal chunks; use {near}",
             "parallel.context",
+        )
+
+
+# Schedules of several stages a rank.
+LOOPED = ("interleaved", "zero_bubble")
+
+
+def _check_pipeline(cfg: RunConfig, faults: Collector) -> None:
+    parallel = cfg.parallel
+    schedule, looped = parallel.pipeline_schedule, parallel.pipeline_schedule in LOOPED
+    per_rank = parallel.pipeline_stages or (2 if looped else 1)
+    if parallel.pipeline == 1:
+        if parallel.pipeline_stages is not None:
+            faults.add("parallel.pipeline_stages", "is read with parallel.pipeline > 1; remove it")
+        return
+    keys = ("parallel.pipeline_schedule", "parallel.pipeline")
+    if not looped and per_rank > 1:
+        faults.add(
+            "parallel.pipeline_stages",
+            f"{per_rank} stages a rank do not go with pipeline_schedule {schedule}; use "
+            "interleaved or zero_bubble, or leave it null",
+            *keys,
+        )
+    if looped and per_rank == 1:
+        faults.add(
+            "parallel.pipeline_stages",
+            f"{schedule} runs several stages a rank; set 2 or more, or pipeline_schedule 1f1b",
+            *keys,
+        )
+    stages = parallel.pipeline * per_rank
+    if stages > cfg.model.n_layers:
+        faults.add(
+            "parallel.pipeline",
+            f"{parallel.pipeline} ranks x {per_rank} stages are more than the model's n_layers "
+            f"{cfg.model.n_layers}; every stage needs a layer",
+            "model.n_layers",
+        )
+    if parallel.reduce_every_micro_batch:
+        faults.add(
+            "parallel.reduce_every_micro_batch",
+            "does not go together with parallel.pipeline > 1, which reduces once a step; remove it",
+            "parallel.pipeline",
+        )
+
+
+def _check_micro_batches(cfg: RunConfig, share: int, faults: Collector) -> None:
+    """share: sequences of a data rank per step."""
+    p, micro = cfg.parallel.pipeline, cfg.train.micro_batch_size or share
+    if p == 1 or share % micro:
+        return
+    schedule, count = cfg.parallel.pipeline_schedule, share // micro
+    what = f"{schedule} over {p} pipeline ranks"
+    given = f"a rank's {share} sequences in micro-batches of {micro} are {count}"
+    if schedule != "gpipe" and count < p:
+        faults.add(
+            "train.micro_batch_size",
+            f"{what} needs at least {p} micro-batches a step, and {given}; lower it to "
+            f"{max(share // p, 1)}, or raise train.global_batch_size",
+        )
+    elif schedule in LOOPED and count % p:
+        faults.add(
+            "train.micro_batch_size",
+            f"{what} needs a multiple of {p} micro-batches a step, and {given}; change it or "
+            "train.global_batch_size",
         )
 
 
@@ -94,3 +159,5 @@ def _check_batch(cfg: RunConfig, ranks: int, faults: Collector) -> None:
             f"{micro} does not divide a rank's share of the batch ({batch} / {ranks} = "
             f"{share}); use a divisor of {share}",
         )
+    else:
+        _check_micro_batches(cfg, batch // ranks, faults)

@@ -20,7 +20,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def to_yaml(cfg: Any) -> str:
     """``cfg`` as YAML with every key spelled out; loading it gives an equal configuration."""
     return yaml.dump(
-        _escaped(to_dict(cfg)),
+        escaped(to_dict(cfg)),
         Dumper=Dumper,
         sort_keys=False,
         allow_unicode=True,
@@ -41,10 +41,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Literal ``${`` must not be read as an interpolation."""
     if isinstance(value, dict):
-        return {k: _escaped(v) for k, v in value.items()}
+        return {k: escaped(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_escaped(v) for v in value]
+        return [escaped(v) for v in value]
     return escape(value) if isinstance(value, str) else value

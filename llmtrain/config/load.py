@@ -27,13 +27,13 @@ def load_config(
     """
     faults: list[Fault] = []
     shown = os.fspath(path)
-    defaults = _defaults()
+    base = defaults()
     root = Files(faults).tree(FilePath(path), shown)
     whole = not any(f.path in ((), ("base",)) for f in faults)
-    root = apply_overrides(root, overrides, defaults, faults)
-    root = interpolate(root, defaults, faults)
+    root = apply_overrides(root, overrides, base, faults)
+    root = interpolate(root, base, faults)
     # Where a file is missing, rules between keys would complain about what it would have held.
-    return _build(root, faults, Mark(shown), for_training if whole else None)
+    return build_config(root, faults, Mark(shown), for_training if whole else None)
 
 
 def from_dict(data: Mapping[str, Any], *, for_training: bool = False) -> RunConfig:
@@ -41,16 +41,16 @@ def from_dict(data: Mapping[str, Any], *, for_training: bool = False) -> RunConf
 
     Raises ConfigError that lists every fault as ``key: what is wrong; remedy``.
     """
-    return _build(wrap(data), [], None, for_training)
+    return build_config(wrap(data), [], None, for_training)
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
     """All defaults as plain data; read only."""
     return to_dict(RunConfig())
 
 
-def _build(
+def build_config(
     root: Node, faults: list[Fault], file: Mark | None, for_training: bool | None
 ) -> RunConfig:
     """Typed tree of ``root``; raises all faults together. for_training None: no cross rules."""

@@ -57,7 +57,7 @@ def _inner(tp: Any) -> tuple[Any, str] | None:
     if dataclasses.is_dataclass(tp) and tp is not Duration:
         return tp, ""
     arguments = typing.get_args(tp)
-    if arguments and dataclasses.is_dataclass(arguments[-1]):
+    if arguments and dataclasses.is_dataclass(arguments[-1]) and arguments[-1] is not Duration:
         return arguments[-1], ".NAME" if typing.get_origin(tp) is dict else ".N"
     return None
 

@@ -1,36 +1,19 @@
 """The typed tree that describes a run: every key a YAML file may have, with its default.
 
-One class per section. A field's ``doc`` is what ``--help`` and the reference page print;
-rules are checked by ``config.build`` with the user's own path, file and line:
-
-- ``choices``, ``ge``, ``gt``, ``le``, ``lt``: for lists and mappings they hold for each value;
-- ``length``: number of items of a list; ``key_choices``: keys of a mapping;
-- ``units``: units a duration may have.
-
-Rules between fields live in ``config.check``.
+One class per section; ``config.fields`` says what a field's ``key`` may hold. Sections of methods
+are in files of their own. Rules between fields live in ``config.check``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
+from llmtrain.config.fields import dur, key
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
-
-
-def key(default: Any = None, doc: str = "", **rules: Any) -> Any:
-    """A config field: default (or factory), documentation and simple bounds or choices."""
-    metadata = {"doc": doc, **rules}
-    if isinstance(default, type) or (callable(default) and not isinstance(default, Duration)):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def dur(text: str) -> Duration:
-    """Shorthand for a duration default."""
-    return Duration.parse(text)
 
 
 @dataclass(frozen=True)
@@ -320,6 +303,9 @@ class CheckpointConfig:
     every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end", gt=0)
     keep: int = key(2, "newest temporary checkpoints kept", ge=1)
     permanent_every: Duration | None = key(None, "checkpoints that are never pruned", gt=0)
+    keep_at: list[Duration] = key(
+        list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
+    )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
@@ -376,4 +362,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = key(CheckpointConfig)
     guard: GuardConfig = key(GuardConfig)
     log: LogConfig = key(LogConfig)
+    reweight: ReweightConfig | None = key(
+        None,
+        "weights of samples and tokens by their losses",
+        hook="llmtrain.methods.reweight:Reweight",
+    )
     hooks: list[HookConfig] = key(list, "hooks by import path")

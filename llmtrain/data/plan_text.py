@@ -14,7 +14,9 @@ def plan_tree(plan: DataPlan) -> str:
     """One block per phase and one for the run: tokens, share and epochs of each source."""
     mixture, seq_len = plan.mixture, plan.cfg.data.seq_len
     edges = _phase_edges(plan)
-    lines = [f"data plan: {_tokens(mixture.total * seq_len)} tokens in {mixture.total:,} samples"]
+    lines = [
+        f"data plan: {tokens_text(mixture.total * seq_len)} tokens in {mixture.total:,} samples"
+    ]
     parts = [*itertools.pairwise(edges)]
     if len(parts) > 1:
         parts.append((0, mixture.total))
@@ -30,13 +32,13 @@ def plan_tree(plan: DataPlan) -> str:
             rows.append(
                 (
                     name,
-                    _tokens(int(count) * seq_len),
+                    tokens_text(int(count) * seq_len),
                     f"{100 * count / max(high - low, 1):.2f}%",
                     f"{count / max(size, 1):.3f}",
-                    _tokens(source.num_tokens),
+                    tokens_text(source.num_tokens),
                 )
             )
-        lines += [f"{'  ' if last else '| '}   {line}" for line in _aligned(rows)]
+        lines += [f"{'  ' if last else '| '}   {line}" for line in aligned(rows)]
     return "\n".join(lines)
 
 
@@ -51,14 +53,16 @@ def _phase_edges(plan: DataPlan) -> list[int]:
     return sorted({0, *ends, total})
 
 
-def _tokens(n: int) -> str:
+def tokens_text(n: int) -> str:
+    """A number of tokens in four digits: 60B, 1.234M."""
     for scale, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if n >= scale:
             return f"{n / scale:.4g}{letter}"
     return str(n)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines: first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -6,7 +6,7 @@ one autograd function, so that every format works under every layout. Adapters a
 factor; none exists yet.
 """
 
-from llmtrain.linear.function import Plan, apply_linear
+from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.placement import Placement
@@ -21,5 +21,6 @@ __all__ = [
     "Placement",
     "Plan",
     "apply_linear",
+    "backward_for",
     "matmul_for",
 ]

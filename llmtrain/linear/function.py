@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +50,30 @@ class Plan:
         return self.tensor if self.placement is Placement.ROW else None
 
 
+class _Needed:
+    """Which gradients the backward pass that runs now is for.
+
+    Autograd tells a function what it needs once, in forward. A zero-bubble pipeline runs backward
+    twice, first for the inputs of a stage and later for its weights, and each product once.
+    """
+
+    inputs = True
+    weights = True
+
+
+@contextmanager
+def backward_for(kind: str) -> Iterator[None]:
+    """Around a backward pass: ``full``, or for ``input`` or ``weight`` gradients alone.
+
+    One backward pass runs at a time in a process; autograd's own threads see the same.
+    """
+    _Needed.inputs, _Needed.weights = kind != "weight", kind != "input"
+    try:
+        yield
+    finally:
+        _Needed.inputs = _Needed.weights = True
+
+
 class _LinearFunction(torch.autograd.Function):
     """y = x weight^T + bias. Saves x only when the weight is trained, and then its token shard
     alone (unless ``keep_gathered``): backward gathers it again."""
@@ -78,6 +104,8 @@ class _LinearFunction(torch.autograd.Function):
         plan: Plan = ctx.plan
         x, operand = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x = needs_x and _Needed.inputs
+        needs_weight, needs_bias = needs_weight and _Needed.weights, needs_bias and _Needed.weights
         flat = grad.reshape(-1, grad.shape[-1]).to(plan.matmul.dtype)
         db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         if plan.row is not None and plan.row.sequence:

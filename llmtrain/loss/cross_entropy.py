@@ -58,6 +58,7 @@ class _Terms:
     chunk: int
     grad: bool
     tensor: TensorParallel | None
+    in_parts: bool
 
     def cross_entropy_(
         self, logits: Tensor, targets: Tensor, weights: Tensor, grad: bool
@@ -101,14 +102,18 @@ class _HeadLoss(torch.autograd.Function):
             if needs_weight:
                 d_weight = matmul.wgrad(logits, x[part], d_weight)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.in_parts = terms.in_parts
         z_part = z @ weights
         ctx.mark_non_differentiable(nll, z_part)
         return loss @ weights, nll, z_part
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # In place: a second backward through the same loss is refused by autograd.
-        scaled = [None if g is None else g.mul_(grad) for g in ctx.saved_tensors]
+        if ctx.in_parts:
+            scaled = [None if g is None else g * grad for g in ctx.saved_tensors]
+        else:
+            # In place: a second backward through the same loss is refused by autograd.
+            scaled = [None if g is None else g.mul_(grad) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
 
@@ -119,6 +124,8 @@ def head_loss(
     weights: Tensor,
     cfg: LossConfig,
     denominator: float | Tensor,
+    *,
+    in_parts: bool = False,
 ) -> LossOutput:
     """Weighted cross-entropy of the next token, and its z-loss.
 
@@ -128,7 +135,8 @@ def head_loss(
     int64 below head.vocab_size, also where the weight is 0; weights: [b, s] float. denominator:
     weight of the whole global batch. Gradients flow to hidden and head.weight; where the head is
     split over tensor-parallel ranks, every rank returns the whole loss and the gradient of
-    hidden is this rank's summand.
+    hidden is this rank's summand. in_parts: backward runs once for hidden and once for the weight
+    (zero-bubble pipelines), at the price of a copy of their gradients.
     """
     terms = _Terms(
         head.matmul,
@@ -138,6 +146,7 @@ def head_loss(
         cfg.chunk_tokens,
         torch.is_grad_enabled(),
         head.tensor,
+        in_parts,
     )
     scaled = weights.reshape(-1).float() / denominator
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -4,15 +4,11 @@
 a run's model section complete, ``init_weights`` fills a model on any device and layout.
 """
 
+from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import (
-    activation_bytes,
-    flops_per_token,
-    param_counts,
-    stage_parts,
-)
+from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.sharding import (
@@ -24,11 +20,13 @@ from llmtrain.model.sharding import (
 )
 
 __all__ = [
+    "ActivationSplit",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
     "apply_recompute",
+    "block_activation_bytes",
     "build_model",
     "check_tensor_degree",
     "compile_blocks",

@@ -138,8 +138,9 @@ class Attention(nn.Module):
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, h, s, d], k and v [b, g, s, d] of qkv [b, s, g, h / g + 2, d], normalised."""
         b, s = qkv.shape[:2]
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = q.reshape(b, s, self.n_heads, self.d_head)
+        # Copies: a view would keep all of qkv until backward.
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :].contiguous(), qkv[..., -1, :].contiguous()
+        q = q.reshape(b, s, self.n_heads, self.d_head).contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             if self.qk_norm == "full":
                 q, k = q.flatten(2), k.flatten(2)

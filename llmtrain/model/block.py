@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
@@ -13,7 +15,11 @@ from llmtrain.model.dropout import Dropout
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import Norm
-from llmtrain.model.recompute import full_recompute, selective_recompute
+from llmtrain.model.recompute import (
+    compiled_selective_recompute,
+    forgotten,
+    full_recompute,
+)
 from llmtrain.parallel.tensor import TensorParallel
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -48,16 +54,30 @@ class Block(nn.Module):
             return self._run(x, context)
         if self.recompute == "full":
             return cast(Tensor, full_recompute(self._run, x, context))
-        return cast(Tensor, selective_recompute(self._run, x, context))
+        if torch.compiler.is_compiling():
+            return cast(Tensor, compiled_selective_recompute(self._run, x, context))
+        return self._run(x, context, lean=True)
 
-    def _run(self, x: Tensor, context: AttentionContext) -> Tensor:
-        if self.pre_norm:
-            x, normed = self.attention_norm.after(x, None)
-            branch = self.attention_dropout(self.attention(normed, context), context.keys)
-            x, normed = self.mlp_norm.after(x, branch)
-            x = x + self.mlp_dropout(self.mlp(normed), context.keys)
-        else:
+    def _run(self, x: Tensor, context: AttentionContext, lean: bool = False) -> Tensor:
+        """lean: the results of norms and activation are not kept for backward."""
+        keys = context.keys
+        if not self.pre_norm:
             branch = self.attention_norm(self.attention(x, context))
-            x = x + self.attention_dropout(branch, context.keys)
-            x = x + self.mlp_dropout(self.mlp_norm(self.mlp(x)), context.keys)
-        return x
+            x = x + self.attention_dropout(branch, keys)
+            branch = self.mlp_norm(self.mlp(x, lean))
+            return x + cast(Tensor, self.mlp_dropout(branch, keys))
+        x, normed = self.attention_norm.after(x, None)
+        with self._forgetting(normed, self.attention_norm, x, lean):
+            branch = self.attention_dropout(self.attention(normed, context), keys)
+        x, normed = self.mlp_norm.after(x, branch)
+        with self._forgetting(normed, self.mlp_norm, x, lean):
+            out = x + self.mlp_dropout(self.mlp(normed, lean), keys)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def _forgetting(
+        normed: Tensor, norm: Norm, x: Tensor, lean: bool
+    ) -> AbstractContextManager[None]:
+        """Its consumers compute ``normed`` again from ``x``, which the norm keeps."""
+        kept = x.detach()
+        return forgotten(normed, lambda: norm(kept)) if lean else nullcontext()

@@ -163,10 +163,11 @@ class Decoder(nn.Module):
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:
-    """Set what backward computes again: none, selective (all but products and attention), full.
+    """Set what backward computes again: none, selective (norms and activations), full.
 
-    full keeps only the input of each block (about a third more arithmetic). selective keeps the
-    results of matrix products and attention and repeats norms, rotations and activations.
+    full keeps only the input of each block (about a third more arithmetic, and the collectives
+    of forward once more). selective repeats norms and activations, which are bandwidth only; under
+    torch.compile it keeps the results of products and attention and repeats all else.
     """
     if mode not in RECOMPUTE_MODES:
         raise ValueError(f"recompute mode {mode!r} is not one of {', '.join(RECOMPUTE_MODES)}")

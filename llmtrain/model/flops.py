@@ -1,15 +1,13 @@
-"""Closed forms: parameters, floating point operations and activation memory of a shape."""
+"""Closed forms: parameters and floating point operations of a shape."""
 
 from __future__ import annotations
-
-import torch
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.pipeline import Part, split_layers
 
 
-def _widths(cfg: ModelConfig) -> tuple[int, int, int]:
+def widths(cfg: ModelConfig) -> tuple[int, int, int]:
     """Widths of all query heads, of all key (or value) heads, and of the MLP."""
     assert cfg.n_kv_heads is not None and cfg.d_head is not None and cfg.d_ff is not None
     return cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.d_ff
@@ -17,7 +15,7 @@ def _widths(cfg: ModelConfig) -> tuple[int, int, int]:
 
 def _block_matrices(cfg: ModelConfig) -> int:
     """Elements of the weight matrices of one block."""
-    q, kv, ff = _widths(cfg)
+    q, kv, ff = widths(cfg)
     up = 2 * ff if cfg.activation == "swiglu" else ff
     return cfg.d_model * (q + 2 * kv) + q * cfg.d_model + cfg.d_model * up + ff * cfg.d_model
 
@@ -28,7 +26,7 @@ def param_counts(cfg: ModelConfig) -> dict[str, int]:
 
     cfg is resolved. Counts the padded vocabulary; a tied head counts once, as embedding.
     """
-    q, kv, ff = _widths(cfg)
+    q, kv, ff = widths(cfg)
     assert cfg.max_seq_len is not None
     table = padded_vocab(cfg) * cfg.d_model
     norm_width = 2 * cfg.d_model
@@ -67,7 +65,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     4 FLOPs per head element and pair forward, twice that backward; counting the full square, as
     some systems do, would double the second term. Recomputation is not counted.
     """
-    q, _, _ = _widths(cfg)
+    q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
     matrices = cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
@@ -79,32 +77,7 @@ def stage_parts(cfg: ModelConfig, seq_len: int, stages: int) -> list[Part]:
     A block costs its matrices and causal attention, the head its matrix over the real
     vocabulary, the embedding nothing.
     """
-    q, _, _ = _widths(cfg)
+    q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
     block = float(_block_matrices(cfg) + seq_len * q)
     return split_layers([block] * cfg.n_layers, 0.0, cfg.vocab_size * cfg.d_model, stages)
-
-
-def activation_bytes(
-    cfg: ModelConfig, micro_batch: int, seq_len: int, recompute: str, dtype: torch.dtype
-) -> int:
-    """Estimate of the activations alive at the end of a forward pass, in bytes.
-
-    Counts what backward keeps per token and block: the inputs of norms, projections and
-    activation, q, k, v and the attention output; ``selective`` drops the results of norms,
-    rotation and activation, ``full`` all but the block's input. Excludes weights, gradients,
-    the loss's chunk of logits and the temporaries of a running block.
-    """
-    q, kv, ff = _widths(cfg)
-    d = cfg.d_model
-    up = 2 * ff if cfg.activation == "swiglu" else ff
-    heads = cfg.n_heads
-    bytes_per_value = dtype.itemsize
-    if recompute == "full":
-        values = d
-    else:
-        kept = 2 * d + (q + 2 * kv) + q + up
-        values = kept + (2 * d if recompute == "selective" else 2 * d + (q + kv) + ff)
-    per_block = values * bytes_per_value + (0 if recompute == "full" else 4 * heads)
-    outside = 3 * d * bytes_per_value + 4
-    return micro_batch * seq_len * (cfg.n_layers * per_block + outside)

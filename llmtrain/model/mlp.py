@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul, Placement
+from llmtrain.model.recompute import forgotten
 from llmtrain.ops import swiglu
 from llmtrain.parallel.tensor import TensorParallel
 
@@ -45,6 +47,13 @@ class MLP(nn.Module):
         self.down = Linear(cfg.d_ff, cfg.d_model, cfg.mlp_bias, placement=Placement.ROW, **shared)
         self.activation = ACTIVATIONS[cfg.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor, lean: bool = False) -> Tensor:
+        """lean: the result of the activation is computed again in backward."""
+        inner = self.up(x)
+        active = self.activation(inner)
+        again, kept = self.activation, inner.detach()
+        # ReLU keeps its result and not its input.
+        lean = lean and again is not F.relu
+        with forgotten(active, lambda: again(kept)) if lean else nullcontext():
+            out: Tensor = self.down(active)
         return out

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -46,8 +51,9 @@ def full_recompute(function: Any, *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def selective_recompute(function: Any, *args: Any) -> Any:
-    """``function(*args)``, keeping the arguments and the results of ``KEPT``."""
+def compiled_selective_recompute(function: Any, *args: Any) -> Any:
+    """``function(*args)``, keeping the arguments and the results of ``KEPT``; under torch.compile,
+    where ``forgotten`` does not work."""
     return checkpoint(
         function,
         *args,
@@ -55,3 +61,35 @@ def selective_recompute(function: Any, *args: Any) -> Any:
         preserve_rng_state=False,
         context_fn=_keep_products,
     )
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What stands for a saved tensor: how to compute it, and its shape."""
+
+    function: Callable[[], Tensor]
+    shape: torch.Size
+
+
+@contextmanager
+def forgotten(value: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Within, a consumer that saves ``value`` for backward saves ``again`` instead.
+
+    again: computes ``value`` from what is kept anyway (a norm's input is kept by the norm); it
+    runs in backward, without gradient. Unlike a checkpoint around the whole block, nothing else
+    runs twice: no product, and no collective of tensor-parallel ranks.
+    """
+    place, size, dtype = value.data_ptr(), value.numel(), value.dtype
+
+    def pack(saved: Tensor) -> Tensor | _Again:
+        same = (saved.data_ptr(), saved.numel(), saved.dtype) == (place, size, dtype)
+        return _Again(again, saved.shape) if same else saved
+
+    def unpack(kept: Tensor | _Again) -> Tensor:
+        if not isinstance(kept, _Again):
+            return kept
+        with torch.no_grad():
+            return kept.function().view(kept.shape)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield

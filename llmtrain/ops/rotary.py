@@ -25,7 +25,8 @@ def split_rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     b, s, groups, slots, d = qkv.shape
     q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     q = q.reshape(b, s, groups * (slots - 2), d).transpose(1, 2)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    # A view of v would keep all of qkv until backward.
+    k, v = k.transpose(1, 2), v.contiguous().transpose(1, 2)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 

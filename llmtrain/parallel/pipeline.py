@@ -9,6 +9,7 @@ zero bubble, which defers the gradients of weights (Qi et al. 2023, 2401.10241).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,21 +106,34 @@ class Pipeline:
         return out
 
     def schedule(
-        self, cfg: ParallelConfig, modules: Sequence[nn.Module], like: Tensor, micro_batches: int
+        self,
+        cfg: ParallelConfig,
+        modules: Sequence[nn.Module],
+        like: Tensor,
+        micro_batches: int,
+        around: Callable[[str], AbstractContextManager[None]],
     ) -> Any:
         """The schedule of a step of ``micro_batches``; modules: of this rank's stages.
 
         Every module takes (what travels, or the micro-batch's number in the first stage;
         micro=number) and returns what travels, the last one its loss. Gradients are summed over
-        micro-batches and not divided.
+        micro-batches and not divided. around(kind): entered around every backward pass, which is
+        ``full`` or for ``input`` or ``weight`` gradients.
         """
         from torch.distributed.pipelining import PipelineStage, schedules
+
+        class Announced(PipelineStage):
+            """A stage that says what a backward pass is for."""
+
+            def backward_maybe_with_nosync(self, backward_type: Any, *args: Any, **kw: Any) -> Any:
+                with around(backward_type):
+                    return super().backward_maybe_with_nosync(backward_type, *args, **kw)
 
         travels = torch.empty_like(like, device="meta", requires_grad=True)
         number = torch.zeros(1, dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
         stages = [
-            PipelineStage(
+            Announced(
                 module,
                 index,
                 self.stages,

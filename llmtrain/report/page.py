@@ -16,6 +16,7 @@ from llmtrain.report.mixture import Mixture, mixture
 from llmtrain.report.numbers import NOTHING, fixed, percent, short
 from llmtrain.report.read import Run, parse_config
 from llmtrain.report.summary import domain_results, facts
+from llmtrain.report.tree import draw_trees
 
 SHOWN = 8  # charts of a section that are open at once; the rest is folded
 
@@ -32,6 +33,7 @@ def render(runs: Sequence[Run]) -> str:
         _charts("Optimizer", curves.optimizer_charts(runs), numbers),
         _charts("Speed and memory", curves.speed_charts(runs), numbers),
         _mixture_section(mixes, len(runs), numbers),
+        _section("Branches", draw_trees(runs)),
         _section("Samples", _samples(runs)),
         _section("Events", _events(runs)),
         _section("Config", _config(runs)),

@@ -18,6 +18,7 @@ class Clockwork:
     save_every: int | None
     keep_every: int | None
     tokens_per_step: int
+    keep_at: frozenset[int] = frozenset()
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> Clockwork:
@@ -36,6 +37,7 @@ class Clockwork:
             save_every=steps(cfg.checkpoint.every),
             keep_every=steps(cfg.checkpoint.permanent_every),
             tokens_per_step=tokens,
+            keep_at=frozenset(max(at.steps(tokens, total), 1) for at in cfg.checkpoint.keep_at),
         )
 
     def evaluates(self, step: int) -> bool:
@@ -49,4 +51,5 @@ class Clockwork:
 
     def keeps(self, step: int) -> bool:
         """Is the checkpoint of update ``step`` permanent?"""
-        return self.keep_every is not None and step % self.keep_every == 0
+        every = self.keep_every is not None and step % self.keep_every == 0
+        return every or step in self.keep_at

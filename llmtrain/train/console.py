@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 def human(number: float) -> str:
     """1234567 -> '1.23M'."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    scales = (
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "B"),
+        (1e6, "M"),
+        (1e3, "k"),
+    )
+    for scale, letter in scales:
         if abs(number) >= scale:
             return f"{number / scale:.3g}{letter}"
     return f"{number:.0f}" if float(number).is_integer() else f"{number:.3g}"
@@ -21,6 +30,14 @@ def human(number: float) -> str:
 def gib(n_bytes: float) -> str:
     """Bytes as GiB or MiB."""
     return f"{n_bytes / 2**30:.2f}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f}MiB"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the unit that leaves one to four digits before the point, in powers of 1024."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if n_bytes >= 1024**power:
+            return f"{n_bytes / 1024**power:.2f} {unit}"
+    return f"{n_bytes:.0f} B"
 
 
 def clock(seconds: float | None) -> str:

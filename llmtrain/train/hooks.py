@@ -1,17 +1,19 @@
 """Hooks: how methods reach the training loop without the loop knowing them by name.
 
-A method subclasses ``Hook``, overrides the moments it needs, and is named in the config by its
-import path (``hooks: [{use: package.module:Class, args: {...}}]``). Hooks run in the listed
-order on every rank.
+A method subclasses ``Hook`` and overrides the moments it needs. Its config section names it: the
+section's field in ``RunConfig`` carries the import path of a callable that makes the hook from the
+section. A user's own hook is named in the config
+(``hooks: [{use: package.module:Class, args: {...}}]``). Hooks run on every rank, those of sections
+first, then the listed ones in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.schema import HookConfig
+from llmtrain.config.schema import HookConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """Does nothing at every moment of a run; override what is needed."""
+    """Does nothing at every moment of a run; override what is needed.
+
+    section: the config section that made the hook, None for one of ``hooks``; set by the loader.
+    """
+
+    section: str | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Once, after a checkpoint (if any) was loaded and before the first step."""
@@ -56,9 +63,20 @@ class Hook:
         """Take back what ``state_dict`` gave."""
 
 
-def load_hooks(configs: Sequence[HookConfig]) -> list[Hook]:
-    """Import and construct the hooks; ConfigError names the entry that fails."""
-    return [_load(config, f"hooks.{i}") for i, config in enumerate(configs)]
+def load_hooks(cfg: RunConfig) -> list[Hook]:
+    """The hooks of the sections that are set, then those listed in ``hooks``.
+
+    Raises ConfigError naming the entry that fails.
+    """
+    made = []
+    for field in dataclasses.fields(cfg):
+        section = getattr(cfg, field.name)
+        if "hook" in field.metadata and section is not None:
+            module, _, name = field.metadata["hook"].partition(":")
+            hook: Hook = getattr(importlib.import_module(module), name)(section)
+            hook.section = field.name
+            made.append(hook)
+    return made + [_load(config, f"hooks.{i}") for i, config in enumerate(cfg.hooks)]
 
 
 def _load(config: HookConfig, where: str) -> Hook:

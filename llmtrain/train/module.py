@@ -101,6 +101,9 @@ class TrainModule:
     Master parameters and optimizer state are float32 whatever ``precision.compute`` is.
     """
 
+    # Whether backward runs once for inputs and once for weights.
+    in_parts = False
+
     def __init__(
         self,
         cfg: RunConfig,
@@ -151,7 +154,15 @@ class TrainModule:
         data = self.cfg.data
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
-            return head_loss(hidden, head, batch.targets, batch.weights, self.cfg.loss, denominator)
+            return head_loss(
+                hidden,
+                head,
+                batch.targets,
+                batch.weights,
+                self.cfg.loss,
+                denominator,
+                in_parts=self.in_parts,
+            )
 
         part = None if self.context is None else SplitSequence(self.context, batch.first)
         return {

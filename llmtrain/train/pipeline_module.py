@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
+from llmtrain.linear import backward_for
 from llmtrain.loss import LossOutput
 from llmtrain.model import Decoder, check_tensor_degree, init_weights, param_roles, stage_parts
 from llmtrain.optim import build_groups, build_optimizer, create_state, gradient_norm
@@ -55,9 +56,13 @@ class Chain(nn.Module):
         self.pipeline, self.cfg = pipeline, cfg
         self.stages = nn.ModuleList()
 
+    def each(self) -> list[Stage]:
+        """The stages of this rank, in order."""
+        return [stage for stage in self.stages if isinstance(stage, Stage)]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [b, s, vocab_size] of tokens [b, s], without gradients."""
-        decoders = dict(zip(self.pipeline.own, (s.decoder for s in self.stages), strict=True))
+        decoders = dict(zip(self.pipeline.own, (s.decoder for s in self.each()), strict=True))
         some = next(iter(decoders.values()))
         logits = self.pipeline.chain(
             lambda stage, hidden: decoders[stage](tokens, hidden=hidden), some.travels(tokens)
@@ -85,6 +90,7 @@ class PipelineModule(TrainModule):
         self.cfg, self.model_cfg, self.layout = cfg, model_cfg, layout
         self.device, self.context = layout.world.device, layout.context
         check_tensor_degree(model_cfg, layout.degrees.tensor)
+        self.in_parts = cfg.parallel.pipeline_schedule == "zero_bubble"
         self.pipeline = build_pipeline(cfg.parallel, layout.state.get_group("pipeline"))
         self.micros: Sequence[Batch] = []
         self.outputs: dict[int, LossOutput] = {}
@@ -133,10 +139,10 @@ class PipelineModule(TrainModule):
         """The schedule for micro-batches of this shape, kept for the next steps."""
         shape = (*micro.tokens.shape, count)
         if shape not in self._schedules:
-            stages = [stage for stage in self._chain().stages]
+            stages = self._chain().each()
             like = stages[0].decoder.travels(micro.tokens)
             make = self.pipeline.schedule
-            self._schedules[shape] = make(self.cfg.parallel, stages, like, count)
+            self._schedules[shape] = make(self.cfg.parallel, stages, like, count, backward_for)
         return self._schedules[shape]
 
     def _chain(self) -> Chain:
@@ -168,7 +174,7 @@ class PipelineModule(TrainModule):
     def loss(self, batch: Batch, denominator: float) -> LossOutput:
         """Forward of one micro-batch, for evaluation; zeros on all ranks but the last."""
         self.micros, self._denominator, self.outputs = [batch], denominator, {}
-        stages = dict(zip(self.pipeline.own, self._chain().stages, strict=True))
+        stages = dict(zip(self.pipeline.own, self._chain().each(), strict=True))
         number = torch.zeros((), dtype=torch.int64)
         some = next(iter(stages.values())).decoder
         like = some.travels(batch.tokens)

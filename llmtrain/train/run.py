@@ -48,16 +48,21 @@ from llmtrain.train.trainer import Services, Trainer
 _PLAN_LINES = 24
 
 
-def train(cfg: RunConfig) -> int:
-    """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults."""
+def train(cfg: RunConfig, world: World | None = None) -> int:
+    """Train as ``cfg`` says; returns the exit code. Raises LlmtrainError for the user's faults.
+
+    world: joined by the caller, who has several runs to make and leaves it afterwards; a process
+    group that was left cannot be joined again under the same launcher.
+    """
     _set_environment(cfg)
     with SignalWatch() as signals:
-        world = init_world(cfg.device)
+        joined = init_world(cfg.device) if world is None else world
         try:
-            check_world(cfg, world.size)
-            _train(cfg, world, signals)
+            check_world(cfg, joined.size)
+            _train(cfg, joined, signals)
         finally:
-            close_world()
+            if world is None:
+                close_world()
     return EXIT_OK
 
 
@@ -87,7 +92,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
-        hooks = load_hooks(cfg.hooks)
+        hooks = load_hooks(cfg)
         if resume is not None:
             load, path = checkpointer.load, resume.path
             module.restore(lambda tensors: load(path, tensors, verify=False))

@@ -178,6 +178,9 @@ class Trainer:
                 hook.load_state_dict(state["hooks"][self._hook_key(i)])
 
     def _hook_key(self, index: int) -> str:
+        section = self.hooks[index].section
+        if section is not None:
+            return section
         kind = type(self.hooks[index])
         earlier = sum(type(h) is kind for h in self.hooks[:index])
         return f"{kind.__module__}:{kind.__qualname__}#{earlier}"

@@ -154,6 +154,34 @@ ZERO: dict[str, Any] = {"parallel.engine": "deepspeed"}
             "schedule.decay",
             "together are longer than the run",
         ),
+        ({"parallel.tensor": 8}, "parallel.tensor", "8 ranks cannot share n_heads 4 equally"),
+        (
+            {"parallel.tensor": 4, "model.n_heads": 24, "model.d_head": 8, "model.n_kv_heads": 6},
+            "parallel.tensor",
+            "cannot share n_kv_heads 6; one must divide the other",
+        ),
+        ({"parallel.tensor": 4, "model.d_ff": 50}, "parallel.tensor", "cannot share d_ff 50"),
+        ({"parallel.pipeline_stages": 2}, "parallel.pipeline_stages", "with parallel.pipeline > 1"),
+        (
+            {"parallel.pipeline": 2, "parallel.pipeline_stages": 2},
+            "parallel.pipeline_stages",
+            "2 stages a rank do not go with pipeline_schedule 1f1b",
+        ),
+        (
+            {
+                "parallel.pipeline": 2,
+                "parallel.pipeline_schedule": "zero_bubble",
+                "parallel.pipeline_stages": 1,
+            },
+            "parallel.pipeline_stages",
+            "zero_bubble runs several stages a rank",
+        ),
+        ({"parallel.pipeline": 5}, "parallel.pipeline", "more than the model's n_layers 4"),
+        (
+            {"parallel.pipeline": 2, "parallel.reduce_every_micro_batch": True},
+            "parallel.reduce_every_micro_batch",
+            "which reduces once a step",
+        ),
         ({"parallel.context": 3}, "data.seq_len", "= 6 equal chunks; use 252 or 258"),
         ({"parallel.context": 200}, "data.seq_len", "= 400 equal chunks; use 400"),
         ({"hooks": [{}]}, "hooks.0.use", "is missing"),
@@ -281,7 +309,7 @@ def test_all_rules_speak_together_and_none_about_a_key_already_wrong() -> None:
 def run(**train: Any) -> RunConfig:
     """A configuration with these parts of ``train`` and ``parallel``."""
     cfg = RunConfig()
-    keys = ("shard", "replicate", "tensor", "context", "pipeline")
+    keys = ("shard", "replicate", "tensor", "context", "pipeline", "pipeline_schedule")
     parallel = {k: train.pop(k) for k in keys if k in train}
     return dataclasses.replace(
         cfg,
@@ -299,6 +327,18 @@ def run(**train: Any) -> RunConfig:
         (run(tensor=3), 4, "parallel.tensor: replicate 1 x tensor 3 = 3 does not divide it"),
         (run(shard=1, tensor=2, pipeline=3), 4, "shard 1 x replicate 1 x tensor 2 x pipeline 3 ="),
         (run(tensor=2, pipeline=2), 20, "batch_size: 32 cannot be shared equally: 5 ranks"),
+        (run(pipeline=2), 4, "1f1b over 2 pipeline ranks needs at least 2 micro-batches a step"),
+        (run(pipeline=2, micro_batch_size=16), 4, "sequences in micro-batches of 16 are 1; lower"),
+        (
+            run(pipeline=4, pipeline_schedule="interleaved", micro_batch_size=4),
+            16,
+            "needs at least 4 micro-batches",
+        ),
+        (
+            run(pipeline=3, pipeline_schedule="zero_bubble", micro_batch_size=8),
+            3,
+            "needs a multiple of 3 micro-batches a step, and a rank's 32",
+        ),
         (run(), 5, "train.global_batch_size: 32 cannot be shared equally"),
         (run(), 5, "use 30 or 35"),
         (run(), 64, "use 64"),
@@ -315,6 +355,6 @@ def test_a_run_that_fits_the_world() -> None:
     check_world(run(), 1)
     check_world(run(shard=2, replicate=2, micro_batch_size=8), 4)
     check_world(run(replicate=4), 4)
-    check_world(run(tensor=2, context=2, pipeline=2, micro_batch_size=32), 8)
+    check_world(run(tensor=2, context=2, pipeline=2, micro_batch_size=16), 8)
     with pytest.raises(ConfigError, match="2 faults"):
         check_world(run(shard=2), 5)

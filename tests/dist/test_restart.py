@@ -213,3 +213,24 @@ def test_the_local_launcher_passes_signals_on_and_keeps_the_exit_code(
     assert process.returncode == 75, errors
     stopped = records(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped:08d}").exists()
+
+
+@pytest.mark.dist
+def test_branches_on_two_ranks_one_after_the_other(
+    tmp_path: Path, corpus: Path, straight: Path
+) -> None:
+    """Several runs in one launch; the tree is recorded once, the data is what one rank sees."""
+    shutil.copytree(straight, tmp_path / "runs" / "tiny")
+    trunk = tmp_path / "runs" / "tiny"
+    words = ["branch", str(trunk), "--sweep", "0.25,0.5", f"out={trunk.parent}"]
+    done = llmtrain(*words, "log.every=1", ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name, step in (("tiny-branch-d0.25", 15), ("tiny-branch-d0.5", 10)):
+        ours = records(trunk.parent / name)
+        theirs = [r for r in records(straight) if r["step"] > step]
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+        assert ours[-1]["loss"] == pytest.approx(theirs[-1]["loss"], rel=2e-5)
+        assert (trunk / "branches" / f"{name}.json").exists()
+        tokens = [{n: s["tokens"] for n, s in r["sources"].items()} for r in (ours[-1], theirs[-1])]
+        assert tokens[0] == tokens[1]
+    assert done.stdout.count("held-out loss:") == 1

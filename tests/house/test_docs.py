@@ -155,6 +155,8 @@ def check_llmtrain(words: list[str]) -> None:
     args, extra = parser.parse_known_args(words[1:])
     assert not any(word.startswith("-") for word in extra)
     assert not extra or hasattr(args, "overrides")
+    if words[0] == "branch":
+        return  # what its overrides may say depends on the trunk
     overrides = [*getattr(args, "overrides", []), *extra]
     config = ROOT / str(getattr(args, "config", "configs/quickstart.yaml"))
     if config.exists():

@@ -35,6 +35,7 @@ ROOMS = (
     "planner",
     "report",
     "train",
+    "methods",
     "finetune",
     "recipes",
     "cli",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,6 @@ from llmtrain.config.schema import LossConfig, ModelConfig
 from llmtrain.loss import head_loss
 from llmtrain.model import (
     Decoder,
-    activation_bytes,
     apply_recompute,
     build_model,
     compile_blocks,
@@ -177,40 +175,6 @@ def test_recomputation_changes_nothing(shape: str, mode: str, dtype: torch.dtype
     assert list(dict(model.named_parameters())) == list(expected)
     for name, grad in _gradients(model, tokens, doc_ids=doc_ids).items():
         assert torch.equal(grad, expected[name]), name
-
-
-def _saved_bytes(run: Callable[[], object]) -> int:
-    """Distinct storage kept for backward, parameters excluded."""
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        keep = run()
-    assert keep is not None
-    return sum(t.untyped_storage().nbytes() for t in saved.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["llama", "gpt2", "olmo2"])
-def test_activation_estimate_is_near_what_is_saved(shape: str, dtype: torch.dtype) -> None:
-    model, tokens = _model(shape, dtype, n_layers=6), _tokens(8, 64)
-    params = sum(p.numel() for p in model.parameters())
-
-    def run() -> object:
-        return model(tokens, head_fn=lambda hidden, head: hidden.sum())
-
-    # Cast weights are saved as well in bf16; they are not activations.
-    copies = 2 * params if dtype == torch.bfloat16 else 0
-    measured = _saved_bytes(run) - copies
-    estimate = activation_bytes(model.cfg, 8, 64, "none", dtype)
-    assert 0.75 < estimate / measured < 1.25
-    full = activation_bytes(model.cfg, 8, 64, "full", dtype)
-    selective = activation_bytes(model.cfg, 8, 64, "selective", dtype)
-    assert full < selective < estimate
 
 
 def test_flops_equal_torchs_counter() -> None:

@@ -1,0 +1,148 @@
+"""The sharded model of one rank of a world that need not exist.
+
+The model is built on the meta device by the code that builds it in the run, on a fake process
+group of any size that never communicates. A degree that does not fit fails as it would there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from llmtrain.model import (
+    Decoder,
+    check_tensor_degree,
+    param_roles,
+    partial_parameters,
+    shard_over_tensor,
+)
+from llmtrain.parallel import World, apply_fsdp, build_layout
+from llmtrain.parallel.pipeline import Part as Stage
+from llmtrain.planner.setting import Setting
+
+TABLE = "embedding.weight"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter as a rank holds it.
+
+    shape: of the whole parameter; split: of the tensor-parallel part that forward reads; local:
+    of the shard that this rank stores. block: number of the block it belongs to, None outside.
+    partial: its gradient is a summand that tensor-parallel ranks still have to add up.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    local: tuple[int, ...]
+    block: int | None
+    partial: bool
+
+    def stored(self, shards: int) -> int:
+        """Elements in this rank's memory: FSDP2 pads every shard to the largest, which is
+        ceil(rows / shards) rows."""
+        return -(-self.split[0] // shards) * math.prod(self.split[1:])
+
+    @property
+    def elements(self) -> int:
+        """Elements of the tensor-parallel part."""
+        return math.prod(self.split)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All parameters of a rank. rank: its number in the world."""
+
+    rank: int
+    parts: tuple[Part, ...]
+
+    def units(self, stages: Iterable[Stage]) -> list[list[Part]]:
+        """What FSDP2 gathers and reduces together: of each stage its blocks one by one, then all
+        that is outside of them, embeddings in the first and final norm and head in the last (a
+        tied embedding is both)."""
+        found = []
+        tied = not any(p.role == "head" for p in self.parts)
+        for stage in stages:
+            found += [[p for p in self.parts if p.block == i] for i in stage.blocks]
+            outside = []
+            for part in self.parts:
+                is_input = part.role == "embedding"
+                is_output = not is_input or (tied and part.name == TABLE)
+                here = (stage.first and is_input) or (stage.last and is_output)
+                if part.block is None and here:
+                    outside.append(part)
+            if outside:
+                found.append(outside)
+        return found
+
+
+def draw(setting: Setting, rank: int = 0) -> Blueprint:
+    """The parameters of ``rank``. Needs a process without a process group.
+
+    Raises ConfigError or EnvironmentFault where the model does not fit the degrees.
+    """
+    cfg, model_cfg, degrees = setting.cfg, setting.model, setting.degrees
+    check_tensor_degree(model_cfg, degrees.tensor)
+    assert model_cfg.n_kv_heads is not None
+    compute, reduce = setting.precision.compute, setting.precision.reduce
+    with _fake_world(rank, degrees.world) as world:
+        layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
+        with torch.device("meta"):
+            model = Decoder(model_cfg, compute, layout.tensor)
+        roles, partial = param_roles(model), set(partial_parameters(model))
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        if layout.tensor is not None:
+            assert layout.state is not None
+            shard_over_tensor(model, layout.state["tensor"])
+        splits = {name: _local_shape(p) for name, p in model.named_parameters()}
+        if layout.fsdp is not None:
+            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, (compute, reduce))
+        parts = tuple(
+            Part(
+                name,
+                roles[name],
+                shapes[name],
+                splits[name],
+                _local_shape(param),
+                _block_of(name),
+                name in partial,
+            )
+            for name, param in model.named_parameters()
+        )
+    return Blueprint(rank, parts)
+
+
+@contextmanager
+def _fake_world(rank: int, size: int) -> Iterator[World]:
+    """This process as ``rank`` of ``size`` that never communicate."""
+    cpu = torch.device("cpu")
+    if size == 1:
+        yield World(0, 1, 0, cpu, None)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized()
+    store = FakeStore()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=store)
+    try:
+        yield World(rank, size, rank, cpu, None)
+    finally:
+        dist.destroy_process_group()
+
+
+def _local_shape(param: torch.Tensor) -> tuple[int, ...]:
+    return tuple((param.to_local() if isinstance(param, DTensor) else param).shape)
+
+
+def _block_of(name: str) -> int | None:
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None

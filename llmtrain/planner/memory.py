@@ -1,0 +1,286 @@
+"""Closed forms of the memory that a rank's tensors take in a training step.
+
+A step is fullest at one of four moments: in the loss, when all activations and a chunk of logits
+are there; at the start of backward, when the last block runs with all activations behind it; at
+the end of backward, when all gradients are there; in the optimizer's step. ``memory_estimate``
+adds up each of them. The tests compare with what the allocator gives out in real steps and find
+it within 10%. The interpreter, libraries, communication buffers and fragmentation come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from llmtrain.model import ActivationSplit, activation_bytes, block_activation_bytes, padded_vocab
+from llmtrain.model.flops import widths
+from llmtrain.planner.blueprint import TABLE, Blueprint, Part
+from llmtrain.planner.setting import Setting
+
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank.
+
+    state: what stands all the time, by kind. step: the largest that each other kind gets.
+    moments: everything together, at each moment that may be the fullest.
+    """
+
+    state: dict[str, int]
+    step: dict[str, int]
+    moments: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment."""
+        return max(self.moments.values())
+
+
+def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> Memory:
+    """Memory of a rank of pipeline rank ``stage`` with the parameters of ``blueprint``."""
+    stages = setting.stages(stage)
+    blocks = sum(len(part.blocks) for part in stages)
+    units = blueprint.units(stages)
+    parts = [part for unit in units for part in unit]
+    state = _state(setting, parts)
+    standing = sum(state.values())
+    gathered = _Gathered.of(setting, units)
+    grads = _Gradients.of(setting, units)
+    split = activation_split(setting)
+    tokens = setting.padded_tokens if setting.sequence else setting.tokens
+    recompute, compute = setting.cfg.train.recompute, setting.precision.compute
+    held = blocks * _in_flight(setting, stage)
+    kept = activation_bytes(setting.model, tokens, compute, recompute, split, math.ceil(held))
+    kept += math.ceil(_masks(setting, held) + _shared_rows(setting, held))
+    running = _running_block(setting, tokens, split)
+    head = _Head.of(setting, stages[-1].last)
+    loss = kept + head.hidden + head.gradient + head.chunk
+    start = kept + head.gradient + running + gathered.backward + grads.block
+    one = block_activation_bytes(setting.model, tokens, compute, recompute, split)
+    end = max(running + one + grads.block + gathered.end, grads.outside + gathered.outside)
+    moments = {
+        "in the loss": standing + grads.accumulated + gathered.forward + loss,
+        "at the start of backward": standing + grads.accumulated + start,
+        "at the end of backward": standing + grads.complete + end,
+        "in the optimizer's step": standing + grads.stored + _update(setting, parts),
+    }
+    step = {
+        "gradients": max(grads.stored, grads.accumulated),
+        "gathered weights": max(gathered.forward, gathered.backward),
+        "activations": kept,
+        "logits chunk": head.chunk,
+        "running block": running,
+    }
+    return Memory(state, step, moments)
+
+
+def activation_split(setting: Setting) -> ActivationSplit:
+    """How the ranks of a run share its activations."""
+    parallel, degrees = setting.cfg.parallel, setting.degrees
+    gathers = parallel.context_method == "allgather"
+    return ActivationSplit(
+        degrees.tensor,
+        setting.sequence,
+        parallel.keep_gathered,
+        degrees.context if gathers else 1,
+        head_major=not (setting.fused and setting.item == 2),
+    )
+
+
+def _in_flight(setting: Setting, rank: int) -> float:
+    """Micro-batches whose activations pipeline rank ``rank`` holds at once, in all its stages.
+
+    gpipe: all; 1f1b: as many as ranks from here on (Narayanan et al. 2019); with v stages on a
+    rank 2 (p - 1 - r) + (v - 1) p + 1 forwards of one stage come before the first backward ends
+    (Narayanan et al. 2021).
+    """
+    p, m, v = setting.degrees.pipeline, setting.micro_batches, len(setting.stages(rank))
+    schedule = setting.cfg.parallel.pipeline_schedule
+    if p == 1:
+        return 1
+    if schedule == "gpipe":
+        return m
+    if schedule == "1f1b":
+        return min(m, p - rank)
+    return min(m * v, 2 * (p - 1 - rank) + (v - 1) * p + 1) / v
+
+
+def _stored(setting: Setting, parts: Iterable[Part]) -> int:
+    """Elements of the shards that a rank stores."""
+    return sum(part.stored(setting.shards) for part in parts)
+
+
+def _elements(parts: Iterable[Part]) -> int:
+    return sum(part.elements for part in parts)
+
+
+def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
+    """float32 weights and moments of the stored shards (AdamW: and a step count for each), and
+    without FSDP2 the copies of the matrices in the compute dtype."""
+    weights = FLOAT * _stored(setting, parts)
+    lion = setting.cfg.optim.name == "lion"
+    found = {
+        "weights (fp32)": weights,
+        "optimizer state": weights if lion else 2 * weights + FLOAT * len(parts),
+    }
+    if setting.item != FLOAT and setting.data_ranks == 1:
+        tied = setting.model.tie_embeddings
+        cast = [p for p in parts if p.role in ("hidden", "head") or (tied and _is_table(p))]
+        found["compute copies"] = setting.item * _elements(cast)
+    return found
+
+
+def _is_table(part: Part) -> bool:
+    return part.name == TABLE
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of the weights that FSDP2 has gathered: in the loss, at the start and at the end of
+    backward, and of them outside the blocks."""
+
+    forward: int = 0
+    backward: int = 0
+    end: int = 0
+    outside: int = 0
+
+    @classmethod
+    def of(cls, setting: Setting, units: list[list[Part]]) -> _Gathered:
+        """Outside the blocks: from forward to the end of backward. Of blocks: all of them until
+        their backward with ``reshard_after_forward: false``, all in a pipeline's backward, else
+        the running one and those that ``prefetch`` has on their way. A single shard in the compute
+        dtype is not copied."""
+        if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
+            return cls()
+        blocks = [setting.item * _elements(unit) for unit in units if unit[0].block is not None]
+        outside = setting.item * sum(_elements(u) for u in units if u[0].block is None)
+        running = min(1 + setting.cfg.parallel.prefetch, len(blocks))
+        end = outside + running * max(blocks, default=0)
+        if setting.degrees.pipeline > 1:
+            end = outside + sum(blocks)
+        if not setting.cfg.parallel.reshard_after_forward:
+            return cls(outside + sum(blocks), outside + sum(blocks), end, outside)
+        return cls(outside, end, end, outside)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes of gradients: stored when complete; accumulated while a micro-batch that is not the
+    first runs; complete towards the end of the last backward; of the running block and of what is
+    outside the blocks beside these, while they are computed and reduced."""
+
+    stored: int
+    accumulated: int
+    complete: int
+    block: int
+    outside: int
+
+    @classmethod
+    def of(cls, setting: Setting, units: list[list[Part]]) -> _Gradients:
+        """Gradients come out whole, in the compute dtype where FSDP2 gathers in it. FSDP2 frees a
+        unit's weights, copies its gradients into a buffer in ``precision.reduce``, reduces that
+        and keeps the shard. Micro-batches before the last add up whole gradients; where each is
+        reduced, what it adds stays beside the sum until the end of its backward."""
+        parts = [part for unit in units for part in unit]
+        whole, stored = FLOAT * _elements(parts), FLOAT * _stored(setting, parts)
+        outside = [part for part in parts if part.block is None]
+        blocks = [u for u in units if u[0].block is not None]
+        block = max(map(_elements, blocks), default=0)
+        several = setting.micro_batches > 1
+        if setting.data_ranks == 1:
+            table = max((p.elements for p in outside), default=0)
+            # A table's gradient is made apart and added; the first goes into its place at once.
+            extra = 2 if setting.model.tie_embeddings else 1
+            added = FLOAT * table * (extra if several else extra - 1)
+            new = FLOAT * block if several else 0
+            return cls(stored, whole if several else 0, whole, new, added)
+        reduce = setting.precision.reduce.itemsize
+        accumulates = several and setting.reductions == 1
+        held = whole if accumulates else (stored if several else 0)
+        complete = whole if accumulates else (2 * stored if several else stored)
+        unit = max(setting.item, reduce)
+        return cls(stored, held, complete, unit * block, unit * _elements(outside))
+
+
+def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int:
+    """Temporaries of a block in backward: the gradients of the residual stream and of the
+    activation's input, what sequence parallelism gathers, what recomputation brings back. (The
+    gradient of the activation's result takes the place of the result itself.)"""
+    model, item = setting.model, setting.item
+    _, _, ff = widths(model)
+    mode, compute = setting.cfg.train.recompute, setting.precision.compute
+    inner = (2 if model.activation == "swiglu" else 1) * ff // split.tensor
+    stream = tokens * model.d_model * item
+    running = stream // split.residual + tokens * inner * item
+    if split.sequence:
+        running += stream
+    if mode == "selective" and model.activation != "relu":
+        running += tokens * ff // split.tensor * item
+    if mode == "full":
+        running += block_activation_bytes(model, tokens, compute, "none", split)
+        running += int(_masks(setting, 1, "none")) - stream // split.residual
+    return running
+
+
+def _masks(setting: Setting, blocks: float, recompute: str | None = None) -> float:
+    """Masks of documents that torch's attention on the CPU keeps: s numbers a token and block."""
+    if not (setting.cfg.data.document_mask and setting.fused and setting.item == FLOAT):
+        return 0
+    if (recompute or setting.cfg.train.recompute) == "full":
+        return 0
+    return blocks * setting.tokens * setting.cfg.data.seq_len * setting.item
+
+
+def _shared_rows(setting: Setting, blocks: float) -> float:
+    """Rows of the q k v weight that ranks which share a key/value head gather and keep."""
+    model = setting.model
+    assert model.n_kv_heads is not None and model.d_head is not None
+    sharing = setting.degrees.tensor // model.n_kv_heads
+    if sharing <= 1:
+        return 0
+    # Each keeps its own query heads, the key and the value.
+    rows = (model.n_heads // setting.degrees.tensor + 2) * model.d_head
+    return blocks * rows * model.d_model * setting.item
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Bytes in the loss: the hidden states, the head's gradient, and a chunk of logits with what
+    is computed from it."""
+
+    hidden: int = 0
+    gradient: int = 0
+    chunk: int = 0
+
+    @classmethod
+    def of(cls, setting: Setting, last: bool) -> _Head:
+        """The head's gradient is float32 from the first chunk on; further chunks' products are
+        added to it. Float32: the logits twice, for the products' transposed operand or for the
+        softmax; bf16: the logits and two float32 copies (compiled kernels: none)."""
+        if not last:
+            return cls()
+        model, item = setting.model, setting.item
+        words = padded_vocab(model) // setting.degrees.tensor
+        rows = min(setting.cfg.loss.chunk_tokens, setting.tokens)
+        gradient = FLOAT * words * model.d_model
+        per_logit = 2 * item if item == FLOAT else item + (0 if setting.fused else 2 * FLOAT)
+        product = item * words * model.d_model if setting.tokens > rows else 0
+        hidden = setting.tokens * model.d_model * item
+        return cls(hidden, gradient, rows * words * per_logit + product)
+
+
+def _update(setting: Setting, parts: list[Part]) -> int:
+    """Temporaries of the gradient norm, which squares in float64, and of Lion, which forms the
+    update of a group of parameters at once."""
+    largest = max((part.stored(setting.shards) for part in parts), default=0)
+    norm = torch.float64.itemsize * largest
+    if setting.cfg.optim.name != "lion":
+        return norm
+    roles = {part.role for part in parts}
+    group = max(_stored(setting, (p for p in parts if p.role == role)) for role in roles)
+    return max(norm, FLOAT * group)

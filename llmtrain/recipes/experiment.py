@@ -1,0 +1,87 @@
+"""What an experiment is: runs to make for every seed, and comparisons that decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCALES = ("mini", "small", "paper")
+MINI_SOURCES = ("code", "docs", "math")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment. label: its row in the table. A run of its own has ``config``
+    (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
+    leaves), ``at`` and ``overrides``."""
+
+    label: str
+    config: dict[str, Any] = field(default_factory=dict)
+    trunk: str | None = None
+    at: str = ""
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's claim as a comparison of held-out losses, seed by seed.
+
+    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``.
+    decides: whether it is part of the verdict, or shown beside it (a cost, say).
+    """
+
+    text: str
+    better: str
+    than: str
+    domains: Sequence[str] = ()
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
+    own numbers and where they are from."""
+
+    name: str
+    title: str
+    paper: Sequence[str]
+    trials: Callable[[str], list[Trial]]
+    claims: Sequence[Claim]
+    baseline: str
+    seeds: int = 3
+
+
+def slug(label: str) -> str:
+    """A label as part of a folder's name."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in label.lower()).strip("-")
+
+
+def mini_corpus(out: Path) -> dict[str, Any]:
+    """``prepare`` of the small built-in corpus that all miniatures share."""
+    return {
+        "out": str(out / "corpus"),
+        "heldout_fraction": 0.08,
+        "tokenizer": {"kind": "bpe", "vocab_size": 2048, "train_bytes": 1_500_000},
+        "sources": {
+            "code": {"kind": "builtin", "domain": "code", "max_bytes": 3_000_000},
+            "docs": {"kind": "builtin", "domain": "docs", "max_bytes": 1_500_000},
+            "math": {"kind": "builtin", "domain": "math", "max_bytes": 1_000_000},
+        },
+    }
+
+
+def mini_run(steps: int, **sections: Any) -> dict[str, Any]:
+    """A run of half a minute on two cores: 1.1 million parameters, 2,048 tokens a step."""
+    base: dict[str, Any] = {
+        "device": "cpu",
+        "model": {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 344, "tie_embeddings": True},
+        "train": {"duration": f"{steps}step", "global_batch_size": 16},
+        "optim": {"lr": 3.0e-3},
+        "schedule": {"name": "cosine", "warmup": "0.05dur", "min_factor": 0.1},
+        "eval": {"every": None, "samples": 128},
+        "checkpoint": {"every": None},
+        "log": {"every": 20, "tensorboard": False},
+    }
+    return {**base, **sections}

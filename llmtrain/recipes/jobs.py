@@ -1,0 +1,82 @@
+"""An experiment at a scale for GPUs: its configs, and SLURM scripts that train them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from llmtrain.config import from_dict, to_yaml
+from llmtrain.recipes.experiment import Experiment, Trial, slug
+
+NODES = {"small": 1, "paper": 8}
+_HEAD = """\
+#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT=29500 LOCAL_WORLD_SIZE=8
+# One task per GPU, so that the signal before the time limit reaches the training processes.
+code=0
+srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec llmtrain "$@"' llmtrain {command} || code=$?
+# Preempted and saved: the same script goes on.
+if [[ $code -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+
+
+def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> list[Path]:
+    """Configs and scripts under ``out``; ``submit.sh`` submits all, branches after their trunk.
+
+    Sources' paths in the configs are to be filled in. Returns the files. Raises OSError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    submit = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
+    for seed in range(1, seeds + 1):
+        for trial in experiment.trials(scale):
+            name = _name(experiment, trial.label, seed)
+            command, wait = _command(experiment, trial, seed, out, files)
+            job = out / f"{name}.sbatch"
+            text = _HEAD.format(name=name, nodes=NODES[scale], command=shlex.join(command))
+            job.write_text(text, encoding="utf-8")
+            files.append(job)
+            variable = _variable(name)
+            after = f'--dependency=afterok:"${_variable(wait)}" ' if wait else ""
+            submit.append(f"{variable}=$(sbatch --parsable {after}{job.name})")
+    last = out / "submit.sh"
+    last.write_text("\n".join(submit) + "\n", encoding="utf-8")
+    last.chmod(0o755)
+    return [*files, last]
+
+
+def _command(
+    experiment: Experiment, trial: Trial, seed: int, out: Path, files: list[Path]
+) -> tuple[list[str], str]:
+    """(words behind ``llmtrain``, the run to wait for); writes the config of a run of its own."""
+    name = _name(experiment, trial.label, seed)
+    if trial.trunk is not None:
+        trunk = _name(experiment, trial.trunk, seed)
+        words = ["branch", f"runs/{trunk}", "--at", trial.at, *trial.overrides, f"name={name}"]
+        return words, trunk
+    config = out / f"{name}.yaml"
+    cfg = from_dict({**trial.config, "name": name, "out": "runs", "seed": seed}, for_training=True)
+    config.write_text(to_yaml(cfg), encoding="utf-8")
+    files.append(config)
+    return ["train", config.name], ""
+
+
+def _name(experiment: Experiment, label: str, seed: int) -> str:
+    return f"{experiment.name}-{slug(label)}-s{seed}"
+
+
+def _variable(name: str) -> str:
+    return "job_" + "".join(c if c.isalnum() else "_" for c in name)

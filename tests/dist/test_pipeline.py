@@ -1,0 +1,130 @@
+"""Pipelines against one process: every schedule, tied and untied, over the other dimensions."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from helpers.layout_runs import (
+    Case,
+    Outcome,
+    assert_same,
+    build,
+    case,
+    make_batch,
+    rank_batch,
+    train_steps,
+)
+from helpers.ranks import run_ranks
+
+from llmtrain.eval.generation import generate
+from llmtrain.linear import matmul
+from llmtrain.parallel.pipeline import split_layers
+
+# Five layers over two stages, one key/value head, micro-batches of one sequence.
+TIED = case(n_layers=5, tie_embeddings=True, n_kv_heads=1)
+UNTIED = case(steps=4, n_layers=4, position="learned", dropout=0.1)
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
+    "PP2": (2, {"pipeline": 2}, TIED),
+    "PP2 GPipe": (2, {"pipeline": 2, "pipeline_schedule": "gpipe"}, UNTIED),
+    "PP2 interleaved": (2, {"pipeline": 2, "pipeline_schedule": "interleaved"}, TIED),
+    "PP2 zero bubble": (2, {"pipeline": 2, "pipeline_schedule": "zero_bubble"}, TIED),
+    "PP4": (4, {"pipeline": 4}, UNTIED),
+    "PP2+FSDP2": (4, {"pipeline": 2}, TIED),
+    "PP2+DP2": (4, {"pipeline": 2, "replicate": 2}, UNTIED),
+    "PP2+TP2": (4, {"pipeline": 2, "tensor": 2}, TIED),
+    "PP2+TP2 zero bubble": (
+        4,
+        {"pipeline": 2, "tensor": 2, "pipeline_schedule": "zero_bubble"},
+        UNTIED,
+    ),
+    "PP2+CP2": (4, {"pipeline": 2, "context": 2}, UNTIED),
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Case, Outcome]:
+    return {what: train_steps(0, 1, what, {}) for what in (TIED, UNTIED)}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pipeline_is_the_same_run(layout: str, alone: dict[Case, Outcome]) -> None:
+    world, parallel, what = LAYOUTS[layout]
+    results = run_ranks(world, lambda rank: train_steps(rank, world, what, parallel))
+    for ours in results:
+        assert_same(ours, alone[what])
+    found = {name for ours in results for name in ours.weights}
+    assert found == alone[what].weights.keys()
+
+
+@pytest.mark.dist
+def test_every_weight_gradient_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zero-bubble schedule splits backward; it does not do everything twice."""
+    counts = {"dgrad": 0, "wgrad": 0}
+    kind = type(matmul.matmul_for(torch.float32))
+    for name in counts:
+
+        def counted(*args: Any, _real: Any = getattr(kind, name), _name: str = name) -> Any:
+            counts[_name] += 1
+            return _real(*args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    def body(rank: int, schedule: str) -> dict[str, int]:
+        counts.update(dgrad=0, wgrad=0)
+        parallel = {"pipeline": 2, "pipeline_schedule": schedule, "pipeline_stages": 2}
+        train_steps(rank, 2, case(steps=1, n_layers=4), parallel)
+        return dict(counts)
+
+    both = [run_ranks(2, body, name) for name in ("interleaved", "zero_bubble")]
+    assert both[0] == both[1] and both[0][0]["wgrad"] > 0
+
+
+@pytest.mark.dist
+def test_evaluation_and_generation() -> None:
+    whole = build(0, 1, TIED, {})
+    whole.model.eval()
+    with torch.no_grad():
+        expected = whole.loss(make_batch(3), 1.0).nll
+    text = generate(whole.model, [1, 2, 3], 6, 20, seed=1)
+
+    def body(rank: int) -> tuple[torch.Tensor, list[int], bool]:
+        module = build(rank, 4, TIED, {"pipeline": 2, "tensor": 2})
+        module.model.eval()
+        with torch.no_grad():
+            nll = module.loss(rank_batch(module, 3), 1.0).nll
+        return nll, generate(module.model, [1, 2, 3], 6, 20, seed=1), module.layout.counts_losses
+
+    for nll, words, counts in run_ranks(4, body):
+        assert words == text
+        if counts:
+            torch.testing.assert_close(nll, expected, atol=3e-6, rtol=0)
+
+
+def test_layers_are_split_by_cost() -> None:
+    """Against all possible splits."""
+    draw = random.Random(4)
+    for _ in range(60):
+        n = draw.randint(1, 8)
+        costs = [draw.choice([1.0, 2.0, 5.5]) for _ in range(n)]
+        before, after = draw.choice([0.0, 3.0]), draw.choice([0.0, 4.0])
+        stages = draw.randint(1, n)
+        parts = split_layers(costs, before, after, stages)
+        assert [i for part in parts for i in part.blocks] == list(range(n))
+        assert [p.first for p in parts] == [True] + [False] * (stages - 1)
+        assert [p.last for p in parts] == [False] * (stages - 1) + [True]
+
+        def heaviest(cuts: tuple[int, ...]) -> float:
+            edges = [0, *cuts, n]
+            sums = [sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+            sums[0] += before
+            sums[-1] += after
+            return max(sums)
+
+        best = min(heaviest(cuts) for cuts in combinations(range(1, n), stages - 1))
+        assert heaviest(tuple(p.blocks.start for p in parts[1:])) == best

@@ -1,0 +1,136 @@
+"""What a block keeps for backward: the closed form against the allocator, in bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.memory import allocated
+from helpers.ranks import run_ranks
+from helpers.steps import batch_of, build, fake_group, setting_of, small_run, step
+from torch import Tensor
+
+from llmtrain import ops
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import ActivationSplit, block_activation_bytes, complete
+from llmtrain.parallel.tensor import local
+from llmtrain.planner import Setting
+
+pytestmark = pytest.mark.skipif(
+    not ops.native_loaded(), reason="the compiled kernels are not built"
+)
+
+
+def kept_after_forward(rank: int, setting: Setting) -> int:
+    """Bytes that a forward pass of ``rank`` leaves for backward."""
+    module, batch = build(setting, rank), batch_of(setting)
+    step(module, batch)  # tables and caches
+    return allocated(lambda: module.loss(batch, 1.0)).kept
+
+
+def settings(world: int, compute: torch.dtype, changes: dict[str, Any]) -> list[Setting]:
+    """Of two models that differ by one block."""
+    return [setting_of(small_run(model__n_layers=n, **changes), world, compute) for n in (2, 3)]
+
+
+def formula(setting: Setting) -> int:
+    parallel = setting.cfg.parallel
+    split = ActivationSplit(parallel.tensor, setting.sequence, parallel.keep_gathered)
+    tokens = setting.padded_tokens if setting.sequence else setting.tokens
+    mode = setting.cfg.train.recompute
+    return block_activation_bytes(setting.model, tokens, setting.precision.compute, mode, split)
+
+
+GPT = {"model__norm": "layernorm", "model__activation": "gelu", "model__position": "learned"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"model__n_kv_heads": 4, "model__n_heads": 8},
+    "gpt": GPT,
+    "qwen": {"model__qk_norm": "head"},
+    "olmo": {"model__qk_norm": "full", "model__norm_placement": "post_branch"},
+    "relu": {"model__activation": "relu"},
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "sequence": {"parallel__tensor": 2},
+    "tensor": {"parallel__tensor": 2, "parallel__sequence": False},
+    "gathered": {"parallel__tensor": 2, "parallel__keep_gathered": True},
+    "quarter": {"parallel__tensor": 4, "model__n_heads": 8},
+}
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_keeps_what_the_formula_says(shape: str, split: str, mode: str) -> None:
+    changes = SHAPES[shape] | SPLITS[split] | {"train__recompute": mode}
+    world = SPLITS[split].get("parallel__tensor", 1)
+    kept = []
+    for setting in settings(world, torch.float32, changes):
+        with fake_group(0, world):
+            kept.append(kept_after_forward(0, setting))
+    # Split norms of queries and keys divide twice by a number, and each keeps it as 8 bytes.
+    numbers = 4 * 8 if world > 1 and setting.model.qk_norm == "full" else 0
+    assert kept[1] - kept[0] == formula(setting) + numbers
+
+
+def saved_by_blocks(rank: int, setting: Setting) -> int:
+    """Distinct storage that autograd saves in the blocks, weights left out."""
+    module, batch = build(setting, rank), batch_of(setting)
+    weights = {local(p).untyped_storage().data_ptr() for p in module.model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in weights:
+            saved[storage] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module.loss(batch, 1.0)
+    return sum(t.untyped_storage().nbytes() for t in saved.values())
+
+
+@pytest.mark.dist
+def test_ranks_that_communicate_keep_as_much() -> None:
+    few, many = settings(2, torch.float32, SHAPES["llama"] | SPLITS["sequence"])
+    less, more = (run_ranks(2, saved_by_blocks, setting) for setting in (few, many))
+    assert [b - a for a, b in zip(less, more, strict=True)] == [formula(many)] * 2
+
+
+def test_bf16_halves_all_but_the_statistics() -> None:
+    kept = []
+    for setting in settings(1, torch.bfloat16, SHAPES["llama"]):
+        kept.append(kept_after_forward(0, setting))
+    # Two norms keep their weights' copies in bf16.
+    assert kept[1] - kept[0] == formula(setting) + 2 * 2 * setting.model.d_model
+
+
+def test_everything_falls_with_the_degree_under_sequence_parallelism() -> None:
+    cfg = complete(ModelConfig(vocab_size=256, d_model=64, n_heads=8), None, 32)
+    for mode in ("none", "selective", "full"):
+        whole, half, quarter = (
+            block_activation_bytes(
+                cfg, 128, torch.bfloat16, mode, ActivationSplit(t, sequence=True)
+            )
+            for t in (1, 2, 4)
+        )
+        assert whole == 2 * half == 4 * quarter
+
+
+def test_the_papers_layer_keeps_its_34_less_the_two_dropout_masks() -> None:
+    """Korthikanti et al. 2022, equation 4: s b h (34) / t for GPT in 16 bits; masks are 2."""
+    shape = ModelConfig(
+        vocab_size=256,
+        d_model=64,
+        n_heads=8,
+        norm="layernorm",
+        position="learned",
+        activation="gelu",
+    )
+    cfg, tokens = complete(shape, None, 32), 128
+    for t in (1, 2, 4):
+        split = ActivationSplit(t, sequence=True)
+        kept = block_activation_bytes(cfg, tokens, torch.bfloat16, "none", split)
+        statistics = tokens * (2 * 2 * 4 + cfg.n_heads * 4) // t
+        assert kept - statistics == (34 - 2) * tokens * cfg.d_model // t

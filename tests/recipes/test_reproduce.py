@@ -1,0 +1,181 @@
+"""Verdicts are computed from numbers; runs are made once; jobs are complete."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny import make_corpus
+
+from llmtrain.cli.main import main
+from llmtrain.cli.reproduce import NAMES, _experiment
+from llmtrain.config import load_config
+from llmtrain.errors import ConfigError
+from llmtrain.recipes import runner
+from llmtrain.recipes.domain_upsampling import SHARES
+from llmtrain.recipes.experiment import Claim, Experiment, Trial, mini_run
+from llmtrain.recipes.plot import svg
+from llmtrain.recipes.results import Losses, findings, report_lines, verdict
+
+CLAIM = Claim("a beats b", "a", "b", ("x",))
+TWO = Experiment("two", "Two runs", ["paper: 1.0"], lambda scale: [], [CLAIM], "b")
+
+
+def losses(a: list[float], b: list[float]) -> Losses:
+    return {"a": [{"x": v, "y": 5.0} for v in a], "b": [{"x": v, "y": 1.0} for v in b]}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "word"),
+    [
+        ([1.0, 1.1, 1.2], [1.2, 1.31, 1.39], "holds"),
+        ([1.0, 1.4, 1.2], [1.1, 1.2, 1.4], "is within the seeds' noise"),
+        ([1.2, 1.31, 1.39], [1.0, 1.1, 1.2], "is reversed"),
+        ([1.0, 1.0], [1.0, 1.0], "is within the seeds' noise"),
+    ],
+)
+def test_a_verdict_follows_from_the_numbers(a: list[float], b: list[float], word: str) -> None:
+    (found,) = findings(TWO, losses(a, b))
+    assert found.word == word
+    gaps = [q - p for p, q in zip(a, b, strict=True)]
+    middle = sum(gaps) / len(gaps)
+    spread = math.sqrt(sum((g - middle) ** 2 for g in gaps) / (len(gaps) - 1))
+    t = {2: 6.314, 3: 2.920}[len(gaps)]  # Student's one-sided 95%
+    assert found.gain == pytest.approx(middle)
+    assert found.bound == pytest.approx(t * spread / math.sqrt(len(gaps)))
+    assert verdict([found]).startswith("direction holds") == (word == "holds")
+    text = "\n".join(report_lines(TWO, losses(a, b), "mini"))
+    assert word in text and "paper: 1.0" in text and "verdict: direction" in text
+    assert verdict([replace(found, claim=replace(CLAIM, decides=False))]) == (
+        "direction holds at this scale"
+    )
+
+
+def test_the_plot_has_a_bar_for_every_run_and_domain() -> None:
+    drawing = svg("A & B", losses([1.0, 1.2], [1.5, 1.4]), "b")
+    assert drawing.count("<circle") == 2
+    assert "A &amp; B" in drawing
+
+
+def test_runs_are_made_once_and_the_result_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = make_corpus(tmp_path, documents=40)
+    data = {"seq_len": 32, "block_size": 4, "weights": {"letters": 0.9, "digits": 0.1}}
+    keep = {"every": None, "keep_at": ["0.5dur"]}
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 48}
+    config = mini_run(8, data=data, checkpoint=keep, model=shape)
+    config["train"]["global_batch_size"] = 4
+    trials = [
+        Trial("base", config),
+        Trial("tail", trunk="base", at="0.5dur", overrides=["data.weights={digits: 1}"]),
+    ]
+    claims = [Claim("digits gain", "tail", "base", ("digits",))]
+    experiment = Experiment("tiny", "Tiny", ["paper: none"], lambda scale: trials, claims, "base")
+    text = {"letters": {"kind": "builtin", "domain": "docs"}}  # not read: the corpus is there
+    section: dict[str, Any] = {"out": str(corpus), "sources": text}
+    monkeypatch.setattr(runner, "mini_corpus", lambda out: section)
+    monkeypatch.setattr(runner, "prepare", lambda cfg, say: None)
+    trained: list[str] = []
+    real = runner.train
+    monkeypatch.setattr(runner, "train", lambda cfg, w: (trained.append(cfg.name), real(cfg, w)))
+
+    lines = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
+    assert trained == ["tiny-base-s1", "tiny-base-s2"]
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    gaps = [b["digits"] - t["digits"] for b, t in zip(found["base"], found["tail"], strict=True)]
+    assert f"{sum(gaps) / 2:+.4f}" in "\n".join(lines)
+    assert found["base"][0] != found["base"][1]
+    assert (tmp_path / "out" / "tiny.svg").read_text().startswith("<svg")
+
+    again = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
+    assert again == lines and len(trained) == 2
+    config["optim"]["lr"] = 1e-3
+    with pytest.raises(ConfigError, match=r"other settings \(optim.lr"):
+        runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
+    with pytest.raises(ConfigError, match="at least 2"):
+        runner.run_mini(experiment, tmp_path / "out", 1, lambda text: None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
+    out = tmp_path / "jobs"
+    assert main(["reproduce", name, "--scale", scale, "--seeds", "2", "--out", str(out)]) == 0
+    trials = _experiment(name).trials(scale)
+    jobs = sorted(out.glob("*.sbatch"))
+    assert len(jobs) == 2 * len(trials)
+    for file in [*jobs, out / "submit.sh"]:
+        subprocess.run(["bash", "-n", str(file)], check=True)
+    for config in out.glob("*.yaml"):
+        load_config(config, for_training=True)
+    submit = (out / "submit.sh").read_text()
+    for word in re.findall(r"\$\{?(job_\w+)", submit):
+        assert f"\n{word}=$(sbatch" in submit
+    assert len(re.findall("dependency", submit)) == 2 * sum(t.trunk is not None for t in trials)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_miniatures_are_sound(name: str, tmp_path: Path) -> None:
+    """Configs load, branch points are kept by the trunk, claims name runs that are made."""
+    from llmtrain.config import Duration, from_dict
+    from llmtrain.recipes.experiment import mini_corpus
+    from llmtrain.train.clockwork import Clockwork
+
+    experiment = _experiment(name)
+    trials = {t.label: t for t in experiment.trials("mini")}
+    for claim in experiment.claims:
+        assert {claim.better, claim.than} <= set(trials)
+    assert experiment.baseline in trials
+    for trial in trials.values():
+        own = trials[trial.trunk] if trial.trunk else trial
+        corpus = mini_corpus(tmp_path)
+        data = {**own.config["data"], "corpus": corpus["out"]}
+        cfg = from_dict({**own.config, "data": data, "prepare": corpus}, for_training=True)
+        times = Clockwork.from_config(cfg)
+        if trial.trunk:
+            at = Duration.parse(trial.at).steps(times.tokens_per_step, times.total)
+            assert times.keeps(at)
+
+
+def test_the_branch_points_are_the_shares() -> None:
+    ends = {t.label: t.at for t in _experiment("domain-upsampling").trials("mini") if t.trunk}
+    assert [ends[f"d = {share}"] for share in SHARES] == [
+        "95/100dur",
+        "90/100dur",
+        "80/100dur",
+        "70/100dur",
+    ]
+
+
+def test_a_job_gives_every_task_its_rank_and_asks_again_when_preempted(tmp_path: Path) -> None:
+    """The script is run with stand-ins for srun, scontrol and llmtrain."""
+    out = tmp_path / "jobs"
+    assert main(["reproduce", "domain-upsampling", "--scale", "small", "--out", str(out)]) == 0
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    told = tmp_path / "told"
+    for name, body in {
+        "srun": 'SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=8 "$@"',
+        "scontrol": f'[[ $1 == show ]] && echo node7 && exit; echo "$@" >> {told}',
+        "llmtrain": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $@" >> {told}; exit 75',
+    }.items():
+        file = bin_folder / name
+        file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        file.chmod(0o755)
+    job = next(out.glob("*d---0.2-s1.sbatch"))
+    environment = {"PATH": f"{bin_folder}:/usr/bin:/bin"}
+    environment |= {"SLURM_JOB_NODELIST": "node[7-9]", "SLURM_JOB_ID": "42"}
+    done = subprocess.run(["bash", str(job)], env=environment, cwd=out, check=False)
+    assert done.returncode == 75
+    first, second = told.read_text().splitlines()
+    assert first.startswith("3 1 8 node7 branch runs/domain-upsampling-base-mix--d---0-s1 --at")
+    assert first.endswith("name=domain-upsampling-d---0.2-s1")
+    assert "data.weights={small_cc: 0.3, domain: 0.35, code: 0.35}" in first
+    assert second == "requeue 42"
