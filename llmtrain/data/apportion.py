@@ -41,6 +41,8 @@ Nothing here needs constant weights: phases, ramps, weights of 0 and new sources
 ends of the pieces of T are chosen one after another (hi at infinity, dues from the whole schedule,
 whose last piece goes on for ever, so that lengthening it changes nothing); in the last piece 1, 2,
 4, ... blocks; everything else by halving. A boundary costs log2(blocks) choices over the sources.
+A schedule of more than 1,024 blocks makes the first, at most some thousand, at the start and keeps
+them: for 10^6 blocks of 50 sources a tenth of a second and 5 MB. It is a cache: it changes nothing.
 
 A source of weight 0 is never due and may only wait. A sample that is owed to it could by the rule
 be dealt late; so it stays as it is wherever a sound state allows it, and when weights become 0, as
@@ -56,6 +58,7 @@ errors below 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
@@ -66,9 +69,11 @@ from numpy.typing import NDArray
 
 from llmtrain.data.targets import NEVER, Piece, Stretch, Targets, repaid
 
-# Boundaries that the first so many halvings find are kept once asked for, 2^10 at most; of the
-# others as many as are remembered, and as many older ones while they are asked for again.
-_DEPTH = 10
+# Middles of spans of more than so many blocks are found at the start and kept; of longer schedules
+# about as many in all. Of the other boundaries as many as ``_REMEMBERED`` are, and as many older
+# ones while they are asked for again.
+_SPAN = 1024
+_KEPT = 1024
 _REMEMBERED = 256
 # Samples beyond every run.
 _FAR = 1 << 50
@@ -124,6 +129,25 @@ class Apportionment:
         self._kept: dict[tuple[int, int], _State] = {}
         self._known: dict[tuple[int, int], _State] = {}
         self._older: dict[tuple[int, int], _State] = {}
+        blocks = (stretches[-1].stop - stretches[0].start) // block
+        self._span = max(_SPAN, -(-blocks // _KEPT))
+        self._keep_middles(stretches[-1].stop)
+
+    def _keep_middles(self, stop: int) -> None:
+        """Find the kept boundaries before sample ``stop``: no other then takes many choices."""
+        block, last = self._block, len(self._ends) - 1
+        spans = [
+            (piece, 0, -((low.sample - high.sample) // block))
+            for piece, (low, high) in enumerate(itertools.pairwise(self._ends))
+        ]
+        end = (stop - self._ends[last].sample) // block
+        spans += [(last, 1 << bit, 2 << bit) for bit in range(max(end, 0).bit_length())]
+        while spans:
+            piece, first, final = spans.pop()
+            middle = (first + final) // 2
+            if final - first > self._span and (piece < last or first < end):
+                self._boundary(piece, middle)
+                spans += [(piece, first, middle), (piece, middle, final)]
 
     def counts(self, sample: int) -> NDArray[np.int64]:
         """[sources] int64, summing to the samples from the beginning to ``sample``."""
@@ -149,7 +173,6 @@ class Apportionment:
             if q == first:
                 return low
             last, high = 1 << bits, self._power(bits + 1)
-        depth = 0
         while True:
             at = (first + last) // 2
             place = piece, at
@@ -158,17 +181,16 @@ class Apportionment:
                 middle = self._older.get(place) or self._between(
                     piece, low, start + at * block, high
                 )
-                self._remember(place, middle, depth)
+                self._remember(place, middle, last - first > self._span)
             if q == at:
                 return middle
             if q < at:
                 last, high = at, middle
             else:
                 first, low = at, middle
-            depth += 1
 
-    def _remember(self, place: tuple[int, int], state: _State, depth: int) -> None:
-        if depth < _DEPTH and len(self._kept) < 1 << _DEPTH:
+    def _remember(self, place: tuple[int, int], state: _State, keep: bool) -> None:
+        if keep:
             self._kept[place] = state
             return
         if len(self._known) >= _REMEMBERED:

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder
-from llmtrain.parallel.fragment import Fragment
+from llmtrain.parallel import local_boxes
 
 # Values drawn at a time: bounds the memory beside the parameter, and fixes the stream of values.
 CHUNK_VALUES = 1 << 20
@@ -70,20 +69,6 @@ def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: 
     return torch.from_numpy(out).view(stop - start, *shape[1:])
 
 
-def _local_pieces(param: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
-    """The boxes this process holds of a parameter: values and offset in the whole tensor."""
-    if isinstance(param, Fragment):
-        return [(piece.values, piece.offset) for piece in param.pieces]
-    if not isinstance(param, DTensor):
-        return [(param, (0,) * param.dim())]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    return [(param.to_local(), tuple(offset))]
-
-
 def _fill_normal(
     local: Tensor,
     offset: tuple[int, ...],
@@ -114,7 +99,7 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
     """
     for name, param in (dict(model.named_parameters()) if state is None else state).items():
         role = _role(name)
-        for local, offset in _local_pieces(param):
+        for local, offset in local_boxes(param):
             if role == "norm":
                 local.fill_(1.0)
             elif role == "bias":

@@ -8,6 +8,7 @@ model over the data ranks. Groups are always passed in; nothing here is global.
 """
 
 from llmtrain.parallel.context import ContextParallel, SplitSequence, split_batch
+from llmtrain.parallel.fragment import Fragment, local_boxes
 from llmtrain.parallel.fsdp import apply_fsdp, release_gathered, set_gradient_sync
 from llmtrain.parallel.mesh import Degrees, Layout, build_layout, resolve_degrees
 from llmtrain.parallel.tensor import TensorParallel, finish_gradients, local
@@ -16,6 +17,7 @@ from llmtrain.parallel.world import World, close_world, init_world
 __all__ = [
     "ContextParallel",
     "Degrees",
+    "Fragment",
     "Layout",
     "SplitSequence",
     "TensorParallel",
@@ -26,6 +28,7 @@ __all__ = [
     "finish_gradients",
     "init_world",
     "local",
+    "local_boxes",
     "release_gathered",
     "resolve_degrees",
     "set_gradient_sync",

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,17 @@ class Fragment(torch.Tensor):
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(piece.offset), piece.values.shape)
+
+
+def local_boxes(tensor: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The boxes this process holds of a tensor of any layout: live values, offset in the whole."""
+    if isinstance(tensor, Fragment):
+        return [(piece.values, piece.offset) for piece in tensor.pieces]
+    if not isinstance(tensor, DTensor):
+        return [(tensor, (0,) * tensor.dim())]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return [(tensor.to_local(), tuple(offset))]

@@ -25,6 +25,8 @@ from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.mesh import Layout
 
 VERSION = "0.19"
+# Elements of the buffer in which gradients are collected for one reduction.
+BUCKET = 50_000_000
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -63,6 +65,9 @@ def settings(
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     zero: dict[str, Any] = {
         "stage": stage,
+        "reduce_bucket_size": BUCKET,
+        # As FSDP2 does: what forward has gathered is freed, and gathered again in backward.
+        "stage3_max_reuse_distance": 0,
         # Blocks are gathered whole, so keeping their small parameters gathered gains nothing.
         "stage3_param_persistence_threshold": 0,
         # Would replace torch.nn.functional.linear for the whole process.

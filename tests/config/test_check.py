@@ -42,12 +42,30 @@ def faults_of(changes: dict[str, Any], for_training: bool = True) -> list[str]:
 
 PHASES = [{"until": "0.5dur", "weights": {"code": 1}}, {"weights": {"docs": 1}}]
 NO_WEIGHTS: dict[str, Any] = {"data.weights": {}}
+ZERO: dict[str, Any] = {"parallel.engine": "deepspeed"}
 
 
 @pytest.mark.parametrize(
     ("changes", "key", "part"),
     [
         ({"model.d_model": 250, "model.n_heads": 4}, "model.d_model", "not divisible by n_heads 4"),
+        ({"parallel.zero_stage": 2}, "parallel.zero_stage", "read by DeepSpeed only"),
+        ({"parallel.offload_optimizer": True}, "parallel.offload_optimizer", "DeepSpeed only"),
+        ({**ZERO, "parallel.pipeline": 2}, "parallel.pipeline", "does not go together"),
+        ({**ZERO, "parallel.context": 2}, "parallel.context", "does not go together"),
+        ({**ZERO, "parallel.shard": 2}, "parallel.shard", "steers FSDP2"),
+        ({**ZERO, "parallel.replicate": 2}, "parallel.replicate", "steers FSDP2"),
+        (
+            {**ZERO, "parallel.reshard_after_forward": False},
+            "parallel.reshard_after_forward",
+            "steers FSDP2",
+        ),
+        (
+            {**ZERO, "parallel.reduce_every_micro_batch": True},
+            "parallel.reduce_every_micro_batch",
+            "steers FSDP2",
+        ),
+        ({**ZERO, "train.compile": True}, "train.compile", "does not go together"),
         ({"model.n_heads": 4, "model.n_kv_heads": 3}, "model.n_kv_heads", "does not divide"),
         ({"model.n_heads": 4, "model.n_kv_heads": 8}, "model.n_kv_heads", "does not divide"),
         ({"model.d_model": 28, "model.n_heads": 4}, "model.d_head", "even head width, not 7"),
@@ -227,6 +245,8 @@ def test_a_corpus_that_cannot_be_prepared(changes: dict[str, Any], key: str) -> 
         {"model.d_model": 250, "model.n_heads": 4, "model.d_head": 64},
         {"model.d_model": 28, "model.n_heads": 4, "model.position": "learned"},
         {"model.n_heads": 8, "model.n_kv_heads": 2},
+        {**ZERO, "parallel.zero_stage": 1, "parallel.offload_optimizer": True},
+        {**ZERO, "parallel.tensor": 2},
         {"model.max_seq_len": 256},
         {"parallel.context": 4, "parallel.context_method": "ring"},
         {"parallel.context": 1, "data.seq_len": 255},

@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.model import complete
-from llmtrain.parallel import World, build_layout
-from llmtrain.parallel.fragment import Fragment
+from llmtrain.parallel import Fragment, World, build_layout, local_boxes
 from llmtrain.parallel.hardware import Precision
 from llmtrain.train.engine import build_module
 from llmtrain.train.module import TrainModule
@@ -128,19 +127,8 @@ def _vary_vectors(tensors: dict[str, Tensor]) -> None:
 
 def add_whole(param: Tensor, value: Tensor) -> None:
     """Add a whole tensor to a parameter of any layout, without communication."""
-    if isinstance(param, Fragment):
-        for piece in param.pieces:
-            add_whole(piece.values, _cut(value, piece.offset, piece.values.shape))
-        return
-    if not isinstance(param, DTensor):
-        param.add_(value)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    param.to_local().add_(_cut(value, offset, shape))
+    for values, offset in local_boxes(param):
+        values.add_(_cut(value, offset, values.shape))
 
 
 def _cut(value: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -44,6 +44,8 @@ OPTIONAL = {
     *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
     "deepspeed",
 }
+# Writes DeepSpeed's format, which is made of pickles of plain tensors and numbers.
+FOREIGN = PACKAGE / "checkpoint" / "universal.py"
 MAX_FILE, MAX_FUNCTION = 400, 60
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -187,7 +189,7 @@ def test_nothing_is_pickled() -> None:
                 found.append(f"{where}:{call.lineno}: torch.load without weights_only=True")
             if name in ("np.load", "numpy.load") and arguments.get("allow_pickle") == "True":
                 found.append(f"{where}:{call.lineno}: {name} with allow_pickle")
-            if name == "torch.save":
+            if name == "torch.save" and path != FOREIGN:
                 found.append(f"{where}:{call.lineno}: torch.save pickles")
     assert found == []
 
