@@ -11,6 +11,7 @@ from llmtrain.planner import (
     draw,
     memory_estimate,
     step_traffic,
+    zero_state,
 )
 from llmtrain.train.console import size, table
 
@@ -37,7 +38,7 @@ def layout_lines(setting: Setting) -> list[str]:
         peaks = ", ".join(size(memory.peak) for memory in memories)
         lines.append(f"  peaks of pipeline ranks: {peaks}; below is pipeline rank {stage}")
     if setting.cfg.parallel.engine == "deepspeed":
-        lines.append("  memory and communication are those of FSDP2, not of DeepSpeed")
+        return lines + _zero_lines(setting, memories[stage])
     if degrees.world > 1:
         lines += _parameter_lines(setting, blueprint, stage)
     lines += _memory_lines(memories[stage])
@@ -72,6 +73,17 @@ def _parameter_lines(setting: Setting, blueprint: Blueprint, stage: int) -> list
 
 def _shape(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
+
+
+def _zero_lines(setting: Setting, memory: Memory) -> list[str]:
+    """Memory under DeepSpeed; activations are the same as natively."""
+    state = zero_state(setting)
+    own = ("activations", "logits chunk", "running block")
+    kinds = {**state, **{kind: memory.step[kind] for kind in own}}
+    there = sum(n for kind, n in kinds.items() if not kind.endswith("(host)"))
+    rows = [("memory per rank", "estimate"), *((kind, size(n)) for kind, n in kinds.items())]
+    rows.append(("all, without what is offloaded", size(there)))
+    return [*table(rows), "  communication is not estimated for DeepSpeed"]
 
 
 def _memory_lines(memory: Memory) -> list[str]:

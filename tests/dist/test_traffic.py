@@ -43,7 +43,6 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, PIPELINE | TENSOR | {"parallel__pipeline_schedule": "gpipe"}),
     (4, PIPELINE | {"parallel__reshard_after_forward": False, "parallel__replicate": 2}),
     (4, PIPELINE | {"parallel__pipeline_schedule": "interleaved", "model__n_layers": 5}),
-    (4, PIPELINE | {"parallel__pipeline_schedule": "zero_bubble", "model__n_layers": 4}),
     (4, {"parallel__tensor": 4, "model__n_kv_heads": 2, "model__attention_bias": True}),
 ]
 
