@@ -103,8 +103,9 @@ def _check_micro_batches(cfg: RunConfig, share: int, faults: Collector) -> None:
     if schedule != "gpipe" and count < p:
         faults.add(
             "train.micro_batch_size",
-            f"{what} needs at least {p} micro-batches a step, and {given}; lower it to "
-            f"{max(share // p, 1)}, or raise train.global_batch_size",
+            f"{what} needs at least {p} micro-batches a step, and {given}; "
+            + (f"lower it to {share // p}, or " if share >= p else "")
+            + "raise train.global_batch_size",
         )
     elif schedule in LOOPED and count % p:
         faults.add(
@@ -130,7 +131,11 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
     if parallel.shard is None and world_size % fixed:
         key = f"parallel.{more[0] if more else 'replicate'}"
         product = f"{named} = {fixed}" if more else str(fixed)
-        faults.add(key, f"{product} does not divide it: {world}; use a divisor of {world_size}")
+        faults.add(
+            key,
+            f"{product} does not divide the {world_size} process(es) of this run; start a multiple "
+            f"of {fixed} with torchrun, or use a divisor of {world_size}",
+        )
     if parallel.shard is not None and parallel.shard * fixed != world_size:
         faults.add(
             "parallel.shard",

@@ -256,6 +256,7 @@ class ParallelConfig:
         1,
         "blocks whose weights are gathered while an earlier one computes",
         ge=0,
+        le=1024,
     )
     engine: str = key(
         "native", "what shards state: FSDP2, or DeepSpeed (extra)", choices=("native", "deepspeed")

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import Decoder, complete
+from llmtrain.model.dropout import Dropout
 from llmtrain.ops import dropout, stream_number, token_keys
 
 SAMPLES = torch.arange(64) + 10**12
@@ -69,3 +72,11 @@ def test_keys_of_tokens_differ() -> None:
     # A million draws of 32 bits: about 116 pairs fall together by chance.
     assert len(keys) - len(keys.unique()) < 200
     assert len({stream_number(f"blocks.{i}.{b}") for i in range(500) for b in "am"}) == 1000
+
+
+def test_every_place_of_a_model_has_a_stream_of_its_own() -> None:
+    shape = ModelConfig(d_model=16, n_layers=5, n_heads=2, d_ff=16, vocab_size=32, dropout=0.1)
+    with torch.device("meta"):
+        model = Decoder(complete(shape, 32, 8))
+    streams = [m.stream for m in model.modules() if isinstance(m, Dropout)]
+    assert len(streams) == len(set(streams)) == 11

@@ -51,12 +51,15 @@ def test_tensor_ranks_are_neighbours_and_pipeline_ranks_are_far() -> None:
 
 def test_every_token_and_sample_counts_once() -> None:
     degrees = Degrees(pipeline=2, replicate=2, shard=2, context=2, tensor=2)
-    tokens, samples = Counter[tuple[int, int]](), Counter[int]()
+    tokens, losses = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    samples = Counter[int]()
     for rank in range(degrees.world):
         place = _layout(rank, degrees)
         tokens[place.data_rank, place.context_rank] += place.counts_tokens
+        losses[place.data_rank, place.context_rank] += place.counts_losses
         samples[place.data_rank] += place.counts_samples
-    assert set(tokens.values()) == {1} and len(tokens) == 8
+        assert not place.counts_losses or place.pipeline_rank == 1
+    assert set(tokens.values()) == set(losses.values()) == {1} and len(tokens) == 8
     assert set(samples.values()) == {1} and len(samples) == 4
 
 
