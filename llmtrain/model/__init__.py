@@ -11,6 +11,7 @@ from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
+from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -31,6 +32,7 @@ __all__ = [
     "check_tensor_degree",
     "compile_blocks",
     "complete",
+    "decay_factor",
     "flops_per_token",
     "init_weights",
     "keep_own_parts",
@@ -38,7 +40,9 @@ __all__ = [
     "param_counts",
     "param_roles",
     "partial_parameters",
+    "rate_factors",
     "resolve_model",
+    "scaling_table",
     "shard_over_tensor",
     "stage_parts",
     "tensor_placements",

@@ -20,6 +20,7 @@ from llmtrain.model import (
     compile_blocks,
     init_weights,
     param_roles,
+    rate_factors,
     shard_over_tensor,
 )
 from llmtrain.ops import token_keys
@@ -123,7 +124,7 @@ class TrainModule:
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
 
