@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
@@ -40,6 +41,7 @@ class ModelConfig:
     )
     position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    rope_scaling: RopeScalingConfig | None = key(None, "stretching of the rotary frequencies")
     activation: str = key(
         "swiglu",
         "MLP activation; gelu_tanh is GPT-2's approximation",
