@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
@@ -201,13 +202,19 @@ class ScheduleConfig:
     name: str = key(
         "cosine",
         "shape after the warmup",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd", "infinite"),
     )
     warmup: Duration = key(lambda: dur("0.02dur"), "linear warmup from zero")
     min_factor: float = key(0.1, "final learning rate over the peak", ge=0, le=1)
-    decay: Duration = key(lambda: dur("0.2dur"), "wsd: length of the decay at the end")
+    decay: Duration = key(lambda: dur("0.2dur"), "wsd, infinite: length of the decay at the end")
     decay_shape: str = key(
         "linear", "wsd: shape of the decay", choices=("linear", "1-sqrt", "exponential")
+    )
+    cooldown: Duration = key(lambda: dur("0.4dur"), "infinite: from the peak to the constant rate")
+    cooldown_shape: str = key("cosine", "infinite: shape", choices=("cosine", "inverse_sqrt"))
+    constant_factor: float = key(0.55, "infinite: the constant rate over the peak", gt=0, le=1)
+    restarts: list[Duration] = key(
+        list, "where the schedule begins again: warmup (re-warm), then its shape (re-decay)", gt=0
     )
 
 
@@ -374,4 +381,9 @@ class RunConfig:
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"
     )
+    penalty: PenaltyConfig | None = key(
+        None, "penalty on leaving an anchor", hook="llmtrain.finetune.penalty:Penalty"
+    )
+    init: InitConfig | None = key(None, "weights to begin with; null: random ones")
+    continual: ContinualConfig | None = key(None, "tasks in sequence, for `llmtrain continual`")
     hooks: list[HookConfig] = key(list, "hooks by import path")
