@@ -28,7 +28,8 @@ def packing_of(data: DataConfig) -> Packing:
     return Packing(data.seq_len, data.document_mask, data.reset_positions)
 
 
-def _to_batch(rows: Rows, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+def to_batch(rows: Rows, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+    """A batch of ``rows``. sources: [n] source indices; numbers: [n] sample numbers."""
     arrays = (rows.tokens, rows.targets, rows.weights, rows.doc_ids, rows.positions)
     return Batch(*(torch.from_numpy(a) for a in (*arrays, sources, numbers)))
 
@@ -78,7 +79,7 @@ class Loader:
             ]
         )
         self._check_vocabulary(rows, labels, low)
-        return _to_batch(rows, labels, np.arange(low, low + n))
+        return to_batch(rows, labels, np.arange(low, low + n))
 
     def _check_vocabulary(self, rows: Rows, labels: NDArray[np.int64], low: int) -> None:
         limit = self.plan.cfg.model.vocab_size or self.plan.vocab_size
@@ -188,7 +189,7 @@ class HeldoutSet:
             rows = self._packing.rows(
                 [Pick(self._source, i, 1.0) if i < end else None for i in range(first, first + n)]
             )
-            yield _to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
+            yield to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
 
 
 def heldout_sets(cfg: RunConfig, catalogue: Catalogue | None = None) -> list[HeldoutSet]:
