@@ -65,18 +65,20 @@ class Loader:
         n = self.batch_size // self.world
         low = first_sample + self.rank * n
         labels, before = self.plan.mixture.locate_range(low, low + n)
-        numbers = np.empty_like(before)
+        plan, numbers, weights = self.plan, np.empty_like(before), np.empty(n)
         for label in np.unique(labels):
-            mine = labels == label
-            _, numbers[mine] = sample_numbers(
-                self.plan.cfg.seed, self.plan.names[label], before[mine], self.plan.sizes[label]
+            mine, selection = labels == label, plan.selections[label]
+            _, places = sample_numbers(
+                plan.cfg.seed, plan.names[label], before[mine], plan.sizes[label]
             )
-        plan = self.plan
+            weights[mine] = plan.loss_weights[label]
+            if selection is not None:
+                weights[mine] *= selection.factors(places)
+                places = selection.numbers(places)
+            numbers[mine] = places
+        picks = zip(labels.tolist(), numbers.tolist(), weights.tolist(), strict=True)
         rows = self._packing.rows(
-            [
-                Pick(plan.sources[label], number, plan.loss_weights[label])
-                for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
-            ]
+            [Pick(plan.sources[label], number, weight) for label, number, weight in picks]
         )
         self._check_vocabulary(rows, labels, low)
         return to_batch(rows, labels, np.arange(low, low + n))
