@@ -67,8 +67,8 @@ EXPERIMENT = Experiment(
     name="data-diet",
     title="Training on half of the samples, chosen by their EL2N early in training",
     paper=(
-        "Paul et al. 2021, images (abstract): by EL2N a few epochs into training half of CIFAR-10 can",
-        "be pruned while accuracy rises slightly; its tables were not at hand, so no number is here.",
+        "Paul et al. 2021, images (abstract): by EL2N a few epochs into training, half of CIFAR-10",
+        "can be pruned and accuracy rises slightly; its tables were not at hand: no number here.",
         "The paper averages the scores of about 10 initialisations; here one run gives them.",
     ),
     trials=_trials,
