@@ -14,6 +14,7 @@ from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.rope import RopeScalingConfig
+from llmtrain.config.selection import SelectConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
@@ -161,6 +162,7 @@ class DataConfig:
     eos_id: int | None = key(None, "document separator; null: the corpus's", ge=0)
     tokenizer: str | None = key(None, "tokenizer file or folder; null: the corpus's")
     prefetch: int = key(4, "batches read ahead", ge=0)
+    select: SelectConfig | None = key(None, "train on some of the samples only, by their scores")
 
 
 @dataclass(frozen=True)
