@@ -12,8 +12,8 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, Checkpo
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.store import explain
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
-from llmtrain.config.check import part_of_run
 from llmtrain.config.diff import diff_configs
+from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
