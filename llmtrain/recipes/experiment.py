@@ -7,21 +7,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtrain.recipes.sweep import Sweep
+
 SCALES = ("mini", "small", "paper")
 MINI_SOURCES = ("code", "docs", "math")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scores that a run selects its samples by. by: label of an earlier run of the same seed, whose
+    checkpoint at ``at`` (a duration) gives them; method: of ``llmtrain data score``."""
+
+    by: str
+    at: str
+    method: str
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of an experiment. label: its row in the table. A run of its own has ``config``
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
-    leaves), ``at`` and ``overrides``."""
+    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
     trunk: str | None = None
     at: str = ""
     overrides: Sequence[str] = ()
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ class Claim:
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
-    own numbers and where they are from."""
+    own numbers and where they are from. sweep: what is computed of the runs in place of the claims;
+    one seed is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
 
     name: str
     title: str
@@ -51,6 +65,8 @@ class Experiment:
     claims: Sequence[Claim]
     baseline: str
     seeds: int = 3
+    sweep: Sweep | None = None
+    corpus: Callable[[Path], dict[str, Any]] | None = None
 
 
 def slug(label: str) -> str:
@@ -68,6 +84,19 @@ def mini_corpus(out: Path) -> dict[str, Any]:
             "code": {"kind": "builtin", "domain": "code", "max_bytes": 3_000_000},
             "docs": {"kind": "builtin", "domain": "docs", "max_bytes": 1_500_000},
             "math": {"kind": "builtin", "domain": "math", "max_bytes": 1_000_000},
+        },
+    }
+
+
+def byte_corpus(out: Path) -> dict[str, Any]:
+    """A smaller one of bytes, for sweeps of many short runs: a vocabulary of 257."""
+    return {
+        "out": str(out / "bytes"),
+        "heldout_fraction": 0.08,
+        "tokenizer": {"kind": "byte"},
+        "sources": {
+            domain: {"kind": "builtin", "domain": domain, "max_bytes": 600_000}
+            for domain in MINI_SOURCES
         },
     }
 

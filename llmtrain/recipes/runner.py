@@ -11,10 +11,12 @@ from llmtrain.config import Duration, RunConfig, from_dict
 from llmtrain.config.diff import diff_configs
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import ConfigError
+from llmtrain.eval.scoring import Request, score
 from llmtrain.parallel import World, close_world, init_world
-from llmtrain.recipes.experiment import Experiment, Trial, mini_corpus, slug
+from llmtrain.recipes.experiment import Experiment, Scoring, Trial, mini_corpus, slug
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, report_lines
+from llmtrain.recipes.sweep import sweep_lines, sweep_svg
 from llmtrain.report.read import read_run
 from llmtrain.report.summary import domain_results
 from llmtrain.train.branch import find_point, plan_branch, start
@@ -29,9 +31,9 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2:
+    if seeds < 2 and experiment.sweep is None:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
-    corpus = mini_corpus(out)
+    corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
     assert section is not None
     prepare(section, say=say)
@@ -47,12 +49,21 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
                 losses.setdefault(trial.label, []).append(_losses(folders[trial.label]))
     finally:
         close_world()
-    lines = report_lines(experiment, losses, "mini")
+    lines, drawing = _result(experiment, losses)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
-    drawing = svg(experiment.title, losses, experiment.baseline)
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
     return lines
+
+
+def _result(experiment: Experiment, losses: Losses) -> tuple[list[str], str]:
+    """The lines and the drawing of finished runs."""
+    sweep = experiment.sweep
+    if sweep is None:
+        drawing = svg(experiment.title, losses, experiment.baseline)
+        return report_lines(experiment, losses, "mini"), drawing
+    lines = sweep_lines(experiment.title, sweep, losses, experiment.paper)
+    return lines, sweep_svg(experiment.title, sweep, losses)
 
 
 def _make(
@@ -68,6 +79,11 @@ def _make(
     if trial.trunk is None:
         data: dict[str, Any] = {**trial.config, "name": name, "out": str(out), "seed": seed}
         data["data"] = {**data["data"], "corpus": corpus}
+        if trial.scoring is not None:
+            file = out / f"{experiment.name}-{trial.scoring.method}-s{seed}.parquet"
+            _score(trial.scoring, folders, file, world)
+            select = {**data["data"]["select"], "scores": str(file)}
+            data["data"] = {**data["data"], "select": select}
         cfg = from_dict(data, for_training=True)
         if not done(cfg, out / name):
             train(cfg, world)
@@ -77,6 +93,13 @@ def _make(
     if not done(branch.cfg, branch.folder):
         start(branch, world)
     return branch.folder
+
+
+def _score(scoring: Scoring, folders: dict[str, Path], file: Path, world: World) -> None:
+    """Score the samples of the run ``scoring.by``, unless it is done."""
+    if not file.exists():
+        point = find_point(folders[scoring.by], Duration.parse(scoring.at))
+        score(Request(point.checkpoint, [], [], scoring.method, file), lambda line: None, world)
 
 
 def done(cfg: RunConfig, folder: Path) -> bool:
