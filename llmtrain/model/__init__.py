@@ -11,7 +11,7 @@ from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
-from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
+from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -36,6 +36,7 @@ __all__ = [
     "flops_per_token",
     "init_weights",
     "keep_own_parts",
+    "multiplier",
     "padded_vocab",
     "param_counts",
     "param_roles",
