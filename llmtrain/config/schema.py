@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
@@ -371,5 +372,10 @@ class RunConfig:
     )
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"
+    )
+    quantization: QuantizationConfig | None = key(
+        None,
+        "number formats of the hidden linear layers",
+        hook="llmtrain.methods.quantization:QuantizationSwitch",
     )
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -16,7 +16,7 @@ from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
-from llmtrain.model import Decoder, resolve_model
+from llmtrain.model import Decoder, apply_formats, resolve_model
 from llmtrain.ops import kernels_warning
 from llmtrain.parallel.hardware import resolve_precision
 
@@ -42,8 +42,9 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
-    the weights stay float32. Optimizer state is neither read nor verified. Raises CheckpointError
-    naming what is missing or damaged.
+    the weights stay float32. Layers compute in the number formats of the run at that step.
+    Optimizer state is neither read nor verified. Raises CheckpointError naming what is missing or
+    damaged.
     """
     alone = Ranks(None)
     found, faults = find(alone, path.expanduser(), "model.")
@@ -64,4 +65,5 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])
+    apply_formats(model, model_cfg, cfg, device, step)
     return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)

@@ -3,8 +3,8 @@
 To FP8 means clip, then cast: clipped to the largest finite number (448 or 57344), rounded to
 nearest even. Infinities become the largest number, as in the clip-and-cast of µnit Scaling
 (Narayan et al. 2025, section 2.4) and in the saturating conversions of the hardware; NaN stays
-NaN (0x7f, whatever its sign was), and the sign of zero is kept. An overflow is therefore not seen in the result: what watches
-for infinities looks at the input (``llmtrain.methods.numerics`` counts the clipped share).
+NaN (0x7f, whatever its sign was), and the sign of zero is kept. An overflow is therefore not
+seen in the result: what watches for infinities has to look at the input.
 
 Clipping comes first always: what torch's own cast does with numbers that are too large differs
 between its versions, formats and devices.
