@@ -13,6 +13,7 @@ from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.number_formats import QuantizationConfig
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
@@ -60,6 +61,7 @@ class ModelConfig:
     )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+    scaling: ScalingConfig = key(ScalingConfig)
 
 
 @dataclass(frozen=True)
