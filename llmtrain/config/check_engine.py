@@ -36,6 +36,13 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
                 f"data-parallel ranks; remove it or {_NATIVE}",
                 "parallel.engine",
             )
+    if cfg.penalty is not None:
+        faults.add(
+            "penalty",
+            "adds to the gradients of each rank's own parts, and engine: deepspeed keeps them to "
+            f"itself; {_NATIVE}",
+            "parallel.engine",
+        )
     if cfg.train.compile:
         faults.add(
             "train.compile",

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, OperandCache, Placement, Plan, apply_linear
+from llmtrain.linear import Linear, Matmul, Operand, OperandCache, Placement, Plan, apply_linear
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -86,7 +86,7 @@ class Head(nn.Module):
 
     ``weight`` is [padded vocabulary, d_model], or this rank's rows of it under ``tensor``: the
     head's own parameter, or the embedding's when tied. Rows from ``vocab_size`` on are padding
-    and never take part.
+    and never take part. scale: a constant that multiplies the logits.
     """
 
     def __init__(
@@ -95,10 +95,12 @@ class Head(nn.Module):
         tied_to: Embedding | None,
         matmul: Matmul,
         tensor: TensorParallel | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         assert cfg.vocab_size is not None
         self.vocab_size, self.matmul, self.tensor = cfg.vocab_size, matmul, tensor
+        self.scale = scale
         # Looked up through the owner each time: FSDP2 replaces parameters of their owner.
         self._tied_to = [] if tied_to is None else [tied_to]
         self._cache = OperandCache()
@@ -111,6 +113,7 @@ class Head(nn.Module):
                 placement=Placement.COLUMN,
                 matmul=matmul,
                 tensor=tensor,
+                scale=scale,
             )
 
     @property
@@ -118,12 +121,13 @@ class Head(nn.Module):
         """This rank's part of the parameter, or of what FSDP2 gathered for this forward."""
         return local(self._tied_to[0].weight if self._tied_to else self.projection.weight)
 
-    def operand(self) -> Tensor:
+    def operand(self) -> Operand:
         """``weight`` as the products read it, without gradient."""
         return self._cache.get(self.weight, self.matmul)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = apply_linear(hidden, self.weight, None, self.operand(), Plan(self.matmul))
+        plan = Plan(self.matmul, scale=self.scale)
+        logits = apply_linear(hidden, self.weight, None, self.operand(), plan)
         if self.tensor is not None:
             logits = self.tensor.gather_vocabulary(logits)
         return logits[..., : self.vocab_size]

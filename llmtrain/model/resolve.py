@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
+from llmtrain.model.scaling import resolve_scaling
 
 
 def padded_vocab(cfg: ModelConfig) -> int:
@@ -38,6 +39,12 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
         d_head = cfg.d_model // cfg.n_heads
     if cfg.position == "rope" and d_head % 2:
         raise ConfigError(f"model.d_head: {d_head} is odd, but rotary positions turn pairs")
+    scaling = cfg.rope_scaling
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq_factor: {scaling.high_freq_factor:g} must be above "
+            f"low_freq_factor {scaling.low_freq_factor:g}"
+        )
     kv = cfg.n_kv_heads or cfg.n_heads
     if cfg.n_heads % kv:
         raise ConfigError(
@@ -54,7 +61,13 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
             "raise it or shorten the sequences"
         )
     return replace(
-        cfg, vocab_size=vocab, d_head=d_head, n_kv_heads=kv, d_ff=d_ff, max_seq_len=longest
+        cfg,
+        vocab_size=vocab,
+        d_head=d_head,
+        n_kv_heads=kv,
+        d_ff=d_ff,
+        max_seq_len=longest,
+        scaling=resolve_scaling(cfg),
     )
 
 
