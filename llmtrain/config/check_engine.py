@@ -36,13 +36,6 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
                 f"data-parallel ranks; remove it or {_NATIVE}",
                 "parallel.engine",
             )
-    if cfg.average is not None:
-        faults.add(
-            "average",
-            "writes to parameters, and engine: deepspeed keeps the float32 ones to itself; "
-            f"{_NATIVE}, or merge checkpoints afterwards with llmtrain merge",
-            "parallel.engine",
-        )
     if cfg.penalty is not None:
         faults.add(
             "penalty",

@@ -37,7 +37,7 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
-from llmtrain.train.hooks import load_hooks
+from llmtrain.train.hooks import check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
@@ -96,6 +96,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
         hooks = load_hooks(cfg)
         if resume is not None:
+            check_states(hooks, resume.extra["hooks"])
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
             module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
         elif cfg.init is not None:
