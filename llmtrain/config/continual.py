@@ -71,7 +71,7 @@ class ContinualConfig:
         0.0, "share of a task's tokens that come from the earlier tasks' sources", ge=0, lt=1
     )
     p: float = key(
-        0.25, "sfa, ema, latest: time between merges, as a share of the task", gt=0, le=1
+        0.25, "sfa, latest: time between merges or snapshots, as a share of the task", gt=0, le=1
     )
     beta: float = key(0.5, "sfa, wise-ft: weight of the earlier model in a merge", ge=0, le=1)
     decay: float = key(0.9, "ema: share of the average that stays at an update", ge=0, lt=1)
