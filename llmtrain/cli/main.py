@@ -25,6 +25,7 @@ COMMANDS = (
     "eval",
     "generate",
     "checkpoint",
+    "convert",
     "merge",
     "report",
     "reproduce",

@@ -14,6 +14,7 @@ from llmtrain.config.check_continual import check_continual, check_restarts
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_layout import check_layout
+from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
@@ -36,6 +37,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_model(cfg, faults)
     check_data(cfg, faults, for_training)
     check_prepare(cfg, faults)
+    check_selection(cfg, faults)
     _check_train(cfg, faults)
     _check_schedule(cfg, faults)
     _check_average(cfg, faults)

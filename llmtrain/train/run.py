@@ -13,6 +13,7 @@ from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.store import explain
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
+from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
@@ -198,6 +199,12 @@ def _preamble(
         f"{human(times.total * times.tokens_per_step)} tokens, {world.size} process"
         + ("" if world.size == 1 else f"es ({resolve_degrees(cfg.parallel, world.size)})")
     )
+    late = [str(at) for at in cfg.checkpoint.keep_at if part_of_run(cfg, at) > 1]
+    if late:
+        console.warn(
+            f"checkpoint.keep_at: {', '.join(late)} is after the end of the run "
+            f"({cfg.train.duration}); no checkpoint will be kept there for a branch"
+        )
     tree = plan.tree().splitlines()
     if len(tree) > _PLAN_LINES:
         hint = f"  {len(plan.names)} sources; `llmtrain data plan CONFIG` prints tokens and epochs"
