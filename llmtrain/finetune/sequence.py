@@ -142,13 +142,22 @@ def finished(stage: Stage) -> bool:
     file = stage.run / "config.yaml"
     if not file.exists():
         return False
-    changed = [x for x in diff_configs(load_config(file), stage.cfg) if not x.startswith(FREE)]
+    old, new = _resolved(load_config(file)), _resolved(stage.cfg)
+    changed = [line for line in diff_configs(old, new) if not line.startswith(FREE)]
     if changed:
         raise ConfigError(
             f"{stage.run} was made with other settings ({changed[0]}); give the sequence another "
             "`name`, or delete that folder and those of the tasks after it"
         )
     return _end(stage) is not None
+
+
+def _resolved(cfg: RunConfig) -> RunConfig:
+    """``init.path`` without links: two names of one run's folder are the same beginning."""
+    if cfg.init is None:
+        return cfg
+    path = str(Path(cfg.init.path).expanduser().resolve())
+    return dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, path=path))
 
 
 def _end(stage: Stage) -> Path | None:
