@@ -181,7 +181,10 @@ def _recorded(stage: Stage) -> dict[str, float]:
     evals = read_run(stage.run).evals
     if stage.recipe is not None or not evals or evals[-1]["step"] != stage.steps:
         return {}
-    return {name: float(m["loss"]) for name, m in evals[-1]["domains"].items() if "(" not in name}
+    average = stage.cfg.average
+    beside = (f" ({average.method})",) if average is not None else ()
+    domains = evals[-1]["domains"]
+    return {n: float(m["loss"]) for n, m in domains.items() if not n.endswith(beside)}
 
 
 def _row(sequence: Sequence, index: int, losses: dict[str, float], merged: float) -> Row:
