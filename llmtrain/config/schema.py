@@ -13,6 +13,7 @@ from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.selection import SelectConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
@@ -341,4 +342,9 @@ class RunConfig:
     )
     init: InitConfig | None = key(None, "weights to begin with; null: random ones")
     continual: ContinualConfig | None = key(None, "tasks in sequence, for `llmtrain continual`")
+    quantization: QuantizationConfig | None = key(
+        None,
+        "number formats of the hidden linear layers",
+        hook="llmtrain.methods.quantization:QuantizationSwitch",
+    )
     hooks: list[HookConfig] = key(list, "hooks by import path")

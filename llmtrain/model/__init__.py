@@ -9,6 +9,14 @@ from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.formats import (
+    apply_formats,
+    assign_formats,
+    check_fp8_tokens,
+    format_lines,
+    hidden_layers,
+    switch_step,
+)
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.sharding import (
@@ -25,13 +33,18 @@ __all__ = [
     "Decoder",
     "Head",
     "activation_bytes",
+    "apply_formats",
     "apply_recompute",
+    "assign_formats",
     "block_activation_bytes",
     "build_model",
+    "check_fp8_tokens",
     "check_tensor_degree",
     "compile_blocks",
     "complete",
     "flops_per_token",
+    "format_lines",
+    "hidden_layers",
     "init_weights",
     "keep_own_parts",
     "padded_vocab",
@@ -41,5 +54,6 @@ __all__ = [
     "resolve_model",
     "shard_over_tensor",
     "stage_parts",
+    "switch_step",
     "tensor_placements",
 ]

@@ -9,7 +9,15 @@ import torch
 from llmtrain.config import check_world
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import build_plan
-from llmtrain.model import Decoder, flops_per_token, param_counts, param_roles, resolve_model
+from llmtrain.model import (
+    Decoder,
+    flops_per_token,
+    format_lines,
+    param_counts,
+    param_roles,
+    resolve_model,
+    switch_step,
+)
 from llmtrain.ops import native_loaded
 from llmtrain.optim import build_groups, groups_table
 from llmtrain.parallel.hardware import DTYPES, Precision, resolve_precision, tier_line
@@ -69,12 +77,18 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     with torch.device("meta"):
         model = Decoder(model_cfg, precision.compute)
     groups = build_groups(dict(model.named_parameters()), param_roles(model), cfg.optim)
-    return [
+    lines = [
         "model:",
         *table(rows),
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
+    if cfg.quantization is not None:
+        end = switch_step(cfg)
+        until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
+        lines += [f"number formats of products{until}:"]
+        lines += format_lines(model, model_cfg, cfg.quantization)
+    return lines
 
 
 def _length_lines(cfg: RunConfig, times: Clockwork, model_cfg: ModelConfig) -> list[str]:

@@ -15,9 +15,12 @@ from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
     Head,
+    apply_formats,
     apply_recompute,
+    check_fp8_tokens,
     check_tensor_degree,
     compile_blocks,
+    hidden_layers,
     init_weights,
     param_roles,
     shard_over_tensor,
@@ -80,10 +83,16 @@ def lay_out(
     layout: Layout,
     root: nn.Module | None = None,
 ) -> None:
-    """Recomputation, compilation, tensor parallelism and FSDP2 of a model on the meta device.
+    """Number formats, recomputation, compilation, tensor parallelism and FSDP2 of a model on the
+    meta device.
 
     root: the module around ``model`` that is called in its place.
     """
+    device = layout.world.device
+    apply_formats(model, model.cfg, cfg, device)
+    if device.type == "cuda":
+        micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // layout.degrees.data
+        check_fp8_tokens(cfg, micro * cfg.data.seq_len // layout.degrees.context)
     apply_recompute(model, cfg.train.recompute)
     if cfg.train.compile:
         compile_blocks(model)
@@ -93,6 +102,8 @@ def lay_out(
     if layout.fsdp is not None:
         dtypes = (precision.compute, precision.reduce)
         apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+        for _, layer in hidden_layers(model):
+            layer.set_freed()
 
 
 class TrainModule:
