@@ -53,6 +53,9 @@ class TaskConfig:
     duration: Duration | None = key(
         None, "length of the task; null: train.duration", gt=0, units=("step", "tok")
     )
+    trained: str | None = key(
+        None, "first task: a checkpoint or run that has learnt it already; nothing is trained"
+    )
     domains: list[str] = key(
         list, "held-out domains whose mean loss is the task's; empty: those of its sources"
     )

@@ -20,8 +20,9 @@ from llmtrain.train.run import run_folder
 
 @dataclass(frozen=True)
 class Stage:
-    """One task. cfg: its run. recipe: the merge after it, if any; result: folder of the model
-    that counts after the task, the run's or the merge's. domains: whose mean loss is the task's."""
+    """One task. cfg: its run (never trained where the task is trained already). recipe: the merge
+    after it, if any; result: folder of the model that counts after the task. domains: whose mean
+    loss is the task's."""
 
     task: TaskConfig
     cfg: RunConfig
@@ -55,7 +56,8 @@ def plan_sequence(cfg: RunConfig) -> Sequence:
 
     Task k begins with the model after task k - 1; with a method that merges separately trained
     models (task-arithmetic, ties, model-stock) it begins with the base model, which is the one of
-    ``init``, or without ``init`` the first task's. Raises ConfigError naming the task.
+    ``init``, or without ``init`` the first task's. A first task that is trained already has no run:
+    its model is only measured. Raises ConfigError naming the task.
     """
     section = cfg.continual
     if section is None:
@@ -78,8 +80,16 @@ def plan_sequence(cfg: RunConfig) -> Sequence:
 
 
 def check_data(sequence: Sequence) -> None:
-    """Every task's data and held-out domains are there. Raises ConfigError, DataError."""
-    found = {one.name for one in heldout_sets(sequence.stages[0].cfg)}
+    """Every task's data and held-out domains are there, and what the first one begins with.
+
+    Raises ConfigError, DataError.
+    """
+    first = sequence.stages[0]
+    begins = first.cfg.init
+    if begins is not None and not Path(begins.path).expanduser().is_dir():
+        key = "init.path" if first.task.trained is None else "continual.tasks.0.trained"
+        raise ConfigError(f"{key}: {begins.path} is not a folder; give a checkpoint or a run")
+    found = {one.name for one in heldout_sets(first.cfg)}
     for i, stage in enumerate(sequence.stages):
         missing = [name for name in stage.domains if name not in found]
         if missing:
@@ -111,12 +121,16 @@ def _stage(
     if task.duration is not None:
         data["train"]["duration"] = str(task.duration)
     start = _start(section, before, cfg.init.path if cfg.init is not None else None)
-    if start is not None and before:
+    if task.trained is not None:
+        data["init"] = {"path": task.trained}
+    elif start is not None and before:
         data["init"] = {"path": start, "optimizer": section.optimizer == "keep"}
     made = from_dict(data, for_training=True)
     run = run_folder(made)
     recipe = _recipe(section, before, start, run)
     result = run if recipe is None else folder / f"{number}-{task.name}-merged"
+    if task.trained is not None:
+        result = Path(task.trained).expanduser()
     domains = tuple(task.domains or [name for name, share in task.weights.items() if share > 0])
     return Stage(task, made, recipe, result, domains)
 
@@ -190,7 +204,8 @@ def _recipe(
         return None
     if method in INTERPOLATING:
         return MergeRecipe(method, start, [ModelEntry(str(run))], beta=section.beta)
-    experts = [stage.run for stage in before if stage.cfg.init is not None]
+    own = [stage for stage in before if stage.task.trained is None]
+    experts = [stage.run for stage in own if stage.cfg.init is not None]
     models = [ModelEntry(str(path)) for path in (*experts, run)]
     if method == "model-stock":
         return MergeRecipe(method, start, models) if len(models) > 1 else None

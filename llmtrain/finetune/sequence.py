@@ -62,7 +62,7 @@ def _run(sequence: Sequence, say: Say, world: World) -> Outcome:
             say(f"{title}: done")
             rows.append(known[stage.task.name])
             continue
-        say(f"{title}: {stage.run}")
+        say(f"{title}: {stage.task.trained or stage.run}")
         rows.append(_make(sequence, i, say, ranks, world))
         outcome = _outcome(sequence, rows)
         ranks.on_main(lambda outcome=outcome: _write(sequence, outcome))  # type: ignore[misc]
@@ -83,14 +83,21 @@ def _outcome(sequence: Sequence, rows: list[Row]) -> Outcome:
 def _make(sequence: Sequence, index: int, say: Say, ranks: Ranks, world: World) -> Row:
     """Train a task, merge and measure, as far as that is not done; collective."""
     stage = sequence.stages[index]
+    if stage.task.trained is not None:
+        return Row(stage.task.name, _measured(stage, world))
     if not ranks.on_main(lambda: finished(stage)):
         train(stage.cfg, world)
     seconds = ranks.on_main(lambda: _merge(stage, say))
     losses = ranks.on_main(lambda: _recorded(stage))
     if not losses:
-        metrics = evaluate_weights(stage.cfg, stage.result, world)
-        losses = {name: m["loss"] for name, m in metrics.items()}
+        losses = _measured(stage, world)
     return ranks.on_main(lambda: _row(sequence, index, losses, seconds))
+
+
+def _measured(stage: Stage, world: World) -> dict[str, float]:
+    """Held-out loss by domain of the model after a task, under the run's layout; collective."""
+    metrics = evaluate_weights(stage.cfg, stage.result, world)
+    return {name: m["loss"] for name, m in metrics.items()}
 
 
 def _claim(sequence: Sequence) -> dict[str, Row]:
@@ -139,6 +146,8 @@ def _read_rows(sequence: Sequence) -> dict[str, Row]:
 
 def finished(stage: Stage) -> bool:
     """Whether the task's run has saved its end. ConfigError when it has other settings."""
+    if stage.task.trained is not None:
+        return True
     file = stage.run / "config.yaml"
     if not file.exists():
         return False

@@ -18,6 +18,10 @@ def describe(sequence: Sequence, finished: Callable[[Stage], bool]) -> list[str]
     lines = [f"{sequence.cfg.name}: {sequence.section.method}, {len(sequence.stages)} tasks"]
     for stage in sequence.stages:
         cfg = stage.cfg
+        if stage.task.trained is not None:
+            learnt = f"{_shares(cfg.data.weights)}; measured by {', '.join(stage.domains)}"
+            lines += [f"{stage.result}: trained already", f"  data: {learnt}"]
+            continue
         tokens = stage.steps * cfg.train.global_batch_size * cfg.data.seq_len
         done = " (done)" if finished(stage) else ""
         lines.append(f"{stage.run}: {stage.steps} steps, {tokens:,} tokens{done}")
@@ -43,7 +47,8 @@ def page(sequence: Sequence, outcome: Outcome) -> str:
     table = [["task", "run", "mixture", "training", "besides", "kept in memory"]]
     for i, row in enumerate(outcome.rows):
         times = (duration(row.seconds), duration(row.beside_seconds))
-        run = os.path.relpath(sequence.stages[i].run, sequence.folder)
+        stage = sequence.stages[i]
+        run = stage.task.trained or os.path.relpath(stage.run, sequence.folder)
         shares = _shares(mixture(sequence.section, i))
         table.append([row.task, run, shares, *times, bytes_text(float(row.kept_bytes))])
     return render_matrix(outcome.name, outcome.tasks, outcome.matrix, facts, table)

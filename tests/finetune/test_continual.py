@@ -285,6 +285,22 @@ def test_a_pretrained_model_is_kept_from_the_first_task_on(tmp_path: Path, corpu
         assert planned.stages[1].cfg.average is not None
 
 
+@pytest.mark.parametrize("method", ["sequential", "task-arithmetic"])
+def test_the_first_task_may_be_trained_already(
+    tmp_path: Path, corpus: Path, plain: Path, method: str
+) -> None:
+    """The same matrix, without training the first task again."""
+    given = [{**THREE[0], "trained": str(plain / "1-a")}, *THREE[1:]]
+    found = run(tmp_path / "a", corpus, given, method=method)
+    whole = plain
+    if method != "sequential":
+        whole = run(tmp_path / "b", corpus, THREE, method=method)
+    for ours, theirs in zip(result(found)["matrix"], result(whole)["matrix"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert not (found / "1-a").exists()
+    assert same(tensors(found / "3-c"), tensors(whole / "3-c"))
+
+
 def test_an_infinite_schedule_stays_constant_between_tasks(tmp_path: Path, corpus: Path) -> None:
     file = config(tmp_path, corpus, THREE)
     schedule = "schedule={name: infinite, warmup: 2step, cooldown: 4step, decay: 3step}"
@@ -331,6 +347,8 @@ def test_dry_run_says_everything_and_writes_nothing(
         ({"tasks": [{**TASKS[0], "overrides": {"optm": {"lr": 1}}}]}, "did you mean 'optim'"),
         ({"tasks": [{**TASKS[0], "overrides": {"init": {}}}]}, "is set by the sequence"),
         ({"tasks": [{**TASKS[0], "overrides": {"data.weights": {}}}]}, "overrides.data.weights"),
+        ({"tasks": [TASKS[0], {**TASKS[1], "trained": "x/y"}]}, "is for the first task only"),
+        ({"tasks": [{**TASKS[0], "trained": "no/where"}, TASKS[1]]}, "no/where is not a folder"),
         ({"tasks": TASKS, "method": "sfaa"}, "sfa"),
         ({"tasks": TASKS, "beta": 1.5}, "continual.beta: must be at most 1"),
         ({"tasks": TASKS, "p": 0}, "continual.p: must be more than 0"),
