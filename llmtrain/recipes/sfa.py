@@ -72,11 +72,11 @@ def _mini(method: dict[str, Any]) -> dict[str, Any]:
     for name in ("docs", "math"):
         tasks.append({"name": name, "weights": {name: 1.0}, "overrides": {"optim.lr": 1.0e-3}})
     return mini_run(
-        60,
+        50,
         model=shape,
         data={"seq_len": 128, "block_size": 16},
-        train={"duration": "60step", "global_batch_size": 8},
-        eval={"every": None, "samples": 96},
+        train={"duration": "50step", "global_batch_size": 8},
+        eval={"every": None, "samples": 64},
         continual={**method, "tasks": tasks},
     )
 
