@@ -15,6 +15,7 @@ from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_formats import check_formats
 from llmtrain.config.check_layout import check_layout
+from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
@@ -49,6 +50,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_engine(cfg, faults)
     check_formats(cfg, faults)
     _check_until(cfg, faults)
+    check_scaling(cfg, faults)
     return faults.found
 
 

@@ -15,6 +15,7 @@ from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
@@ -65,6 +66,7 @@ class ModelConfig:
     )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+    scaling: ScalingConfig = key(ScalingConfig)
 
 
 @dataclass(frozen=True)

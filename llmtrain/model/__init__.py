@@ -19,6 +19,7 @@ from llmtrain.model.formats import (
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
+from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -42,6 +43,7 @@ __all__ = [
     "check_tensor_degree",
     "compile_blocks",
     "complete",
+    "decay_factor",
     "flops_per_token",
     "format_lines",
     "hidden_layers",
@@ -51,7 +53,9 @@ __all__ = [
     "param_counts",
     "param_roles",
     "partial_parameters",
+    "rate_factors",
     "resolve_model",
+    "scaling_table",
     "shard_over_tensor",
     "stage_parts",
     "switch_step",

@@ -6,7 +6,12 @@ and dtype. Without the compiled library (``python -m llmtrain.ops.build``) every
 references: the same numbers to round-off, slower.
 """
 
-from llmtrain.ops.attention import attention_reference, causal_attention, first_of_document
+from llmtrain.ops.attention import (
+    attention_reference,
+    causal_attention,
+    first_of_document,
+    sqrt_attention,
+)
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.fp8 import (
@@ -62,6 +67,7 @@ __all__ = [
     "rotate",
     "split_rotary",
     "split_rotary_reference",
+    "sqrt_attention",
     "stream_number",
     "swiglu",
     "swiglu_reference",

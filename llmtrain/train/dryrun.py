@@ -15,7 +15,9 @@ from llmtrain.model import (
     format_lines,
     param_counts,
     param_roles,
+    rate_factors,
     resolve_model,
+    scaling_table,
     switch_step,
 )
 from llmtrain.ops import native_loaded
@@ -76,10 +78,12 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
     with torch.device("meta"):
         model = Decoder(model_cfg, precision.compute)
-    groups = build_groups(dict(model.named_parameters()), param_roles(model), cfg.optim)
+    named, rates = dict(model.named_parameters()), rate_factors(model_cfg)
+    groups = build_groups(named, param_roles(model), cfg.optim, rates)
     lines = [
         "model:",
         *table(rows),
+        *_scaling_lines(cfg, model_cfg),
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
@@ -88,6 +92,19 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
         lines += format_lines(model, model_cfg, cfg.quantization)
+    return lines
+
+
+def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
+    scaling = model_cfg.scaling
+    lines = []
+    if scaling.parametrization != "standard":
+        lines.append(f"scaling ({scaling.parametrization}, base width {scaling.base_width}):")
+        lines += table(scaling_table(model_cfg, cfg.optim))
+    if scaling.residual != "sum":
+        share = f", tau {scaling.tau:.4g}" if scaling.tau is not None else ""
+        interpolated = " (our interpolation by depth)" if cfg.model.scaling.tau_by_depth else ""
+        lines.append(f"residual stream: {scaling.residual}{share}{interpolated}")
     return lines
 
 

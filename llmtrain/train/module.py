@@ -23,6 +23,7 @@ from llmtrain.model import (
     hidden_layers,
     init_weights,
     param_roles,
+    rate_factors,
     shard_over_tensor,
 )
 from llmtrain.ops import token_keys
@@ -134,7 +135,7 @@ class TrainModule:
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
 

@@ -79,7 +79,7 @@ def test_what_is_nearly_known_keeps_its_digits() -> None:
     for gap in (9.0, 15.0, 30.0):
         weight = torch.tensor([[gap], [0.0], [-1.0]])
         found = token_errors(hidden, PlainHead(weight, 3), targets, 8).error
-        p = torch.softmax(weight[:, 0].double(), 0)
+        p = torch.softmax(SCALE * weight[:, 0].double(), 0)
         exact = (p[1:].sum() ** 2 + (p[1:] ** 2).sum()).sqrt()
         torch.testing.assert_close(found.double().squeeze(), exact, rtol=1e-5, atol=0)
 
