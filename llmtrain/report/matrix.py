@@ -56,12 +56,13 @@ def heat_map(tasks: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
             edge = ' stroke="currentColor"' if i == j else ""
             parts.append(
                 f'<rect x="{x + 1}" y="{y + 1}" width="{CELL_W - 2}" height="{CELL_H - 2}" rx="3" '
-                f'fill="#d9641a" fill-opacity="{0.06 + 0.8 * share:.3f}"{edge}/>'
+                f'fill="#d9641a" fill-opacity="{0.06 + 0.6 * share:.3f}"{edge}/>'
                 f'<text class="tick" x="{x + CELL_W / 2:.0f}" y="{y + CELL_H / 2 + 4:.0f}" '
-                f'text-anchor="middle">{value:.4f}</text>'
+                f'text-anchor="middle" style="fill: var(--ink)">{value:.4f}</text>'
             )
     return (
-        f'<figure class="card"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'<figure class="card"><svg viewBox="0 0 {width} {height}" '
+        f'style="max-width: {width}px" role="img" '
         f'aria-label="matrix of losses">{"".join(parts)}</svg><p class="note">Colour: how far a '
         "loss lies above the least of its column, on one scale for all; outlined: right after "
         "the task.</p></figure>"
