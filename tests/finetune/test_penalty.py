@@ -123,6 +123,8 @@ def test_resumed_under_a_penalty_is_bit_identical(
     values = [r["method"]["penalty"] for r in records(halves)]
     assert values == [r["method"]["penalty"] for r in records(straight)]
     assert values[0] == 0 and values[-1] > 0
+    assert main(["report", str(halves)]) == 0
+    assert "<figcaption>Penalty" in (halves / "report.html").read_text()
 
 
 def test_beside_adapters_only_they_are_held(tmp_path: Path, corpus: Path) -> None:
