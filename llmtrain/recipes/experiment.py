@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ class Scoring:
 class Trial:
     """One run of an experiment. label: its row in the table. A run of its own has ``config``
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
-    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores."""
+    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
+    A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
+    an earlier trial of the seed has made in the same way, with that trial's label."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Trial:
     at: str = ""
     overrides: Sequence[str] = ()
     scoring: Scoring | None = None
+    shares: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Claim:
     """A paper's claim as a comparison of held-out losses, seed by seed.
 
     The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``.
-    decides: whether it is part of the verdict, or shown beside it (a cost, say).
+    also: the comparison is with the mean of ``than`` and this one. decides: whether it is part of
+    the verdict, or shown beside it (a cost, say).
     """
 
     text: str
@@ -48,12 +52,14 @@ class Claim:
     than: str
     domains: Sequence[str] = ()
     decides: bool = True
+    also: str | None = None
 
 
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
-    own numbers and where they are from."""
+    own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
+    of what each trial costs."""
 
     name: str
     title: str
@@ -62,6 +68,7 @@ class Experiment:
     claims: Sequence[Claim]
     baseline: str
     seeds: int = 3
+    costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
 
 
 def slug(label: str) -> str:
