@@ -10,7 +10,7 @@ from llmtrain.config.fields import dur, key
 
 @dataclass(frozen=True)
 class ReweightConfig:
-    """Loss weights of samples and of tokens, from their losses in every step (a second forward)."""
+    """Loss weights of samples and of tokens, from their losses in every step."""
 
     samples: str = key(
         "none",

@@ -1,13 +1,15 @@
 """Reweighting of samples and tokens by their losses: the hook of the config section ``reweight``.
 
-Losses are needed before the weights are, and the weights before the backward pass: the step's
-micro-batches go through the model once more, without gradients, at the parameters of the step.
-So the weights are those of the whole global batch, whatever the accumulation and the layout. They
-go into ``batch.weights``, whose global sum is the loss's denominator.
+Losses are needed before the weights are, and the weights before the backward pass. So all
+micro-batches of the step but one go through the model once more, without gradients; the last one's
+own forward pass stops at its losses, until the weights are known, and is kept for its backward. The
+weights are those of the whole global batch, whatever the accumulation and the layout. They go into
+``batch.weights``, whose global sum is the loss's denominator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +61,21 @@ class Reweight(Hook):
         temperature = self.cfg.temperature if warm else self.cfg.warmup_temperature
         strategy = self.cfg.samples if temperature is not None else "uniform"
         own = strategy not in ("none", "uniform") or self.cfg.tokens in ("focal", "rho")
-        nll = token_losses(trainer.module, batch) if own else None
+        rule = (strategy, temperature or 1.0)
+        if own:
+            with_losses(trainer.module, batch, lambda nll: self._weigh(trainer, batch, nll, rule))
+        else:
+            self._weigh(trainer, batch, None, rule)
+
+    def _weigh(
+        self, trainer: Trainer, batch: Batch, nll: Tensor | None, rule: tuple[str, float]
+    ) -> None:
+        """Change ``batch.weights``; nll: [b, s] losses of its tokens, where the rules need them."""
         before = batch.weights.double()
         if self.cfg.tokens != "none":
             self._weigh_tokens(trainer, batch, nll)
         if self.cfg.samples != "none":
-            self._weigh_samples(trainer, batch, nll, before, (strategy, temperature or 1.0))
+            self._weigh_samples(trainer, batch, nll, before, rule)
 
     def _weigh_tokens(self, trainer: Trainer, batch: Batch, nll: Tensor | None) -> None:
         if self.cfg.tokens == "focal":
@@ -105,6 +116,22 @@ class Reweight(Hook):
         self.last = sample_weights(torch.where(left > 0, loss / came, torch.nan), *rule)
         scale = torch.where(left > 0, self.last * came / (tokens * left), 0.0)
         batch.weights *= scale[place].to(batch.weights)[:, None]
+
+
+def with_losses(module: TrainModule, batch: Batch, weigh: Callable[[Tensor], None]) -> None:
+    """Call weigh(nll) once with the losses of every token of a received batch, [b, s] float32.
+
+    It may change ``batch.weights`` in place. Collective. What is computed last is kept for the
+    step's own forward and backward, where the module can (no pipeline, no DeepSpeed).
+    """
+    if not module.begins:
+        weigh(token_losses(module, batch))
+        return
+    with torch.no_grad():
+        earlier = [module.loss(micro, 1.0).nll for micro in module.micro_batches(batch)[:-1]]
+    if earlier:
+        release_gathered(module.model)
+    module.begin(batch, lambda nll: weigh(torch.cat([*earlier, nll])))
 
 
 @torch.no_grad()

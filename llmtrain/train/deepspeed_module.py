@@ -49,6 +49,8 @@ class DeepSpeedModule(TrainModule):
     writes these calls ``restore``.
     """
 
+    begins = False
+
     def __init__(
         self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
     ) -> None:

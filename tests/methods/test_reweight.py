@@ -169,6 +169,8 @@ def test_static_weights_of_sources_stay(tmp_path: Path, corpus: Path) -> None:
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {"train__micro_batch_size": 1}),
     (2, {"parallel__replicate": 2, "train__micro_batch_size": 2}),
+    (2, {"parallel__shard": 2}),
+    (2, {"parallel__shard": 2, "train__micro_batch_size": 1, "train__recompute": "full"}),
     (2, {"parallel__tensor": 2}),
     (2, {"parallel__context": 2, "train__micro_batch_size": 4}),
     (2, {"parallel__pipeline": 2, "train__micro_batch_size": 2}),
