@@ -115,6 +115,55 @@ def test_the_gradient_is_that_of_the_weighted_sum(
         assert float((found[name] - p.grad).norm()) < 5e-5 * float(p.grad.norm()), name
 
 
+@pytest.mark.parametrize(("micro", "passes"), [(8, 1), (2, 7), (1, 15)])
+def test_the_last_forward_is_not_made_twice(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, micro: int, passes: int
+) -> None:
+    """m micro-batches take m passes, and m - 1 of them one more for their losses."""
+    made: list[int] = []
+    real = TrainModule._forward
+
+    def count(self: TrainModule, **arguments: Any) -> Any:
+        made.append(len(arguments["tokens"]))
+        return real(self, **arguments)
+
+    monkeypatch.setattr(TrainModule, "_forward", count)
+    section = {"samples": "linupper", "warmup": "0step"}
+    one_step(load(tmp_path, corpus, section, train__micro_batch_size=micro))
+    assert made == [micro] * passes
+
+
+def test_weights_changed_by_a_later_hook_count(tmp_path: Path, corpus: Path) -> None:
+    """What was computed ahead with other weights is then not used."""
+    section = {"samples": "linupper", "warmup": "0step"}
+    cfg = load(tmp_path, corpus, section, train__micro_batch_size=4)
+    trainer, batch, _ = one_step(cfg)
+    module: TrainModule = trainer.module
+    weights = batch.weights.clone()
+
+    def gradients(change: str) -> dict[str, torch.Tensor]:
+        module.drop_gradients()
+        batch.weights = weights.clone()
+        if change != "never":
+            module.begin(batch, lambda nll: None)
+        if change == "after":
+            batch.weights.mul_(torch.arange(1.0, 9.0)[:, None])
+        elif change in ("before", "never"):
+            batch.weights = weights * torch.arange(1.0, 9.0)[:, None]
+        module.forward_backward(batch, 2.0, len(cfg.data.phases))
+        return {name: p.grad.clone() for name, p in module.params.items() if p.grad is not None}
+
+    expected = gradients("never")
+    for change in ("after", "before"):
+        for name, found in gradients(change).items():
+            torch.testing.assert_close(found, expected[name], rtol=1e-6, atol=1e-9)
+    module.begin(batch, lambda nll: None)
+    module.drop_gradients()
+    module.forward_backward(batch, 2.0, len(cfg.data.phases))
+    for name, p in module.params.items():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
+
+
 def test_the_warmup_weighs_all_alike_or_has_its_own_temperature(
     tmp_path: Path, corpus: Path
 ) -> None:
