@@ -34,3 +34,6 @@ class ReweightConfig:
     gamma: float = key(1.0, "tokens: exponent of focal and prior", ge=0)
     keep: float = key(0.6, "tokens: share of the global batch's tokens that rho keeps", gt=0, le=1)
     reference: str | None = key(None, "tokens: checkpoint or run of the reference, for prior, rho")
+    losses: str | None = key(
+        None, "tokens: the reference's losses, a file of `data score --method token-losses`"
+    )

@@ -90,7 +90,8 @@ def select(
             continue
         scores = None
         if file is not None and header is not None:
-            check_scores(file, header, source.name, source.fingerprint, seq_len)
+            where = f"data.select.scores: {file}"
+            check_scores(where, header, source.name, source.fingerprint, seq_len)
             scores = read_scores(file, source.name)
         name = "" if header is None else f" of {header['method']}"
         out.append(choose(section, seed, source, scores, name))

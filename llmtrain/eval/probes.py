@@ -16,18 +16,20 @@ from torch import Tensor
 
 from llmtrain.config.schema import DataConfig, LossConfig
 from llmtrain.data.batch import Batch
+from llmtrain.data.scores import LOSSES
 from llmtrain.errors import ConfigError
 from llmtrain.eval.loading import Trained
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.loss.scores import head_gradient_norms, token_errors
 from llmtrain.model import Head
 
-METHODS = ("el2n", "grand", "grand-full", "perplexity", "influence", "influence-gradient")
 INFLUENCE = ("influence", "influence-gradient")
 # Scores that need forward passes only; the others make gradients of the whole model.
-FORWARD = ("el2n", "grand", "perplexity")
+FORWARD = ("el2n", "grand", "perplexity", LOSSES)
+METHODS = (*FORWARD, "grand-full", *INFLUENCE)
 
-# Scores [b] float64 of the samples of a batch; NaN where no token counts.
+# Scores [b] float64 of the samples of a batch, NaN where no token counts; or the losses [b, s] of
+# their tokens.
 Scorer = Callable[[Batch], Tensor]
 
 
@@ -103,6 +105,8 @@ def _from_head(model: _Model, method: str, batch: Batch) -> Tensor:
         if method == "grand":
             return head_gradient_norms(hidden, head, batch.targets, mean, chunk)
         errors = token_errors(hidden, head, batch.targets, chunk)
+        if method == LOSSES:
+            return errors.nll.double()
         if method == "el2n":
             return (mean * errors.error).sum(1)
         return (mean * errors.nll).sum(1).clamp(max=700.0).exp()

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.data.batch import Batch
+from llmtrain.data.scores import TokenLosses, check_scores
 from llmtrain.errors import ConfigError
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.loss.reweight import by_surprise, excess_threshold, sample_weights
@@ -46,13 +48,16 @@ class Reweight(Hook):
         self.cfg = cfg
         self.warmup = 0
         self.reference: Trained | None = None
+        self.losses: TokenLosses | None = None
         self.last: Tensor | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Resolve the warmup and load the reference. Raises ConfigError, CheckpointError."""
         times = trainer.clockwork
         self.warmup = self.cfg.warmup.steps(times.tokens_per_step, times.total)
-        if self.cfg.tokens in ("prior", "rho"):
+        if self.cfg.losses is not None:
+            self.losses = _open_losses(self.cfg.losses, trainer)
+        elif self.cfg.tokens in ("prior", "rho"):
             self.reference = _load_reference(self.cfg, trainer)
 
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
@@ -82,8 +87,11 @@ class Reweight(Hook):
             assert nll is not None
             batch.weights *= by_surprise(nll, self.cfg.gamma)
             return
-        assert self.reference is not None
-        theirs = _reference_losses(self.reference, trainer.module, batch)
+        if self.losses is not None:
+            theirs = _read_losses(self.losses, trainer, batch)
+        else:
+            assert self.reference is not None
+            theirs = _reference_losses(self.reference, trainer.module, batch)
         if self.cfg.tokens == "prior":
             batch.weights *= by_surprise(theirs, self.cfg.gamma)
             return
@@ -172,6 +180,33 @@ def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
             f"{trainer.cfg.data.seq_len}; take another reference or shorten the samples"
         )
     return found
+
+
+def _open_losses(file: str, trainer: Trainer) -> TokenLosses:
+    """The file of reference losses, once it fits the data. Raises DataError."""
+    losses, plan = TokenLosses(Path(file)), trainer.plan
+    total = plan.counts(plan.mixture.total)
+    for source, count in zip(plan.sources, total, strict=True):
+        if count:
+            where = f"reweight.losses: {file}"
+            facts = (source.name, source.fingerprint, plan.cfg.data.seq_len)
+            check_scores(where, losses.header, *facts)
+    return losses
+
+
+def _read_losses(losses: TokenLosses, trainer: Trainer, batch: Batch) -> Tensor:
+    """The reference's losses of this rank's tokens, [b, s] float32, where the batch lies."""
+    first = int(batch.sample_ids[0])
+    labels, numbers, _ = trainer.plan.samples(first, first + len(batch))
+    rows = [
+        losses.read(trainer.plan.names[label], number)
+        for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
+    ]
+    table = torch.from_numpy(np.stack(rows))
+    context = trainer.module.context
+    if context is not None:
+        table = table[:, context.positions(table.shape[1])]
+    return table.to(batch.weights)
 
 
 @torch.no_grad()
