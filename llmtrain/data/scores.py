@@ -226,13 +226,16 @@ def read_scores(file: Path, source: str) -> NDArray[np.float64]:
 
 def check_scores(
     where: str, header: dict[str, Any], source: str, fingerprint: str, seq_len: int
-) -> None:
-    """Raise DataError where the scores of ``source`` are not of this data in this form.
+) -> str:
+    """The name under which the file has the scores of ``source``: its own, or one of equal data.
 
-    where: the config key and the file, for the message.
+    where: the config key and the file, for the message. Raises DataError where there are none of
+    this data in this form.
     """
-    known = header["sources"].get(source)
-    if known is None:
+    sources = header["sources"]
+    same = (name for name in sources if sources[name]["fingerprint"] == fingerprint)
+    name = source if source in sources else next(same, None)
+    if name is None:
         have = ", ".join(header["sources"])
         raise DataError(
             f"{where} has no scores of the source {source!r} (it has {have}); score that source "
@@ -244,9 +247,10 @@ def check_scores(
             f"data.seq_len is {seq_len}; score the data again, or set data.seq_len="
             f"{header['seq_len']}"
         )
-    if known["fingerprint"] != fingerprint:
+    if sources[name]["fingerprint"] != fingerprint:
         raise DataError(
             f"{where} is of other data than the source {source!r} holds now "
-            f"(fingerprint {known['fingerprint']}, now {fingerprint}); score this data, or put "
-            "the old data back"
+            f"(fingerprint {sources[name]['fingerprint']}, now {fingerprint}); score this data, or "
+            "put the old data back"
         )
+    return name

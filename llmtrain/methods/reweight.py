@@ -9,7 +9,7 @@ weights are those of the whole global batch, whatever the accumulation and the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ class Reweight(Hook):
         self.cfg = cfg
         self.warmup = 0
         self.reference: Trained | None = None
-        self.losses: TokenLosses | None = None
+        self.losses: tuple[TokenLosses, list[str]] | None = None
         self.last: Tensor | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
@@ -88,7 +88,7 @@ class Reweight(Hook):
             batch.weights *= by_surprise(nll, self.cfg.gamma)
             return
         if self.losses is not None:
-            theirs = _read_losses(self.losses, trainer, batch)
+            theirs = _read_losses(*self.losses, trainer, batch)
         else:
             assert self.reference is not None
             theirs = _reference_losses(self.reference, trainer.module, batch)
@@ -182,24 +182,30 @@ def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
     return found
 
 
-def _open_losses(file: str, trainer: Trainer) -> TokenLosses:
-    """The file of reference losses, once it fits the data. Raises DataError."""
+def _open_losses(file: str, trainer: Trainer) -> tuple[TokenLosses, list[str]]:
+    """The file of reference losses and the names of the plan's sources in it, by source index.
+
+    Raises DataError where it does not fit the data.
+    """
     losses, plan = TokenLosses(Path(file)), trainer.plan
+    names = list(plan.names)
     total = plan.counts(plan.mixture.total)
-    for source, count in zip(plan.sources, total, strict=True):
-        if count:
+    for label, source in enumerate(plan.sources):
+        if total[label]:
             where = f"reweight.losses: {file}"
             facts = (source.name, source.fingerprint, plan.cfg.data.seq_len)
-            check_scores(where, losses.header, *facts)
-    return losses
+            names[label] = check_scores(where, losses.header, *facts)
+    return losses, names
 
 
-def _read_losses(losses: TokenLosses, trainer: Trainer, batch: Batch) -> Tensor:
+def _read_losses(
+    losses: TokenLosses, names: Sequence[str], trainer: Trainer, batch: Batch
+) -> Tensor:
     """The reference's losses of this rank's tokens, [b, s] float32, where the batch lies."""
     first = int(batch.sample_ids[0])
     labels, numbers, _ = trainer.plan.samples(first, first + len(batch))
     rows = [
-        losses.read(trainer.plan.names[label], number)
+        losses.read(names[label], number)
         for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
     ]
     table = torch.from_numpy(np.stack(rows))
