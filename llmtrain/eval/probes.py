@@ -68,20 +68,20 @@ class _Model:
             head_fn=head_fn,
         )
 
-    def loss(self, batch: Batch, weight: float) -> Tensor:
-        """Sum of weighted token losses over ``weight``."""
+    def output(self, batch: Batch, weight: float) -> LossOutput:
+        """Token losses of a batch; ``loss`` is their weighted sum over ``weight``."""
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.loss_cfg, weight)
 
         output: LossOutput = self(batch, head_fn)
-        return output.loss
+        return output
 
     def gradient(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Of the mean loss over the weights of ``batches``, by parameter."""
         weight = _weight(batches)
         for batch in batches:
-            self.loss(batch, weight).backward()  # type: ignore[no-untyped-call]
+            self.output(batch, weight).loss.backward()  # type: ignore[no-untyped-call]
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -139,7 +139,12 @@ class _Probe:
 
     @torch.no_grad()
     def _loss(self) -> float:
-        return sum(float(self.model.loss(batch, self.weight).double()) for batch in self.target)
+        total = 0.0
+        for batch in self.target:
+            nll = self.model.output(batch, 1.0).nll
+            # In float64: what is wanted is a small difference of two such sums.
+            total += float((nll.double() * batch.weights).sum())
+        return total / self.weight
 
     def influence(self, sample: Batch) -> float:
         """The score of one sample (a batch of one)."""
