@@ -96,6 +96,7 @@ def head_gradient_norms(
     """
     errors = token_errors(hidden, head, targets, chunk)
     operand, matmul = head.operand(), head.matmul
+    assert isinstance(operand, Tensor)  # the head computes in a plain dtype
     first, real = _own_words(head, len(operand))
     squares = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
     for low in range(0, real, _WORDS):
