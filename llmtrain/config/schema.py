@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
@@ -20,7 +21,7 @@ from llmtrain.config.selection import SelectConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
-ROLES = ("embedding", "hidden", "norm", "head", "bias")
+ROLES = ("embedding", "hidden", "norm", "head", "bias", "adapter")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class ModelConfig:
     )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+    adapters: AdapterConfig | None = key(
+        None, "low-rank adapters: train these and freeze the model's own weights"
+    )
     scaling: ScalingConfig = key(ScalingConfig)
 
 
