@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 HELP = "make, look at, plan and score training data"
-SCORES = ("el2n", "grand", "grand-full", "perplexity", "influence", "influence-gradient")
+SCORES = (
+    *("el2n", "grand", "perplexity", "token-losses"),
+    *("grand-full", "influence", "influence-gradient"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

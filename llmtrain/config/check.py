@@ -208,19 +208,28 @@ def _check_reweight(cfg: RunConfig, faults: Collector) -> None:
     if section.samples == "none" and section.tokens == "none":
         faults.add("reweight", "changes nothing; set reweight.samples or reweight.tokens")
     reads = section.tokens in ("prior", "rho")
-    if reads and section.reference is None:
+    if reads and section.reference is None and section.losses is None:
         faults.add(
             "reweight.reference",
             f"is missing: tokens: {section.tokens} compares with a reference model; name a "
-            "checkpoint or the folder of a run",
+            "checkpoint or the folder of a run, or give its losses in reweight.losses",
             "reweight.tokens",
+            "reweight.losses",
         )
-    elif not reads and section.reference is not None:
+    elif reads and section.reference is not None and section.losses is not None:
         faults.add(
+            "reweight.losses",
+            "stands beside reweight.reference; keep one",
             "reweight.reference",
-            f"is not read with tokens: {section.tokens}; take it away, or use tokens: prior or rho",
-            "reweight.tokens",
         )
+    for name in ("reference", "losses"):
+        if not reads and getattr(section, name) is not None:
+            faults.add(
+                f"reweight.{name}",
+                f"is not read with tokens: {section.tokens}; take it away, or use tokens: prior "
+                "or rho",
+                "reweight.tokens",
+            )
     if part_of_run(cfg, section.warmup) > 1:
         faults.add(
             "reweight.warmup",

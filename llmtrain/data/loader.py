@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
-from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
@@ -64,21 +63,10 @@ class Loader:
         """This rank's rows of the global batch that begins with global sample ``first_sample``."""
         n = self.batch_size // self.world
         low = first_sample + self.rank * n
-        labels, before = self.plan.mixture.locate_range(low, low + n)
-        plan, numbers, weights = self.plan, np.empty_like(before), np.empty(n)
-        for label in np.unique(labels):
-            mine, selection = labels == label, plan.selections[label]
-            _, places = sample_numbers(
-                plan.cfg.seed, plan.names[label], before[mine], plan.sizes[label]
-            )
-            weights[mine] = plan.loss_weights[label]
-            if selection is not None:
-                weights[mine] *= selection.factors(places)
-                places = selection.numbers(places)
-            numbers[mine] = places
+        labels, numbers, weights = self.plan.samples(low, low + n)
         picks = zip(labels.tolist(), numbers.tolist(), weights.tolist(), strict=True)
         rows = self._packing.rows(
-            [Pick(plan.sources[label], number, weight) for label, number, weight in picks]
+            [Pick(self.plan.sources[label], number, weight) for label, number, weight in picks]
         )
         self._check_vocabulary(rows, labels, low)
         return to_batch(rows, labels, np.arange(low, low + n))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.mixture import Mixture, cut
+from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import samples_in
 from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_json
 from llmtrain.data.select import Facts, Selection, select
@@ -55,6 +56,23 @@ class DataPlan:
     def counts(self, i: int) -> NDArray[np.int64]:
         """Samples of each source among the first ``i`` of the run: [sources] int64."""
         return self.mixture.counts(i)
+
+    def samples(
+        self, low: int, high: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Source index, number within the source and loss weight of global samples [low, high)."""
+        labels, before = self.mixture.locate_range(low, high)
+        numbers, weights = np.empty_like(before), np.empty(high - low)
+        for label in np.unique(labels):
+            mine, selection = labels == label, self.selections[label]
+            name, size = self.names[label], self.sizes[label]
+            _, places = sample_numbers(self.cfg.seed, name, before[mine], size)
+            weights[mine] = self.loss_weights[label]
+            if selection is not None:
+                weights[mine] *= selection.factors(places)
+                places = selection.numbers(places)
+            numbers[mine] = places
+        return labels, numbers, weights
 
     def tree(self) -> str:
         """Tokens, epochs and share of every source in every phase, as text."""
