@@ -14,6 +14,7 @@ from pathlib import PurePath
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_layout import check_layout
+from llmtrain.config.check_online import check_online
 from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.schema import RunConfig
@@ -41,6 +42,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_average(cfg, faults)
     _check_hooks(cfg, faults)
     _check_reweight(cfg, faults)
+    check_online(cfg, faults)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
     return faults.found

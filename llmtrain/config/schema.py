@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.mixture_methods import OnlineConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias")
@@ -368,6 +369,11 @@ class RunConfig:
         None,
         "weights of samples and tokens by their losses",
         hook="llmtrain.methods.reweight:Reweight",
+    )
+    online: OnlineConfig | None = key(
+        None,
+        "mixture weights that follow held-out losses",
+        hook="llmtrain.methods.online:OnlineMixture",
     )
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"

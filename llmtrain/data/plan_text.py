@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmtrain.data.online import update_steps
+
 if TYPE_CHECKING:
     from llmtrain.data.plan import DataPlan
 
@@ -39,6 +41,19 @@ def plan_tree(plan: DataPlan) -> str:
                 )
             )
         lines += [f"{'  ' if last else '| '}   {line}" for line in aligned(rows)]
+    return _online_lines(plan, lines)
+
+
+def _online_lines(plan: DataPlan, lines: list[str]) -> str:
+    """The plan's lines, with what is not known yet where weights change during the run."""
+    online, batch = plan.cfg.online, plan.cfg.train.global_batch_size
+    if online is not None and plan.known is not None:
+        steps = update_steps(plan.cfg, plan.mixture.total // batch)
+        lines += [
+            f"online ({online.method}): weights change after step {steps[0]:,} and then every "
+            f"{steps.step:,} steps, {len(steps):,} times; known up to sample {plan.known:,},",
+            "beyond it the numbers above are those of unchanged weights",
+        ]
     return "\n".join(lines)
 
 

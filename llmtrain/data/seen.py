@@ -24,7 +24,10 @@ _PIECE = 1 << 14
 
 @dataclass(frozen=True)
 class Seen:
-    """Global samples [low, high) of a run. sizes: samples per epoch, by source index."""
+    """Global samples [low, high) of a run. sizes: samples per epoch, by source index.
+
+    known: sample up to which the order is decided, where weights change online; None: all.
+    """
 
     mixture: Mixture
     sizes: list[int]
@@ -32,6 +35,7 @@ class Seen:
     batch: int
     low: int
     high: int
+    known: int | None = None
 
     @classmethod
     def of_run(cls, run: Path, start: Duration, stop: Duration) -> Seen:
@@ -54,7 +58,7 @@ class Seen:
                 f"which has {mixture.total:,}; give two points in order, the last at most 1dur"
             )
         sizes = [samples_in(source["tokens"], seq_len) for source in state["sources"].values()]
-        return cls(mixture, sizes, seq_len, batch, low, high)
+        return cls(mixture, sizes, seq_len, batch, low, high, state.get("known"))
 
     def lines(self) -> list[str]:
         """Samples, tokens, share and epochs of every source."""
@@ -68,7 +72,13 @@ class Seen:
             rows.append((name, f"{count:,}", tokens, f"{100 * count / number:.2f}%", epochs))
         first, last = self.low // self.batch + 1, (self.high - 1) // self.batch + 1
         head = f"steps {first:,} to {last:,}: {tokens_text(number * self.seq_len)} tokens in "
-        return [f"{head}{number:,} samples", *("  " + line for line in aligned(rows))]
+        lines = [f"{head}{number:,} samples", *("  " + line for line in aligned(rows))]
+        if self.known is not None and self.high > self.known:
+            lines.append(
+                f"  weights change online: only steps up to {self.known // self.batch:,} are "
+                "decided; the rest is counted by the weights now in force"
+            )
+        return lines
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """sample, step, source, number and epoch of each, in the order of training."""
