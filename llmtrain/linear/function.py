@@ -27,11 +27,13 @@ from llmtrain.parallel.uncompiled import uncompiled
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product runs: number format, placement, and the ranks that take part."""
+    """How a product runs: number format, placement, the ranks that take part, and a constant
+    ``scale`` that multiplies the product and both its gradients (but not the bias)."""
 
     matmul: Matmul
     placement: Placement = Placement.REPLICATED
     tensor: TensorParallel | None = None
+    scale: float = 1.0
 
     @property
     def by_tokens(self) -> bool:
@@ -75,8 +77,8 @@ def backward_for(kind: str) -> Iterator[None]:
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x weight^T + bias. Saves x only when the weight is trained, and then its token shard
-    alone (unless ``keep_gathered``): backward gathers it again."""
+    """y = scale x weight^T + bias. Saves x only when the weight is trained, and then its token
+    shard alone (unless ``keep_gathered``): backward gathers it again."""
 
     @staticmethod
     def forward(
@@ -93,9 +95,9 @@ class _LinearFunction(torch.autograd.Function):
             kept = flat
         ctx.save_for_backward(kept if needs_weight else None, operand if needs_x else None)
         if plan.row is None:
-            y = plan.matmul.fprop(flat, operand, bias)
+            y = plan.matmul.fprop(flat, operand, bias, plan.scale)
         else:
-            y = _reduced(plan.matmul.fprop(flat, operand, None), plan.row)
+            y = _reduced(plan.matmul.fprop(flat, operand, None, plan.scale), plan.row)
             y = y if bias is None else y.add_(bias.to(y.dtype))
         return y if plan.by_tokens else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -116,11 +118,12 @@ class _LinearFunction(torch.autograd.Function):
         dx = dw = None
         reducing = None
         if needs_x:
-            dx, reducing = _start_reduction(plan.matmul.dgrad(flat, operand), plan.column)
+            dx = plan.matmul.dgrad(flat, operand, plan.scale)
+            dx, reducing = _start_reduction(dx, plan.column)
         if needs_weight:
             if gathering is not None:
                 gathering.wait()
-            dw = plan.matmul.wgrad(flat, x).to(ctx.weight_dtype)
+            dw = plan.matmul.wgrad(flat, x, scale=plan.scale).to(ctx.weight_dtype)
         if reducing is not None:
             reducing.wait()
         if dx is not None:
@@ -158,7 +161,8 @@ def _start_reduction(dx: Tensor, tensor: TensorParallel | None) -> tuple[Tensor,
 def apply_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan
 ) -> Tensor:
-    """``x`` [..., in] times ``weight`` [out, in] transposed plus ``bias`` [out], all local parts.
+    """``plan.scale`` times ``x`` [..., in] times ``weight`` [out, in] transposed, plus ``bias``
+    [out], all local parts.
 
     operand: what ``matmul.operand`` made of the weight, possibly cached. Returns [..., out] in
     ``matmul.dtype``. Under sequence parallelism a column-parallel layer takes this rank's tokens

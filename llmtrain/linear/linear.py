@@ -62,11 +62,12 @@ class OperandCache:
 
 
 class Linear(nn.Module):
-    """y = x weight^T + bias. weight: [out_features, in_features], bias: [out_features], float32.
+    """y = scale x weight^T + bias. weight: [out_features, in_features], bias: [out_features].
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. The weights are uninitialised until ``llmtrain.model.init_weights``.
+    dtype. scale: a constant, the forward multiplier of a parametrisation. The float32 weights are
+    uninitialised until ``llmtrain.model.init_weights``.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class Linear(nn.Module):
         placement: Placement = Placement.REPLICATED,
         matmul: Matmul = FP32,
         tensor: TensorParallel | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.role, self.placement, self.matmul = role, placement, matmul
-        self.plan = Plan(matmul, placement, tensor)
+        self.plan = Plan(matmul, placement, tensor, scale)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()

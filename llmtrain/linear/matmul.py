@@ -18,9 +18,10 @@ from llmtrain.ops import weight_gradient
 
 
 class Matmul(Protocol):
-    """fprop, dgrad and wgrad of y = x weight^T + bias in one number format.
+    """fprop, dgrad and wgrad of y = scale x weight^T + bias in one number format.
 
     dtype: of the operands and of y. ``operand`` turns a parameter into what the products read.
+    scale: a constant that each product is multiplied by before it is rounded to ``dtype``.
     """
 
     name: str
@@ -30,21 +31,34 @@ class Matmul(Protocol):
         """What fprop and dgrad read instead of ``weight``; ``weight`` itself where it fits."""
         ...
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """y [n, out] = x weight^T + bias, of ``dtype``."""
+    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        """y [n, out] = scale x weight^T + bias, of ``dtype``."""
         ...
 
-    def dgrad(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of x: [n, in] = grad weight, of ``dtype``."""
+    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Gradient of x: [n, in] = scale grad weight, of ``dtype``."""
         ...
 
-    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """Gradient of the weight: [out, in] = grad^T x in float32, added to ``into`` if given."""
+    def wgrad(
+        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Gradient of the weight: [out, in] = scale grad^T x in float32, added to ``into`` if
+        given."""
         ...
+
+
+def _scaled_sum(product: Tensor, into: Tensor | None, scale: float) -> Tensor:
+    """scale product, in place, or added to ``into``; both float32."""
+    return product.mul_(scale) if into is None else into.add_(product, alpha=scale)
 
 
 class DenseMatmul:
-    """Products of floating point operands in one dtype, accumulated in float32 by the library."""
+    """Products of floating point operands in one dtype, accumulated in float32 by the library.
+
+    A scale is the library's alpha: it multiplies the float32 sums before they are rounded. To
+    scale bfloat16 weights or results instead would round a second time, as 1/sqrt(fan_in) is
+    seldom a power of two. Scale 1 takes the very calls of a layer that knows no scale.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
@@ -57,14 +71,28 @@ class DenseMatmul:
         # tensor again for backward, so a product that saved an alias would keep the memory.
         return weight if weight.dtype == self.dtype else weight.detach().to(self.dtype)
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, None if bias is None else bias.to(self.dtype))
+    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        bias = None if bias is None else bias.to(self.dtype)
+        if scale == 1.0:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return self._scaled(x, weight.t(), scale)
+        return torch.addmm(bias, x, weight.t(), alpha=scale)
 
-    def dgrad(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return grad @ weight
+    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+        return grad @ weight if scale == 1.0 else self._scaled(grad, weight, scale)
 
-    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
-        return weight_gradient(grad, x, into)
+    def wgrad(
+        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        if scale == 1.0:
+            return weight_gradient(grad, x, into)
+        return _scaled_sum(weight_gradient(grad, x), into, scale)
+
+    @staticmethod
+    def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """scale a b. With beta 0 the first operand is not read."""
+        return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 class OneDNNMatmul(DenseMatmul):
@@ -82,18 +110,29 @@ class OneDNNMatmul(DenseMatmul):
     def _takes(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._product(x, weight, bias) if self._takes(x) else super().fprop(x, weight, bias)
+    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        if not self._takes(x):
+            return super().fprop(x, weight, bias, scale)
+        if scale == 1.0:
+            return self._product(x, weight, bias)
+        # oneDNN's operator has no alpha; in float32 a second rounding is below its own error.
+        y = self._product(x, weight).mul_(scale)
+        return y if bias is None else y.add_(bias)
 
-    def dgrad(self, grad: Tensor, weight: Tensor) -> Tensor:
+    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
         if not self._takes(grad):
-            return super().dgrad(grad, weight)
-        return self._product(grad, weight.t())
+            return super().dgrad(grad, weight, scale)
+        product = self._product(grad, weight.t())
+        return product if scale == 1.0 else product.mul_(scale)
 
-    def wgrad(self, grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
+    def wgrad(
+        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
         if not self._takes(grad):
-            return super().wgrad(grad, x, into)
+            return super().wgrad(grad, x, into, scale)
         product = self._product(grad.t(), x.t())
+        if scale != 1.0:
+            return _scaled_sum(product, into, scale)
         return product if into is None else into.add_(product)
 
 

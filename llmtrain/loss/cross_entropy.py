@@ -26,6 +26,7 @@ class HeadLike(Protocol):
     vocab_size: int  # rows of the weight from here on are padding
     matmul: Matmul
     tensor: TensorParallel | None  # the ranks over which the rows are split
+    scale: float  # multiplies the logits
 
     @property
     def weight(self) -> Tensor:
@@ -59,6 +60,7 @@ class _Terms:
     grad: bool
     tensor: TensorParallel | None
     in_parts: bool
+    scale: float
 
     def cross_entropy_(
         self, logits: Tensor, targets: Tensor, weights: Tensor, grad: bool
@@ -93,14 +95,16 @@ class _HeadLoss(torch.autograd.Function):
         d_weight = None
         for start in range(0, len(x), terms.chunk):
             part = slice(start, start + terms.chunk)
-            logits = matmul.fprop(x[part], operand, None)
+            logits = matmul.fprop(x[part], operand, None, terms.scale)
             nll[part], loss[part], z[part] = terms.cross_entropy_(
                 logits, targets[part], weights[part], needs_hidden or needs_weight
             )
             if d_hidden is not None:
-                d_hidden[part] = matmul.dgrad(logits, operand)
+                d_hidden[part] = matmul.dgrad(logits, operand, terms.scale)
             if needs_weight:
                 d_weight = matmul.wgrad(logits, x[part], d_weight)
+        if d_weight is not None and terms.scale != 1.0:
+            d_weight.mul_(terms.scale)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.in_parts = terms.in_parts
         z_part = z @ weights
@@ -147,6 +151,7 @@ def head_loss(
         torch.is_grad_enabled(),
         head.tensor,
         in_parts,
+        head.scale,
     )
     scaled = weights.reshape(-1).float() / denominator
     flat = hidden.reshape(-1, hidden.shape[-1])

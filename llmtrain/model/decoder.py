@@ -21,7 +21,7 @@ from llmtrain.model.masks import (
 )
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
-from llmtrain.model.rotary import rotary_table
+from llmtrain.model.rotary import Rotation, rotary_table
 from llmtrain.parallel import SplitSequence, TensorParallel
 from llmtrain.parallel.context_attention import plan_context
 from llmtrain.parallel.pipeline import Part
@@ -159,7 +159,8 @@ class Decoder(nn.Module):
             return None
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
         length = tokens if positions is None else max(tokens, self.cfg.max_seq_len)
-        return rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, device)
+        rotation = Rotation(self.cfg.d_head, self.cfg.rope_theta, self.cfg.rope_scaling)
+        return rotary_table(positions, length, rotation, device)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:

@@ -86,7 +86,7 @@ class Head(nn.Module):
 
     ``weight`` is [padded vocabulary, d_model], or this rank's rows of it under ``tensor``: the
     head's own parameter, or the embedding's when tied. Rows from ``vocab_size`` on are padding
-    and never take part.
+    and never take part. scale: a constant that multiplies the logits.
     """
 
     def __init__(
@@ -95,10 +95,12 @@ class Head(nn.Module):
         tied_to: Embedding | None,
         matmul: Matmul,
         tensor: TensorParallel | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         assert cfg.vocab_size is not None
         self.vocab_size, self.matmul, self.tensor = cfg.vocab_size, matmul, tensor
+        self.scale = scale
         # Looked up through the owner each time: FSDP2 replaces parameters of their owner.
         self._tied_to = [] if tied_to is None else [tied_to]
         self._cache = OperandCache()
@@ -111,6 +113,7 @@ class Head(nn.Module):
                 placement=Placement.COLUMN,
                 matmul=matmul,
                 tensor=tensor,
+                scale=scale,
             )
 
     @property
@@ -123,7 +126,8 @@ class Head(nn.Module):
         return self._cache.get(self.weight, self.matmul)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = apply_linear(hidden, self.weight, None, self.operand(), Plan(self.matmul))
+        plan = Plan(self.matmul, scale=self.scale)
+        logits = apply_linear(hidden, self.weight, None, self.operand(), plan)
         if self.tensor is not None:
             logits = self.tensor.gather_vocabulary(logits)
         return logits[..., : self.vocab_size]

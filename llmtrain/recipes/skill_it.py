@@ -80,9 +80,7 @@ EXPERIMENT = Experiment(
         Claim(
             "the source of the highest loss (docs) gains", SKILL, EQUAL, ("docs",), decides=False
         ),
-        Claim(
-            "the source of the lowest loss (math) pays", EQUAL, SKILL, ("math",), decides=False
-        ),
+        Claim("the source of the lowest loss (math) pays", EQUAL, SKILL, ("math",), decides=False),
     ),
     baseline=EQUAL,
 )

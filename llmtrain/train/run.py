@@ -11,8 +11,8 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, Checkpo
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.store import explain
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
-from llmtrain.config.check import part_of_run
 from llmtrain.config.diff import diff_configs
+from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
@@ -31,6 +31,7 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
+from llmtrain.train.begin import begin_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -96,6 +97,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
             module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
+        elif cfg.init is not None:
+            begun = begin_with(module, plan, cfg.init, world)
+            console.say(f"begins with the weights of {begun}")
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)

@@ -25,7 +25,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-def _head(dtype: torch.dtype = torch.float32, tied: bool = False) -> Head:
+def _head(dtype: torch.dtype = torch.float32, tied: bool = False, scale: float = 1.0) -> Head:
     cfg = complete(
         ModelConfig(
             vocab_size=VOCAB, vocab_multiple=16, d_model=WIDTH, n_heads=2, tie_embeddings=tied
@@ -35,7 +35,7 @@ def _head(dtype: torch.dtype = torch.float32, tied: bool = False) -> Head:
     )
     from llmtrain.linear import matmul_for
 
-    head = Head(cfg, Embedding(64, WIDTH, dtype), matmul_for(dtype))
+    head = Head(cfg, Embedding(64, WIDTH, dtype), matmul_for(dtype), scale=scale)
     with torch.no_grad():
         head.weight.copy_(torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(5)))
     return head
@@ -66,10 +66,13 @@ def _reference(
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("chunk", [1, 7, 32, 33, 1000])
-@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.0), (3e-3, 0.1)])
-def test_loss_and_gradients(chunk: int, z_loss: float, smoothing: float) -> None:
+@pytest.mark.parametrize(
+    ("z_loss", "smoothing", "scale"),
+    [(0.0, 0.0, 1.0), (1e-2, 0.0, 1.0), (3e-3, 0.1, 1.0), (3e-3, 0.1, 0.37)],
+)
+def test_loss_and_gradients(chunk: int, z_loss: float, smoothing: float, scale: float) -> None:
     cfg = LossConfig(z_loss=z_loss, label_smoothing=smoothing, chunk_tokens=chunk)
-    head = _head()
+    head = _head(scale=scale)
     hidden, targets, weights = _inputs()
     hidden.requires_grad_()
     out = head_loss(hidden, head, targets, weights, cfg, 17.5)
@@ -78,7 +81,7 @@ def test_loss_and_gradients(chunk: int, z_loss: float, smoothing: float) -> None
 
     h64 = hidden.detach().double().requires_grad_()
     w64 = head.weight.detach().double().requires_grad_()
-    total, z, nll = _reference(h64, w64, targets, weights.double(), cfg)
+    total, z, nll = _reference(scale * h64, w64, targets, weights.double(), cfg)
     (total / 17.5 * upstream).backward()
     close = {"atol": 1e-6, "rtol": 2e-5, "check_dtype": False}
     torch.testing.assert_close(out.loss, total / 17.5, **close)
