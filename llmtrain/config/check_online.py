@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmtrain.config.faults import Collector, did_you_mean, listing
+from llmtrain.config.phase_ends import end_text, phase_end
 from llmtrain.config.schema import PhaseConfig, RunConfig
 
 _RUN_LENGTH = ("train.duration", "train.global_batch_size", "data.seq_len")
@@ -16,14 +17,15 @@ def check_online(cfg: RunConfig, faults: Collector) -> None:
     phases = cfg.data.phases or [PhaseConfig(weights=cfg.data.weights)]
     tokens = cfg.train.global_batch_size * cfg.data.seq_len
     total = max(cfg.train.duration.steps(tokens), 1)
-    begin = phases[-2].until.steps(tokens, total) if len(phases) > 1 else 0
+    batch = cfg.train.global_batch_size
+    begin = -(-phase_end(cfg, phases[-2], total) // batch) if len(phases) > 1 else 0
     start = online.start.steps(tokens, total)
     first = start + max(online.every.steps(tokens, total), 1)
     if start < begin:
         faults.add(
             "online.start",
             f"{online.start} lies before the last phase of data.phases, which begins at "
-            f"{phases[-2].until}; only that phase's weights change online: write {begin}step",
+            f"{end_text(phases[-2])}; only that phase's weights change online: write {begin}step",
             "data.phases",
             *_RUN_LENGTH,
         )

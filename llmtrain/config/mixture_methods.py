@@ -39,3 +39,12 @@ class OnlineConfig:
     )
     reference: str | None = key(None, "doremi: checkpoint or run of the reference model")
     samples: int = key(64, "held-out sequences of each source that are measured", ge=1)
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Tokens of an earlier run's sources, in the shares that run was trained on."""
+
+    run: str = key("", "folder of the earlier run")
+    fraction: float = key(0.05, "its part of all tokens; the weights share the rest", gt=0, lt=1)
+    start: Duration = key(lambda: dur("0step"), "from when on; in a branch: its branch point")

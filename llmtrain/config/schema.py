@@ -13,7 +13,7 @@ from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
-from llmtrain.config.mixture_methods import OnlineConfig
+from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.selection import SelectConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
@@ -138,6 +138,9 @@ class PhaseConfig:
     """A stretch of the mixture schedule."""
 
     until: Duration = key(lambda: dur("1dur"), "where the phase ends", gt=0)
+    until_lr: float | None = key(
+        None, "instead: where the learning rate has fallen to this part of the peak", gt=0, lt=1
+    )
     weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1", ge=0)
     ramp: str = key(
         "step",
@@ -156,6 +159,7 @@ class DataConfig:
         dict, "one phase for the whole run: source: share of the tokens; normalised to sum 1", ge=0
     )
     phases: list[PhaseConfig] = key(list, "mixture schedule; instead of weights")
+    replay: ReplayConfig | None = key(None, "tokens of an earlier run's sources, besides")
     heldout: dict[str, SourceConfig] = key(dict, "name: held-out source; a corpus brings its own")
     seq_len: int = key(256, "tokens per sample", ge=2)
     block_size: int = key(1024, "samples per mixture block", ge=1, le=1024)

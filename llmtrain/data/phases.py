@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from llmtrain.config.phase_ends import phase_end
 from llmtrain.config.schema import PhaseConfig, RunConfig
 from llmtrain.data.mixture import Mixture, cut
 from llmtrain.data.online import known_until
+from llmtrain.data.replay import Replay, with_replay
 from llmtrain.data.targets import Stretch
 from llmtrain.errors import DataError
 
@@ -18,14 +20,17 @@ from llmtrain.errors import DataError
 RAMP_STEPS = 256
 
 
-def stretches_of(cfg: RunConfig, total_samples: int) -> list[Stretch]:
-    """The configured schedule over global samples [0, total_samples)."""
+def stretches_of(cfg: RunConfig, total_samples: int, replay: Replay | None = None) -> list[Stretch]:
+    """The configured schedule over global samples [0, total_samples).
+
+    replay: the earlier run of ``data.replay``.
+    """
     steps = total_samples // cfg.train.global_batch_size
     phases = cfg.data.phases or [PhaseConfig(weights=cfg.data.weights)]
     out: list[Stretch] = []
     start, before = 0, None
     for i, phase in enumerate(phases):
-        stop = phase.until.samples(cfg.data.seq_len, cfg.train.global_batch_size, steps)
+        stop = phase_end(cfg, phase, steps)
         stop = total_samples if i == len(phases) - 1 else min(stop, total_samples)
         weights = _normalised(phase.weights)
         if stop > start:
@@ -34,6 +39,10 @@ def stretches_of(cfg: RunConfig, total_samples: int) -> list[Stretch]:
             else:
                 out.append(Stretch(start, stop, _positive(weights)))
         start, before = max(stop, start), weights
+    if replay is not None and cfg.data.replay is not None:
+        section, batch = cfg.data.replay, cfg.train.global_batch_size
+        begin = section.start.samples(cfg.data.seq_len, batch, steps)
+        return with_replay(out, replay, Fraction(str(section.fraction)), begin)
     turn = known_until(cfg, steps, 0)
     if turn is not None and out[-1].start < turn < out[-1].stop:
         # Blocks end where weights change online, so that a change needs to wait for no block.

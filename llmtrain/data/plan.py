@@ -204,7 +204,7 @@ def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
     and for weights that name no source.
     """
     catalogue = open_catalogue(cfg)
-    configured = stretches_of(cfg, total_samples)
+    configured = stretches_of(cfg, total_samples, catalogue.replay)
     wanted = {name for stretch in configured for name in stretch.weights}
     named = [*(n for p in cfg.data.phases for n in p.weights), *cfg.data.weights]
     catalogue.require(named)
