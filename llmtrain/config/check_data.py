@@ -202,6 +202,16 @@ def _check_text_source(source: TextSourceConfig, path: tuple[str, ...], faults: 
     if not given[needs]:
         message = f"is missing; kind {source.kind} needs it: {examples[needs]}"
         faults.add((*path, needs), message, kind)
+    if source.keep and source.kind in ("builtin", "text"):
+        message = f"is not read by kind {source.kind}, whose documents have no fields; remove it"
+        faults.add((*path, "keep"), message, kind)
+    for name, rule in source.keep.items():
+        here = (*path, "keep", name)
+        if rule.min is not None and rule.max is not None and rule.min > rule.max:
+            faults.add(here, f"keeps nothing: min {rule.min:g} is above max {rule.max:g}")
+        asks = rule.min is not None or rule.max is not None or rule.one_of or rule.none_of
+        if not asks and rule.missing == "keep":
+            faults.add(here, "drops nothing; give it min, max, one_of or none_of")
     owners = {"domain": "builtin", "hf_name": "hf", "paths": "text, jsonl or parquet"}
     for key, value in given.items():
         if value and key != needs:

@@ -13,6 +13,7 @@ from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.filters import FilterConfig
 from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.selection import SelectConfig
@@ -97,6 +98,9 @@ class TextSourceConfig:
     hf_split: str = key("train", "kind hf: split")
     max_documents: int | None = key(None, "stop after so many documents", ge=1)
     max_bytes: int | None = key(None, "stop after so many bytes of text", ge=1)
+    keep: dict[str, FilterConfig] = key(
+        dict, "jsonl, parquet, hf: field: what it must be for the document to be kept"
+    )
 
 
 @dataclass(frozen=True)

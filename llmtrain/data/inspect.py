@@ -55,6 +55,8 @@ def inspect(what: Inspection) -> Iterator[str]:
         bad = {kind: count for kind, count in entry["bad"].items() if kind != "records"}
         if bad:
             yield f"  bad records: {', '.join(f'{n} {kind}' for kind, n in bad.items())}"
+        if dropped := entry.get("dropped"):
+            yield f"  dropped by filters: {', '.join(f'{n} by {w}' for w, n in dropped.items())}"
 
 
 def _counted(
