@@ -25,7 +25,7 @@ def _trials(scale: str) -> list[Trial]:
     keep = {"every": None if scale == "mini" else "1000step", "keep_at": [at]}
     if scale == "mini":
         data = {"seq_len": 128, "block_size": 16, "weights": MINI_BASE}
-        trunk = mini_run(160, data=data, checkpoint=keep)
+        trunk = mini_run(100, data=data, checkpoint=keep)
     else:
         trunk = {**large_trunk(scale), "checkpoint": keep}
     tails = [Trial(ALL, trunk=TRUNK, at=at, overrides=[_weights(mix)])]

@@ -1,7 +1,7 @@
 """Skill-it: a mixture that follows held-out losses by a skill graph (Chen et al. 2023, 2307.14430).
 
-The miniature's graph was learned once by ``llmtrain branch --skill-graph`` on another seed, from
-step 32 of 160 over 16 steps: there no source helps another, so each edge is to itself.
+The miniature's graph was learned once by ``llmtrain branch --skill-graph`` on another seed, over 16
+steps from step 32 on: there no source helps another, so each edge is to itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def _run(scale: str, method: str) -> dict[str, Any]:
     if scale == "mini":
         if method == "skill-it":
             section.update(eta=0.2, window=3, graph=GRAPH)
+        section["samples"] = 16
         data = {"seq_len": 128, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
-        return mini_run(160, data=data, online=section)
+        return mini_run(100, data=data, online=section)
     # The paper updates every 1,200 of 6,000 steps; its 3B model is continued, ours is begun.
     paper = scale == "paper"
     section.update(every="1200step")
