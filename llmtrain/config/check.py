@@ -13,8 +13,10 @@ from pathlib import PurePath
 from llmtrain.config.check_continual import check_continual, check_restarts
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
+from llmtrain.config.check_formats import check_formats
 from llmtrain.config.check_layout import check_layout
 from llmtrain.config.check_online import check_online
+from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
@@ -48,6 +50,9 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
+    check_formats(cfg, faults)
+    _check_until(cfg, faults)
+    check_scaling(cfg, faults)
     return faults.found
 
 
@@ -222,6 +227,19 @@ def _check_reweight(cfg: RunConfig, faults: Collector) -> None:
         faults.add(
             "reweight.warmup",
             f"{section.warmup} is longer than the run ({cfg.train.duration}); shorten it",
+            "train.duration",
+            "train.global_batch_size",
+            "data.seq_len",
+        )
+
+
+def _check_until(cfg: RunConfig, faults: Collector) -> None:
+    until = None if cfg.quantization is None else cfg.quantization.until
+    if until is not None and part_of_run(cfg, until) > 1:
+        faults.add(
+            "quantization.until",
+            f"{until} is after the end of the run ({cfg.train.duration}); make it earlier, or "
+            "leave it null",
             "train.duration",
             "train.global_batch_size",
             "data.seq_len",

@@ -15,7 +15,9 @@ from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.filters import FilterConfig
 from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
+from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
@@ -66,6 +68,7 @@ class ModelConfig:
     )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+    scaling: ScalingConfig = key(ScalingConfig)
 
 
 @dataclass(frozen=True)
@@ -355,4 +358,9 @@ class RunConfig:
     )
     init: InitConfig | None = key(None, "weights to begin with; null: random ones")
     continual: ContinualConfig | None = key(None, "tasks in sequence, for `llmtrain continual`")
+    quantization: QuantizationConfig | None = key(
+        None,
+        "number formats of the hidden linear layers",
+        hook="llmtrain.methods.quantization:QuantizationSwitch",
+    )
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import LossConfig
-from llmtrain.linear import Matmul
+from llmtrain.linear import Matmul, Operand
 from llmtrain.loss.vocabulary import split_cross_entropy_
 from llmtrain.ops import cross_entropy_
 from llmtrain.parallel.tensor import TensorParallel
@@ -33,7 +33,7 @@ class HeadLike(Protocol):
         """[padded vocabulary, d_model], a parameter, or this rank's rows of it."""
         ...
 
-    def operand(self) -> Tensor:
+    def operand(self) -> Operand:
         """The weight as the matmul reads it."""
         ...
 
@@ -80,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        operand: Tensor,
+        operand: Operand,
         targets: Tensor,
         weights: Tensor,
         terms: _Terms,

@@ -9,8 +9,17 @@ from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.formats import (
+    apply_formats,
+    assign_formats,
+    check_fp8_tokens,
+    format_lines,
+    hidden_layers,
+    switch_step,
+)
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
+from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -25,21 +34,30 @@ __all__ = [
     "Decoder",
     "Head",
     "activation_bytes",
+    "apply_formats",
     "apply_recompute",
+    "assign_formats",
     "block_activation_bytes",
     "build_model",
+    "check_fp8_tokens",
     "check_tensor_degree",
     "compile_blocks",
     "complete",
+    "decay_factor",
     "flops_per_token",
+    "format_lines",
+    "hidden_layers",
     "init_weights",
     "keep_own_parts",
     "padded_vocab",
     "param_counts",
     "param_roles",
     "partial_parameters",
+    "rate_factors",
     "resolve_model",
+    "scaling_table",
     "shard_over_tensor",
     "stage_parts",
+    "switch_step",
     "tensor_placements",
 ]

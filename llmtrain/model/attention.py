@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, Placement, apply_linear
+from llmtrain.linear import Linear, Matmul, Operand, Placement
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
-from llmtrain.ops import causal_attention, rotate, split_rotary
+from llmtrain.model.scaling import multiplier
+from llmtrain.ops import causal_attention, rotate, split_rotary, sqrt_attention
 from llmtrain.parallel.collectives import gather_rows
 from llmtrain.parallel.context_attention import context_attention
 from llmtrain.parallel.tensor import TensorParallel
@@ -25,8 +26,16 @@ def _flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. q: [b, h, s, d], k and v: [b, g, s, d] -> [b, s, h, d]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, *, root: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. q: [b, h, s, d], k and v: [b, g, s, d] -> [b, s, h, d].
+
+    root: the root of the softmax instead, which context parallelism cannot have.
+    """
+    if root:
+        assert context.plan is None
+        return sqrt_attention(q, k, v, context.first)
     if context.plan is not None:
         whole: Tensor = context_attention(q, k, v, context.plan)
         return whole
@@ -55,6 +64,7 @@ class SharedGroupLinear(Linear):
             placement=Placement.COLUMN,
             matmul=matmul,
             tensor=tensor,
+            scale=multiplier(cfg, "hidden", cfg.d_model),
         )
         self.sharing = tensor.kv_group
 
@@ -62,13 +72,9 @@ class SharedGroupLinear(Linear):
         weight, bias = super().parts()
         return self._own(weight), None if bias is None else self._own(bias)
 
-    def operand(self) -> Tensor:
+    def _operand(self, weight: Tensor) -> Operand:
         # Not cached: the gathered rows are a new tensor each time.
-        return self.matmul.operand(self.parts()[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.parts()
-        return apply_linear(x, weight, bias, self.matmul.operand(weight), self.plan)
+        return self.matmul.operand(weight, self.plan.weight_reach)
 
     def _own(self, param: Tensor) -> Tensor:
         rows = gather_rows(param, self.sharing).view(self.slots, self.d_head, *param.shape[1:])
@@ -99,13 +105,23 @@ class Attention(nn.Module):
         if tensor is not None and tensor.kv_group is not None:
             self.qkv = SharedGroupLinear(cfg, matmul, tensor)
         else:
-            bias = cfg.attention_bias
             self.qkv = Linear(
-                cfg.d_model, width + 2 * kv_width, bias, placement=Placement.COLUMN, **shared
+                cfg.d_model,
+                width + 2 * kv_width,
+                cfg.attention_bias,
+                placement=Placement.COLUMN,
+                scale=multiplier(cfg, "hidden", cfg.d_model),
+                **shared,
             )
         self.out = Linear(
-            width, cfg.d_model, cfg.attention_out_bias, placement=Placement.ROW, **shared
+            width,
+            cfg.d_model,
+            cfg.attention_out_bias,
+            placement=Placement.ROW,
+            scale=multiplier(cfg, "hidden", width),
+            **shared,
         )
+        self.root = cfg.scaling.attention == "sqrt"
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         self.qk_norm = cfg.qk_norm
@@ -132,7 +148,7 @@ class Attention(nn.Module):
             q, k, v = self._split(qkv)
             if context.rotary is not None:
                 q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        out: Tensor = self.out(attend(q, k, v, context).reshape(b, s, -1))
+        out: Tensor = self.out(attend(q, k, v, context, root=self.root).reshape(b, s, -1))
         return out
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from llmtrain.model.recompute import (
     forgotten,
     full_recompute,
 )
+from llmtrain.model.scaling import residual_weights
 from llmtrain.parallel.tensor import TensorParallel
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -29,7 +30,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); x: [b, s, d_model], or the token shard
     [n / t, d_model] of this rank under sequence parallelism.
 
-    With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)).
+    With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)), or
+    a x + b norm(...) with the constants of ``scaling.residual_weights``.
     recompute: what backward computes again instead of keeping, see ``apply_recompute``. index:
     among all blocks of the model, which names its streams of dropout.
     """
@@ -41,6 +43,9 @@ class Block(nn.Module):
         partial = tensor is not None and tensor.sequence
         norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
         self.pre_norm = cfg.norm_placement == "pre"
+        # (a, b) of a x + b branch. Only branches that are normed at their end have any but 1.
+        self.attention_residual = residual_weights(cfg, 2 * index)
+        self.mlp_residual = residual_weights(cfg, 2 * index + 1)
         self.recompute = "none"
         self.attention_norm = Norm(*norm, partial=partial)
         self.attention = Attention(cfg, matmul, tensor)
@@ -62,10 +67,12 @@ class Block(nn.Module):
         """lean: the results of norms and activation are not kept for backward."""
         keys = context.keys
         if not self.pre_norm:
-            branch = self.attention_norm(self.attention(x, context))
-            x = x + self.attention_dropout(branch, keys)
-            branch = self.mlp_norm(self.mlp(x, lean))
-            return x + cast(Tensor, self.mlp_dropout(branch, keys))
+            stay, gain = self.attention_residual
+            branch = self.attention_norm(self.attention(x, context), gain)
+            x = _join(x, self.attention_dropout(branch, keys), stay)
+            stay, gain = self.mlp_residual
+            branch = self.mlp_norm(self.mlp(x, lean), gain)
+            return _join(x, self.mlp_dropout(branch, keys), stay)
         x, normed = self.attention_norm.after(x, None)
         with self._forgetting(normed, self.attention_norm, x, lean):
             branch = self.attention_dropout(self.attention(normed, context), keys)
@@ -81,3 +88,8 @@ class Block(nn.Module):
         """Its consumers compute ``normed`` again from ``x``, which the norm keeps."""
         kept = x.detach()
         return forgotten(normed, lambda: norm(kept)) if lean else nullcontext()
+
+
+def _join(x: Tensor, branch: Tensor, stay: float) -> Tensor:
+    """stay x + branch, rounded once."""
+    return x + branch if stay == 1.0 else torch.add(branch, x, alpha=stay)

@@ -22,6 +22,7 @@ from llmtrain.model.masks import (
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import Rotation, rotary_table
+from llmtrain.model.scaling import multiplier
 from llmtrain.parallel import SplitSequence, TensorParallel
 from llmtrain.parallel.context_attention import plan_context
 from llmtrain.parallel.pipeline import Part
@@ -69,7 +70,8 @@ class Decoder(nn.Module):
             norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
             self.final_norm = Norm(*norm, partial=partial)
             tied = self.embedding if cfg.tie_embeddings else None
-            self.head = Head(cfg, tied, matmul, tensor)
+            scale = multiplier(cfg, "head", cfg.d_model)
+            self.head = Head(cfg, tied, matmul, tensor, scale)
 
     def forward(
         self,
@@ -148,7 +150,8 @@ class Decoder(nn.Module):
         first = None if doc_ids is None else first_of_document(doc_ids)
         # flex_attention skips blocks between documents, but has no backward on the CPU.
         block_mask = None
-        if first is not None and first.is_cuda and self.cfg.d_head >= FLEX_MIN_HEAD:
+        softmax = self.cfg.scaling.attention == "softmax"
+        if first is not None and first.is_cuda and self.cfg.d_head >= FLEX_MIN_HEAD and softmax:
             block_mask = document_block_mask(first)
         return AttentionContext(shape, rotary, first, block_mask, keys)
 

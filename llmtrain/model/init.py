@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.scaling import init_std
 from llmtrain.parallel import local_boxes
 
 # Values drawn at a time: bounds the memory beside the parameter, and fixes the stream of values.
@@ -40,12 +41,9 @@ def _role(name: str) -> str:
 
 
 def _std(name: str, role: str, model: Decoder) -> float:
-    """Standard deviation of a weight, GPT-2's scheme: init_std, output projections shrunk."""
-    cfg = model.cfg
+    """Standard deviation of a weight."""
     into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
-    if role == "hidden" and into_stream and cfg.init_depth_scale:
-        return cfg.init_std / math.sqrt(2 * cfg.n_layers)
-    return cfg.init_std
+    return init_std(model.cfg, role, into_stream=into_stream and role == "hidden")
 
 
 def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
@@ -92,8 +90,8 @@ def _fill_normal(
 def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None = None) -> None:
     """Fill every parameter in place, on whatever device and layout it lies.
 
-    Weights are normal with standard deviation model.init_std (projections into the residual
-    stream divided by sqrt(2 n_layers) with model.init_depth_scale), norms one, biases zero.
+    Weights are normal with the standard deviation of the model's parametrisation (see
+    ``model.scaling``), norms one, biases zero.
     Every process fills its own part; nothing is communicated. state: tensors to fill instead of
     the model's own parameters, by the same names.
     """

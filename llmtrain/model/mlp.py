@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul, Placement
 from llmtrain.model.recompute import forgotten
+from llmtrain.model.scaling import multiplier
 from llmtrain.ops import swiglu
 from llmtrain.parallel.tensor import TensorParallel
 
@@ -43,8 +44,22 @@ class MLP(nn.Module):
         self.gated = cfg.activation == "swiglu"
         width = 2 * cfg.d_ff if self.gated else cfg.d_ff
         shared: dict[str, Any] = {"matmul": matmul, "tensor": tensor}
-        self.up = Linear(cfg.d_model, width, cfg.mlp_bias, placement=Placement.COLUMN, **shared)
-        self.down = Linear(cfg.d_ff, cfg.d_model, cfg.mlp_bias, placement=Placement.ROW, **shared)
+        self.up = Linear(
+            cfg.d_model,
+            width,
+            cfg.mlp_bias,
+            placement=Placement.COLUMN,
+            scale=multiplier(cfg, "hidden", cfg.d_model),
+            **shared,
+        )
+        self.down = Linear(
+            cfg.d_ff,
+            cfg.d_model,
+            cfg.mlp_bias,
+            placement=Placement.ROW,
+            scale=multiplier(cfg, "hidden", cfg.d_ff),
+            **shared,
+        )
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor, lean: bool = False) -> Tensor:

@@ -45,11 +45,15 @@ class Norm(nn.Module):
         """A parameter as this rank computes with it."""
         return local(param, partial=self.partial)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.part(self.weight)
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """gain: a constant that multiplies the result, folded into the parameters."""
+        weight, bias = self.part(self.weight), None if self.bias is None else self.part(self.bias)
+        if gain != 1.0:
+            weight, bias = weight * gain, None if bias is None else bias * gain
         if self.kind == "rmsnorm":
-            return self._biased(rms_norm(x, weight, self.eps))
-        bias = None if self.bias is None else self.part(self.bias).to(x.dtype)
+            normed = rms_norm(x, weight, self.eps)
+            return normed if bias is None else normed + bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, (self.width,), weight.to(x.dtype), bias, self.eps)
 
     def after(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,8 @@ class SplitRMSNorm(Norm):
         own = local(param)
         return own if self.sharing is None else gather_rows(own, self.sharing)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        assert gain == 1.0  # of queries and keys, not of branches
         copies = 1 if self.sharing is None else self.sharing.size()
         wide = x.float()
         squares = wide.square().sum(-1, keepdim=True) / copies

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
+from llmtrain.model.scaling import resolve_scaling
 
 
 def padded_vocab(cfg: ModelConfig) -> int:
@@ -60,7 +61,13 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
             "raise it or shorten the sequences"
         )
     return replace(
-        cfg, vocab_size=vocab, d_head=d_head, n_kv_heads=kv, d_ff=d_ff, max_seq_len=longest
+        cfg,
+        vocab_size=vocab,
+        d_head=d_head,
+        n_kv_heads=kv,
+        d_ff=d_ff,
+        max_seq_len=longest,
+        scaling=resolve_scaling(cfg),
     )
 
 

@@ -6,9 +6,23 @@ and dtype. Without the compiled library (``python -m llmtrain.ops.build``) every
 references: the same numbers to round-off, slower.
 """
 
-from llmtrain.ops.attention import attention_reference, causal_attention, first_of_document
+from llmtrain.ops.attention import (
+    attention_reference,
+    causal_attention,
+    first_of_document,
+    sqrt_attention,
+)
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
+from llmtrain.ops.fp8 import (
+    E4M3,
+    E5M2,
+    FP8_MAX,
+    fp8_cast,
+    fp8_cast_transpose,
+    fp8_transpose,
+    fp8_uncast,
+)
 from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -25,7 +39,10 @@ from llmtrain.ops.window import (
 )
 
 __all__ = [
+    "E4M3",
+    "E5M2",
     "FLEX_MIN_HEAD",
+    "FP8_MAX",
     "Window",
     "add_rms_norm",
     "attention_partial",
@@ -36,6 +53,10 @@ __all__ = [
     "cross_entropy_reference_",
     "dropout",
     "first_of_document",
+    "fp8_cast",
+    "fp8_cast_transpose",
+    "fp8_transpose",
+    "fp8_uncast",
     "kernels_line",
     "kernels_warning",
     "make_window",
@@ -46,6 +67,7 @@ __all__ = [
     "rotate",
     "split_rotary",
     "split_rotary_reference",
+    "sqrt_attention",
     "stream_number",
     "swiglu",
     "swiglu_reference",

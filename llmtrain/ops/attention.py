@@ -68,3 +68,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = Non
         return attention_reference(q, k, v, first)
     out: Tensor = _Native.apply(q, k, v, first)  # type: ignore[no-untyped-call]
     return out
+
+
+def sqrt_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
+    """sqrt(softmax(q k^T / sqrt(d))) v over earlier positions (2502.05967, section 2.1).
+
+    The squares of the weights sum to 1, so that independent values of unit variance keep it.
+    Arguments and result as for ``causal_attention``. In plain PyTorch with all scores
+    [b, h, s, s] in float32.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if first is None:
+        s = q.shape[2]
+        seen = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+    else:
+        seen = visible(first)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # Half the log-softmax, since a root has no finite slope where a weight is 0.
+    weights = (0.5 * scores.log_softmax(-1)).exp()
+    out: Tensor = weights.to(v.dtype) @ v
+    return out.transpose(1, 2)

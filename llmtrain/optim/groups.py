@@ -9,6 +9,7 @@ from torch import nn
 
 from llmtrain.config.schema import OptimConfig
 from llmtrain.errors import ConfigError
+from llmtrain.model.scaling import decay_factor
 
 
 @dataclass
@@ -28,12 +29,16 @@ class ParamGroup:
 
 
 def build_groups(
-    named: Mapping[str, nn.Parameter], roles: Mapping[str, str], cfg: OptimConfig
+    named: Mapping[str, nn.Parameter],
+    roles: Mapping[str, str],
+    cfg: OptimConfig,
+    rates: Mapping[str, float] | None = None,
 ) -> list[ParamGroup]:
     """Group trainable parameters by role, in the order of first appearance.
 
-    roles: parameter name -> role. Raises ConfigError for a role in ``optim.lr_factors`` or
-    ``optim.decay_roles`` that no parameter of this kind of model can have.
+    roles: parameter name -> role. rates: role -> factor of the model's parametrisation on the
+    learning rate (``model.rate_factors``), besides ``optim.lr_factors``. Raises ConfigError for a
+    role in ``optim.lr_factors`` or ``optim.decay_roles`` that no parameter can have.
     """
     known = {"embedding", "hidden", "norm", "head", "bias"}
     for key, listed in (("lr_factors", cfg.lr_factors), ("decay_roles", cfg.decay_roles)):
@@ -49,8 +54,10 @@ def build_groups(
             continue
         role = roles[name]
         if role not in groups:
+            rate = 1.0 if rates is None else rates[role]
             decay = cfg.weight_decay if role in cfg.decay_roles else 0.0
-            groups[role] = ParamGroup(role, cfg.lr_factors.get(role, 1.0), decay)
+            factor = rate * cfg.lr_factors.get(role, 1.0)
+            groups[role] = ParamGroup(role, factor, decay * decay_factor(rate, cfg))
         groups[role].names.append(name)
         groups[role].params.append(param)
     return list(groups.values())

@@ -25,6 +25,7 @@ from llmtrain.model import (
     keep_own_parts,
     param_roles,
     partial_parameters,
+    rate_factors,
     tensor_placements,
 )
 from llmtrain.optim import build_groups, build_optimizer, create_state, set_learning_rate
@@ -69,7 +70,7 @@ class DeepSpeedModule(TrainModule):
         else:
             model.to_empty(device=self.device)
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         self.model = start_engine(deepspeed, model, self.optimizer, config, layout)
         self.zero = ZeroState(self.model, self.params, boxes, layout)

@@ -9,7 +9,17 @@ import torch
 from llmtrain.config import check_world
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import build_plan
-from llmtrain.model import Decoder, flops_per_token, param_counts, param_roles, resolve_model
+from llmtrain.model import (
+    Decoder,
+    flops_per_token,
+    format_lines,
+    param_counts,
+    param_roles,
+    rate_factors,
+    resolve_model,
+    scaling_table,
+    switch_step,
+)
 from llmtrain.ops import native_loaded
 from llmtrain.optim import build_groups, groups_table
 from llmtrain.parallel.hardware import DTYPES, Precision, resolve_precision, tier_line
@@ -68,13 +78,34 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
     with torch.device("meta"):
         model = Decoder(model_cfg, precision.compute)
-    groups = build_groups(dict(model.named_parameters()), param_roles(model), cfg.optim)
-    return [
+    named, rates = dict(model.named_parameters()), rate_factors(model_cfg)
+    groups = build_groups(named, param_roles(model), cfg.optim, rates)
+    lines = [
         "model:",
         *table(rows),
+        *_scaling_lines(cfg, model_cfg),
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
+    if cfg.quantization is not None:
+        end = switch_step(cfg)
+        until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
+        lines += [f"number formats of products{until}:"]
+        lines += format_lines(model, model_cfg, cfg.quantization)
+    return lines
+
+
+def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
+    scaling = model_cfg.scaling
+    lines = []
+    if scaling.parametrization != "standard":
+        lines.append(f"scaling ({scaling.parametrization}, base width {scaling.base_width}):")
+        lines += table(scaling_table(model_cfg, cfg.optim))
+    if scaling.residual != "sum":
+        share = f", tau {scaling.tau:.4g}" if scaling.tau is not None else ""
+        interpolated = " (our interpolation by depth)" if cfg.model.scaling.tau_by_depth else ""
+        lines.append(f"residual stream: {scaling.residual}{share}{interpolated}")
+    return lines
 
 
 def _length_lines(cfg: RunConfig, times: Clockwork, model_cfg: ModelConfig) -> list[str]:

@@ -15,11 +15,15 @@ from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
     Head,
+    apply_formats,
     apply_recompute,
+    check_fp8_tokens,
     check_tensor_degree,
     compile_blocks,
+    hidden_layers,
     init_weights,
     param_roles,
+    rate_factors,
     shard_over_tensor,
 )
 from llmtrain.ops import token_keys
@@ -80,10 +84,16 @@ def lay_out(
     layout: Layout,
     root: nn.Module | None = None,
 ) -> None:
-    """Recomputation, compilation, tensor parallelism and FSDP2 of a model on the meta device.
+    """Number formats, recomputation, compilation, tensor parallelism and FSDP2 of a model on the
+    meta device.
 
     root: the module around ``model`` that is called in its place.
     """
+    device = layout.world.device
+    apply_formats(model, model.cfg, cfg, device)
+    if device.type == "cuda":
+        micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // layout.degrees.data
+        check_fp8_tokens(cfg, micro * cfg.data.seq_len // layout.degrees.context)
     apply_recompute(model, cfg.train.recompute)
     if cfg.train.compile:
         compile_blocks(model)
@@ -93,6 +103,8 @@ def lay_out(
     if layout.fsdp is not None:
         dtypes = (precision.compute, precision.reduce)
         apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
+        for _, layer in hidden_layers(model):
+            layer.set_freed()
 
 
 class TrainModule:
@@ -123,7 +135,7 @@ class TrainModule:
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
 

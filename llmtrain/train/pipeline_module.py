@@ -18,7 +18,14 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.linear import backward_for
 from llmtrain.loss import LossOutput
-from llmtrain.model import Decoder, check_tensor_degree, init_weights, param_roles, stage_parts
+from llmtrain.model import (
+    Decoder,
+    check_tensor_degree,
+    init_weights,
+    param_roles,
+    rate_factors,
+    stage_parts,
+)
 from llmtrain.optim import build_groups, build_optimizer, create_state
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
@@ -110,7 +117,7 @@ class PipelineModule(TrainModule):
             self.params |= dict(decoder.named_parameters())
             chain.stages.append(stage)
         self.model = chain
-        self.groups = build_groups(self.params, self.roles, cfg.optim)
+        self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
         self._ends: dist.ProcessGroup | None = None

@@ -18,6 +18,8 @@ from llmtrain.parallel.tensor import TensorParallel
 
 VOCAB, PADDED, WIDTH = 53, 60, 24
 
+SCALE = 0.75  # of the logits, as a parametrisation may have it
+
 
 @dataclass
 class PlainHead:
@@ -27,6 +29,7 @@ class PlainHead:
     vocab_size: int = VOCAB
     tensor: TensorParallel | None = None
     matmul: Matmul = matmul_for(torch.float32)
+    scale: float = SCALE
 
     def operand(self) -> Tensor:
         return self.weight
@@ -47,7 +50,7 @@ def expected(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors, nll and gradient norms from the definitions in float64."""
     matrix = weight.double().requires_grad_()
-    logits = hidden.double() @ matrix[:VOCAB].T
+    logits = SCALE * hidden.double() @ matrix[:VOCAB].T
     difference = logits.softmax(-1) - one_hot(targets, VOCAB)
     nll = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     norms = []
@@ -76,7 +79,7 @@ def test_what_is_nearly_known_keeps_its_digits() -> None:
     for gap in (9.0, 15.0, 30.0):
         weight = torch.tensor([[gap], [0.0], [-1.0]])
         found = token_errors(hidden, PlainHead(weight, 3), targets, 8).error
-        p = torch.softmax(weight[:, 0].double(), 0)
+        p = torch.softmax(SCALE * weight[:, 0].double(), 0)
         exact = (p[1:].sum() ** 2 + (p[1:] ** 2).sum()).sqrt()
         torch.testing.assert_close(found.double().squeeze(), exact, rtol=1e-5, atol=0)
 
