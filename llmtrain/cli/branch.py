@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _skill_graph(args: argparse.Namespace) -> int:
-    from llmtrain.train.skill_graph import learn_graph, plan_graph
+    from llmtrain.train.skill_graph import alone, learn_graph, plan_graph
 
     if args.sweep is not None or args.leave_one_out or args.at is None:
         raise ConfigError("--skill-graph goes with --at, and with neither --sweep nor others")
@@ -91,6 +92,9 @@ def _skill_graph(args: argparse.Namespace) -> int:
         return 0
     for name, branch in branches:
         _say(f"{branch.folder}: {name} alone until {branch.cfg.train.stop_after}")
+        words = ["llmtrain", "branch", args.trunk, "--at", args.at, *args.overrides]
+        words += [*alone(name, str(branch.cfg.train.stop_after)), f"name={branch.cfg.name}"]
+        _say(f"  {shlex.join(words)}")
     return 0
 
 

@@ -55,11 +55,16 @@ def plan_graph(
         )
     found = []
     for name in sources:
-        alone = [f"train.stop_after={point.step + steps}step", "online=null"]
-        alone += [f"data.weights={{{name}: 1}}", "checkpoint.keep_at=[]"]
-        branch, _ = plan_branch(point, None, [*overrides, *alone], f"-only-{name}")
+        changes = alone(name, f"{point.step + steps}step")
+        branch, _ = plan_branch(point, None, [*overrides, *changes], f"-only-{name}")
         found.append((name, branch))
     return found
+
+
+def alone(source: str, until: str) -> list[str]:
+    """The overrides that make a branch train on one source, up to the step ``until``."""
+    stop = [f"train.stop_after={until}", "checkpoint.keep_at=[]"]
+    return [*stop, "online=null", f"data.weights={{{source}: 1}}"]
 
 
 def learn_graph(

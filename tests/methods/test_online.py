@@ -294,6 +294,22 @@ def test_every_layout_decides_the_same(
         assert found == expected, name
 
 
+@pytest.mark.parametrize("name", ["data", "tensor"])
+def test_another_number_of_ranks_goes_on_with_the_same_weights(
+    straight: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(straight / "runs", tmp_path / "runs")
+    run, whole = tmp_path / "runs" / "tiny", straight / "runs" / "tiny"
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.split("-")[1]) > 12:
+            shutil.rmtree(folder)
+    changes = [f"out={tmp_path / 'runs'}", *LAYOUTS[name]]
+    run_ranks(2, go, straight / "tiny.yaml", changes)
+    for ours, theirs in zip(records(run, "mixture"), records(whole, "mixture"), strict=True):
+        assert (ours["step"], ours["weights"]) == (theirs["step"], theirs["weights"])
+    assert (run / "plan.json").read_text() == (whole / "plan.json").read_text()
+
+
 def token_losses(run: Path, step: int | None, batch: Any) -> torch.Tensor:
     """Cross-entropy in float64 from the logits of a checkpoint."""
     path = run if step is None else run / "checkpoints" / f"step-{step:08d}"
