@@ -154,6 +154,8 @@ class Recorder:
         self._write({**record, "weights": weights, "losses": losses, "mean_weights": mean})
         parts = [f"{name} {w:.4f} (loss {losses[name]:.4f})" for name, w in weights.items()]
         self.console.say(f"mixture after step {step} | " + " | ".join(parts))
+        shares = ", ".join(f"{name} {w:.4f}" for name, w in weights.items())
+        self.event(step, f"mixture from here on: {shares}", quiet=True)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a generated continuation."""

@@ -200,7 +200,7 @@ def test_realised_shares_are_those_of_the_weights_in_force(straight: Path) -> No
         assert np.nanmax(np.abs(chart.planned[name] - chart.realised[name])) < 0.5
         shares = {s.source: s for s in chart.phases[0].shares}
         assert shares[name].planned == pytest.approx(shares[name].realised, abs=2 / 160)
-    assert render([read_run(run)])
+    assert "mixture from here on: " in render([read_run(run)])
 
 
 def load_duration(text: str) -> Any:
