@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -240,7 +239,7 @@ def _changes(cfg: RunConfig, resume: ResumePoint) -> list[str]:
 def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
     folder = run_folder(cfg)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(plan.state(), indent=1), encoding="utf-8")
+    plan.write(folder / "plan.json")
 
 
 def _say_unigram(trainer: Trainer) -> None:
