@@ -1,4 +1,4 @@
-"""Rules of the ``quantization`` section."""
+"""Rules of the ``quantization`` and ``numerics`` sections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def is_number_format(text: str) -> bool:
 
 
 def check_formats(cfg: RunConfig, faults: Collector) -> None:
-    """What no single key of the section can be blamed for."""
+    """What no single key of the sections can be blamed for."""
+    if cfg.numerics is not None and cfg.train.compile:
+        message = "cannot look into compiled blocks; set train.compile to false"
+        faults.add("numerics", message, "train.compile")
     section = cfg.quantization
     if section is None:
         return

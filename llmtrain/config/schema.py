@@ -12,7 +12,7 @@ from typing import Any
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
-from llmtrain.config.number_formats import QuantizationConfig
+from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.weight_methods import AverageConfig
 
@@ -379,5 +379,8 @@ class RunConfig:
         None,
         "number formats of the hidden linear layers",
         hook="llmtrain.methods.quantization:QuantizationSwitch",
+    )
+    numerics: NumericsConfig | None = key(
+        None, "measurements of FP8's range", hook="llmtrain.methods.numerics:Numerics"
     )
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -28,8 +28,9 @@ class Trial:
 class Claim:
     """A paper's claim as a comparison of held-out losses, seed by seed.
 
-    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``.
-    decides: whether it is part of the verdict, or shown beside it (a cost, say).
+    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``;
+    with ``within``, at most that share above it. decides: whether it is part of the verdict, or
+    shown beside it (a cost, say).
     """
 
     text: str
@@ -37,6 +38,7 @@ class Claim:
     than: str
     domains: Sequence[str] = ()
     decides: bool = True
+    within: float = 0.0
 
 
 @dataclass(frozen=True)

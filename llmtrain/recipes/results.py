@@ -19,7 +19,8 @@ _NORMAL95 = 1.645
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim against the numbers. gain: mean over seeds of (than - better), nats per token;
+    """A claim against the numbers. gain: mean over seeds of (than (1 + within) - better), in nats
+    per token;
     bound: 95% one-sided bound of its error over seeds. holds: gain > bound; reversed: the
     opposite is beyond the noise."""
 
@@ -45,7 +46,8 @@ def findings(experiment: Experiment, losses: Losses) -> list[Finding]:
     out = []
     for claim in experiment.claims:
         pairs = zip(losses[claim.better], losses[claim.than], strict=True)
-        gaps = [_mean(b, claim.domains) - _mean(a, claim.domains) for a, b in pairs]
+        room = 1 + claim.within
+        gaps = [room * _mean(b, claim.domains) - _mean(a, claim.domains) for a, b in pairs]
         n = len(gaps)
         t = _T95[n - 2] if n - 2 < len(_T95) else _NORMAL95
         out.append(Finding(claim, mean(gaps), t * stdev(gaps) / math.sqrt(n)))
