@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from llmtrain.config.faults import Collector
@@ -51,6 +52,10 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
             "fake changes nothing; set quantization.weights, inputs or gradients",
             *(f"quantization.{name}" for name in OPERANDS),
         )
+    scale = section.gradient_scale
+    if scale is not None and math.frexp(scale)[0] != 0.5:
+        message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
+        faults.add("quantization.gradient_scale", message)
     if used == {"none"}:
         faults.add("quantization", "changes nothing; choose a format, or take the section away")
     for i, rule in enumerate(section.rules):

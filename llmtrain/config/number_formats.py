@@ -37,7 +37,7 @@ class QuantizationConfig:
     )
     gradient_scale: float | None = key(
         None,
-        "mus_fp8: constant factor on gradients while they are in FP8; null: the power of two "
+        "mus_fp8: power of two, factor on gradients while they are in FP8; null: the power of two "
         "nearest to the tokens of a step over the head's multiplier",
         gt=0,
     )

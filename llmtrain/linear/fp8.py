@@ -66,10 +66,11 @@ class Fp8Matmul:
         return self._pack(x, E4M3, reach, turned)
 
     def pack_grad(self, grad: Tensor, reach: Reach = ALONE, turned: bool = False) -> Packed:
-        scaled = grad if self.gradient_scale == 1.0 else grad * self.gradient_scale
-        return self._pack(scaled, E5M2, reach, turned)
+        return self._pack(grad, E5M2, reach, turned, self.gradient_scale)
 
-    def _pack(self, x: Tensor, dtype: torch.dtype, reach: Reach, turned: bool) -> Packed:
+    def _pack(
+        self, x: Tensor, dtype: torch.dtype, reach: Reach, turned: bool, factor: float = 1.0
+    ) -> Packed:
         scale = None
         if self.dynamic:
             # Of zeros or of a tensor with infinities nothing is scaled; NaN stays NaN either way.
@@ -78,9 +79,9 @@ class Fp8Matmul:
             scale = torch.where(usual, largest / FP8_MAX[dtype], 1.0)
             x = x.float() / scale
         if turned and x.device.type == "cuda":
-            values, across = fp8_cast_transpose(x, dtype)
+            values, across = fp8_cast_transpose(x, dtype, factor)
             return Packed(values, scale, across)
-        return Packed(fp8_cast(x, dtype), scale)
+        return Packed(fp8_cast(x, dtype, factor), scale)
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         a, b = _packed(x), _packed(weight)
@@ -182,7 +183,7 @@ def _product(
 def fp8_matmul(name: str, dtype: torch.dtype, gradient_scale: float = 1.0) -> Matmul:
     """The FP8 format ``mus_fp8`` or ``fp8_current`` with results in ``dtype``.
 
-    gradient_scale: of mus_fp8; a power of two is exact.
+    gradient_scale: of mus_fp8; a power of two.
     """
     dynamic = {"mus_fp8": False, "fp8_current": True}[name]
     return Fp8Matmul(name, dtype, dynamic, 1.0 if dynamic else gradient_scale)
