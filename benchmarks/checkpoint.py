@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from llmtrain.checkpoint import Checkpointer, load_checkpoint, verify
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 
 State = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ from llmtrain.checkpoint.layout import VERSION
 from llmtrain.checkpoint.saving import Plan, Save, Saved, make_plan, stage
 from llmtrain.checkpoint.storage import TensorSavePlanner
 from llmtrain.checkpoint.store import Store, latest
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 
 # A rank may have to wait this long for the slowest disk of the run.
 _PATIENCE = timedelta(hours=2)

@@ -36,7 +36,7 @@ from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import explain
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.config import load_config
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.model import Decoder, resolve_model, tensor_placements
 

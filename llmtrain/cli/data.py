@@ -1,16 +1,17 @@
-"""``llmtrain data prepare|inspect|plan|seen``."""
+"""``llmtrain data prepare|inspect|plan|seen|score``."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "make, look at and plan training data"
+HELP = "make, look at, plan and score training data"
+SCORES = ("el2n", "grand", "grand-full", "perplexity", "influence", "influence-gradient")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="prepare|inspect|plan|seen"
+        dest="action", required=True, metavar="prepare|inspect|plan|seen|score"
     )
     prepare = actions.add_parser("prepare", help="text to shards, as the section `prepare` says")
     _add_config(prepare)
@@ -40,6 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seen.add_argument(
         "--list", metavar="FILE", help="write a JSON line for every sample: its source and number"
     )
+    _add_score(actions.add_parser("score", help="a number for every sample, by a trained model"))
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    score.add_argument("target", help="a config, a run or a checkpoint: what data is scored")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    score.add_argument("--method", required=True, choices=SCORES, help="what is measured")
+    score.add_argument("--out", required=True, metavar="FILE", help="parquet file to write")
+    score.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a run or checkpoint that scores; several are averaged; default: the target itself",
+    )
+    score.add_argument(
+        "--lr", type=float, default=0.01, help="influence: size of the one gradient step"
+    )
+    score.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="processes that share one model"
+    )
+    score.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +73,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     actions = {"prepare": _prepare, "inspect": _inspect, "plan": _plan, "seen": _seen}
+    actions["score"] = _score
     return actions[args.action](args)
 
 
@@ -112,6 +136,24 @@ def _seen(args: argparse.Namespace) -> int:
     if args.list is not None:
         write_list(seen, Path(args.list))
         print(f"written: {args.list}")
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from llmtrain.cli.process import prepare_process
+    from llmtrain.errors import ConfigError
+
+    for name, low in (("lr", 0.0), ("tensor", 0)):
+        if not getattr(args, name) > low:
+            raise ConfigError(f"--{name} must be above {low}, not {getattr(args, name)}")
+    prepare_process()
+    from llmtrain.eval.scoring import Request, score
+
+    checkpoints = [Path(path) for path in args.checkpoint]
+    where = (Path(args.target), args.overrides, checkpoints)
+    score(Request(*where, args.method, Path(args.out), args.device, args.tensor, args.lr), _say)
     return 0
 
 

@@ -29,9 +29,16 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     prepare_process()
     from llmtrain.eval.checkpoint import evaluate_checkpoint
+    from llmtrain.parallel import close_world, init_world
     from llmtrain.train.console import table
 
-    result = evaluate_checkpoint(Path(args.checkpoint), args.overrides, args.device)
+    world = init_world(args.device)
+    try:
+        result = evaluate_checkpoint(Path(args.checkpoint), args.overrides, args.device, world)
+    finally:
+        close_world()
+    if not world.is_main:
+        return 0
     for fault in result.warnings:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     if args.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.tokens < 1 or args.temperature < 0 or args.top_k < 0:
         raise LlmtrainError("--tokens must be at least 1; --temperature and --top-k at least 0")
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # under torchrun the first process answers
     prepare_process()
     from llmtrain.errors import CheckpointError
     from llmtrain.eval.generation import generate

@@ -24,6 +24,7 @@ COMMANDS = (
     "eval",
     "generate",
     "checkpoint",
+    "convert",
     "merge",
     "report",
     "reproduce",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmtrain.recipes.experiment import Experiment
 
 HELP = "show a paper's claim in miniature, or write its runs for a cluster"
-NAMES = ("domain-upsampling", "loss-reweighting", "mus-fp8")
+NAMES = ("domain-upsampling", "loss-reweighting", "data-diet", "mus-fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,16 +8,17 @@ sections are in ``config.check_data``, those of the layout over processes in
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from pathlib import PurePath
 
+from llmtrain.config.check_continual import check_continual, check_restarts
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_formats import check_formats
 from llmtrain.config.check_layout import check_layout
 from llmtrain.config.check_scaling import check_scaling
-from llmtrain.config.duration import Duration
+from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
+from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
 
 _HOOK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -38,11 +39,13 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_model(cfg, faults)
     check_data(cfg, faults, for_training)
     check_prepare(cfg, faults)
+    check_selection(cfg, faults)
     _check_train(cfg, faults)
     _check_schedule(cfg, faults)
     _check_average(cfg, faults)
     _check_hooks(cfg, faults)
     _check_reweight(cfg, faults)
+    check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
     check_formats(cfg, faults)
@@ -159,6 +162,7 @@ def _check_schedule(cfg: RunConfig, faults: Collector) -> None:
             "schedule.warmup",
             *depends,
         )
+    check_restarts(cfg, faults)
 
 
 def _check_average(cfg: RunConfig, faults: Collector) -> None:
@@ -238,15 +242,3 @@ def _check_until(cfg: RunConfig, faults: Collector) -> None:
             "train.global_batch_size",
             "data.seq_len",
         )
-
-
-def part_of_run(cfg: RunConfig, duration: Duration) -> Fraction:
-    """``duration`` as an exact fraction of the run; above 1 when it is longer."""
-    if duration.unit == "dur":
-        return duration.value
-    tokens = cfg.train.global_batch_size * cfg.data.seq_len
-    whole = cfg.train.duration
-    if whole.unit == duration.unit:
-        return duration.value / whole.value
-    scale = {"step": tokens, "tok": 1, "dur": 1}
-    return duration.value * scale[duration.unit] / (whole.value * scale[whole.unit])

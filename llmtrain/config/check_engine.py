@@ -43,6 +43,13 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
             f"{_NATIVE}, or merge checkpoints afterwards with llmtrain merge",
             "parallel.engine",
         )
+    if cfg.penalty is not None:
+        faults.add(
+            "penalty",
+            "adds to the gradients of each rank's own parts, and engine: deepspeed keeps them to "
+            f"itself; {_NATIVE}",
+            "parallel.engine",
+        )
     if cfg.train.compile:
         faults.add(
             "train.compile",

@@ -142,14 +142,6 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
             f"shard {parallel.shard} x {named} = {parallel.shard * fixed}, but {world}; "
             "set it to null to fill the world",
         )
-    sharded = world_size // (parallel.pipeline * parallel.tensor)
-    if parallel.pipeline > 1 and parallel.pipeline_schedule == "zero_bubble" and sharded > 1:
-        # FSDP2 reduces before the deferred gradients of weights exist, and loses them.
-        faults.add(
-            "parallel.pipeline_schedule",
-            "zero_bubble does not go together with shard, replicate or context above 1; "
-            "use interleaved or 1f1b",
-        )
     if world_size % per_sample == 0:
         _check_batch(cfg, world_size // per_sample, faults)
     raise_faults(faults.found)

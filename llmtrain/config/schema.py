@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.adapters import AdapterConfig
+from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
+from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
+from llmtrain.config.selection import SelectConfig
+from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
-ROLES = ("embedding", "hidden", "norm", "head", "bias")
+ROLES = ("embedding", "hidden", "norm", "head", "bias", "adapter")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class ModelConfig:
     )
     position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
+    rope_scaling: RopeScalingConfig | None = key(None, "stretching of the rotary frequencies")
     activation: str = key(
         "swiglu",
         "MLP activation; gelu_tanh is GPT-2's approximation",
@@ -61,6 +67,9 @@ class ModelConfig:
     )
     init_std: float = key(0.02, "standard deviation of the initial weights", gt=0)
     init_depth_scale: bool = key(True, "divide the std of output projections by sqrt(2 n_layers)")
+    adapters: AdapterConfig | None = key(
+        None, "low-rank adapters: train these and freeze the model's own weights"
+    )
     scaling: ScalingConfig = key(ScalingConfig)
 
 
@@ -161,6 +170,7 @@ class DataConfig:
     eos_id: int | None = key(None, "document separator; null: the corpus's", ge=0)
     tokenizer: str | None = key(None, "tokenizer file or folder; null: the corpus's")
     prefetch: int = key(4, "batches read ahead", ge=0)
+    select: SelectConfig | None = key(None, "train on some of the samples only, by their scores")
 
 
 @dataclass(frozen=True)
@@ -202,13 +212,19 @@ class ScheduleConfig:
     name: str = key(
         "cosine",
         "shape after the warmup",
-        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd"),
+        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd", "infinite"),
     )
     warmup: Duration = key(lambda: dur("0.02dur"), "linear warmup from zero")
     min_factor: float = key(0.1, "final learning rate over the peak", ge=0, le=1)
-    decay: Duration = key(lambda: dur("0.2dur"), "wsd: length of the decay at the end")
+    decay: Duration = key(lambda: dur("0.2dur"), "wsd, infinite: length of the decay at the end")
     decay_shape: str = key(
         "linear", "wsd: shape of the decay", choices=("linear", "1-sqrt", "exponential")
+    )
+    cooldown: Duration = key(lambda: dur("0.4dur"), "infinite: from the peak to the constant rate")
+    cooldown_shape: str = key("cosine", "infinite: shape", choices=("cosine", "inverse_sqrt"))
+    constant_factor: float = key(0.55, "infinite: the constant rate over the peak", gt=0, le=1)
+    restarts: list[Duration] = key(
+        list, "where the schedule begins again: warmup (re-warm), then its shape (re-decay)", gt=0
     )
 
 
@@ -291,54 +307,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out evaluation and samples."""
-
-    every: Duration | None = key(lambda: dur("0.25dur"), "null: only at the end", gt=0)
-    samples: int = key(64, "sequences per domain", ge=1)
-    micro_batch_size: int | None = key(None, "null: the training one", ge=1)
-    prompts: list[str] = key(list, "texts continued at the end of the run")
-    generate_tokens: int = key(64, "length of each continuation", ge=1)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    every: Duration | None = key(lambda: dur("0.5dur"), "null: only at the end", gt=0)
-    keep: int = key(2, "newest temporary checkpoints kept", ge=1)
-    permanent_every: Duration | None = key(None, "checkpoints that are never pruned", gt=0)
-    keep_at: list[Duration] = key(
-        list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
-    )
-    asynchronous: bool = key(True, "write in the background from a copy on the host")
-    resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """What happens on a non-finite or spiking loss or gradient norm."""
-
-    nonfinite: str = key("stop", "loss or gradient norm not finite", choices=("stop", "skip"))
-    spike: str = key(
-        "count", "beyond `sigma` of the window", choices=("ignore", "count", "skip", "stop")
-    )
-    sigma: float = key(6.0, "standard deviations that make a spike", gt=0)
-    window: int = key(128, "steps in the window", ge=8)
-    max_skips: int = key(10, "stop after so many skipped steps in a row", ge=1)
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is printed and recorded."""
-
-    every: int = key(10, "steps between log lines", ge=1)
-    tensorboard: bool = key(True, "write TensorBoard events")
-    wandb: str | None = key(None, "Weights & Biases project (extra wandb)")
-    mlflow: str | None = key(None, "MLflow experiment (extra mlflow)")
-
-
-@dataclass(frozen=True)
 class HookConfig:
     """A hook of the user's own or of a method: a class found by its import path."""
 
@@ -375,6 +343,11 @@ class RunConfig:
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"
     )
+    penalty: PenaltyConfig | None = key(
+        None, "penalty on leaving an anchor", hook="llmtrain.finetune.penalty:Penalty"
+    )
+    init: InitConfig | None = key(None, "weights to begin with; null: random ones")
+    continual: ContinualConfig | None = key(None, "tasks in sequence, for `llmtrain continual`")
     quantization: QuantizationConfig | None = key(
         None,
         "number formats of the hidden linear layers",

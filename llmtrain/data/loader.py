@@ -28,7 +28,8 @@ def packing_of(data: DataConfig) -> Packing:
     return Packing(data.seq_len, data.document_mask, data.reset_positions)
 
 
-def _to_batch(rows: Rows, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+def to_batch(rows: Rows, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Batch:
+    """A batch of ``rows``. sources: [n] source indices; numbers: [n] sample numbers."""
     arrays = (rows.tokens, rows.targets, rows.weights, rows.doc_ids, rows.positions)
     return Batch(*(torch.from_numpy(a) for a in (*arrays, sources, numbers)))
 
@@ -64,21 +65,23 @@ class Loader:
         n = self.batch_size // self.world
         low = first_sample + self.rank * n
         labels, before = self.plan.mixture.locate_range(low, low + n)
-        numbers = np.empty_like(before)
+        plan, numbers, weights = self.plan, np.empty_like(before), np.empty(n)
         for label in np.unique(labels):
-            mine = labels == label
-            _, numbers[mine] = sample_numbers(
-                self.plan.cfg.seed, self.plan.names[label], before[mine], self.plan.sizes[label]
+            mine, selection = labels == label, plan.selections[label]
+            _, places = sample_numbers(
+                plan.cfg.seed, plan.names[label], before[mine], plan.sizes[label]
             )
-        plan = self.plan
+            weights[mine] = plan.loss_weights[label]
+            if selection is not None:
+                weights[mine] *= selection.factors(places)
+                places = selection.numbers(places)
+            numbers[mine] = places
+        picks = zip(labels.tolist(), numbers.tolist(), weights.tolist(), strict=True)
         rows = self._packing.rows(
-            [
-                Pick(plan.sources[label], number, plan.loss_weights[label])
-                for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
-            ]
+            [Pick(plan.sources[label], number, weight) for label, number, weight in picks]
         )
         self._check_vocabulary(rows, labels, low)
-        return _to_batch(rows, labels, np.arange(low, low + n))
+        return to_batch(rows, labels, np.arange(low, low + n))
 
     def _check_vocabulary(self, rows: Rows, labels: NDArray[np.int64], low: int) -> None:
         limit = self.plan.cfg.model.vocab_size or self.plan.vocab_size
@@ -188,7 +191,7 @@ class HeldoutSet:
             rows = self._packing.rows(
                 [Pick(self._source, i, 1.0) if i < end else None for i in range(first, first + n)]
             )
-            yield _to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
+            yield to_batch(rows, np.zeros(n, np.int64), np.arange(first, first + n))
 
 
 def heldout_sets(cfg: RunConfig, catalogue: Catalogue | None = None) -> list[HeldoutSet]:

@@ -14,6 +14,7 @@ from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.mixture import Mixture, cut
 from llmtrain.data.packing import samples_in
 from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_json
+from llmtrain.data.select import Facts, Selection, select
 from llmtrain.data.source import TokenSource
 from llmtrain.data.targets import Stretch
 from llmtrain.errors import DataError
@@ -26,9 +27,9 @@ VERSION = 3
 class DataPlan:
     """Everything that decides which tokens are trained on when.
 
-    names, sources, sizes (samples per epoch) and loss_weights go by source index. configured is
-    what the config says, mixture what is realised: the two differ only after a resume that
-    changed the future.
+    names, sources, sizes (samples per epoch), loss_weights and selections (None: all samples) go
+    by source index. configured is what the config says, mixture what is realised: the two differ
+    only after a resume that changed the future.
     """
 
     cfg: RunConfig
@@ -37,6 +38,7 @@ class DataPlan:
     sources: list[TokenSource]
     sizes: list[int]
     loss_weights: list[float]
+    selections: list[Selection | None]
     configured: list[Stretch]
     mixture: Mixture
 
@@ -69,14 +71,16 @@ class DataPlan:
             "seq_len": data.seq_len,
             "block_size": data.block_size,
             "vocab_size": self.vocab_size,
-            "sources": {
-                name: {"fingerprint": source.fingerprint, "tokens": source.num_tokens}
-                for name, source in zip(self.names, self.sources, strict=True)
-            },
+            "sources": {name: self._facts(i) for i, name in enumerate(self.names)},
             "configured": to_json(self.configured),
             "realised": to_json(self.mixture.stretches),
             "schedules": [to_json(schedule) for schedule in self.mixture.schedules],
         }
+
+    def _facts(self, index: int) -> dict[str, Any]:
+        source, selection = self.sources[index], self.selections[index]
+        facts = {"fingerprint": source.fingerprint, "tokens": source.num_tokens}
+        return facts if selection is None else {**facts, "selected": selection.state()}
 
     def check_resume(self, old: dict[str, Any], consumed: int) -> None:
         """Continue the schedule of a checkpoint after ``consumed`` samples.
@@ -137,6 +141,13 @@ class DataPlan:
                 f"then, {source.num_tokens:,} now); put the old data back, or add the new data "
                 "as a source of another name"
             )
+        ours = self._facts(self.names.index(name))
+        if ours.get("selected") != old.get("selected"):
+            raise DataError(
+                f"data.select: another choice of samples of {name!r} than before this checkpoint, "
+                "which would change samples already seen; put the earlier section and scores back, "
+                "or add the data as a source of another name"
+            )
 
 
 def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
@@ -153,6 +164,13 @@ def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
     names = [name for name in catalogue.train if name in wanted or name in named]
     sources = [catalogue.open_train(name) for name in names]
     sizes = [samples_in(source.num_tokens, cfg.data.seq_len) for source in sources]
+    # What is never drawn from needs no scores.
+    facts = [
+        Facts(name, source.fingerprint, size if name in wanted else 0)
+        for name, source, size in zip(names, sources, sizes, strict=True)
+    ]
+    selections = select(cfg.data.select, cfg.seed, cfg.data.seq_len, facts)
+    sizes = [size if s is None else s.size for s, size in zip(selections, sizes, strict=True)]
     for name, source, size in zip(names, sources, sizes, strict=True):
         if size == 0 and name in wanted:
             raise DataError(
@@ -168,6 +186,7 @@ def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
         sources,
         sizes,
         [config.loss_weight for config in configs],
+        selections,
         configured,
         mixture,
     )

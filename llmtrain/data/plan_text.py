@@ -17,6 +17,10 @@ def plan_tree(plan: DataPlan) -> str:
     lines = [
         f"data plan: {tokens_text(mixture.total * seq_len)} tokens in {mixture.total:,} samples"
     ]
+    for name, selection in zip(plan.names, plan.selections, strict=True):
+        if selection is not None:
+            many = f"{selection.size:,} of {selection.whole:,} samples"
+            lines.append(f"|- {name}: {many}, {selection.text}")
     parts = [*itertools.pairwise(edges)]
     if len(parts) > 1:
         parts.append((0, mixture.total))
@@ -26,20 +30,25 @@ def plan_tree(plan: DataPlan) -> str:
         lines.append(f"{'`-' if last else '|-'} {title}: samples {low:,} to {high:,}")
         taken = mixture.counts(high) - mixture.counts(low)
         rows = [("source", "tokens", "share", "epochs", "of tokens")]
-        for name, source, size, count in zip(
-            plan.names, plan.sources, plan.sizes, taken, strict=True
-        ):
+        tokens = [_own_tokens(plan, label) for label in range(len(plan.names))]
+        for name, own, size, count in zip(plan.names, tokens, plan.sizes, taken, strict=True):
             rows.append(
                 (
                     name,
                     tokens_text(int(count) * seq_len),
                     f"{100 * count / max(high - low, 1):.2f}%",
                     f"{count / max(size, 1):.3f}",
-                    tokens_text(source.num_tokens),
+                    tokens_text(own),
                 )
             )
         lines += [f"{'  ' if last else '| '}   {line}" for line in aligned(rows)]
     return "\n".join(lines)
+
+
+def _own_tokens(plan: DataPlan, index: int) -> int:
+    """Tokens of a source that an epoch takes."""
+    tokens, selection = plan.sources[index].num_tokens, plan.selections[index]
+    return tokens if selection is None else min(tokens, plan.sizes[index] * plan.cfg.data.seq_len)
 
 
 def _phase_edges(plan: DataPlan) -> list[int]:

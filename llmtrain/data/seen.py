@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.config import Duration, load_config
+from llmtrain.config import Duration, RunConfig, load_config
 from llmtrain.data.mixture import Mixture
 from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import samples_in
 from llmtrain.data.phases import from_json
 from llmtrain.data.plan import VERSION
 from llmtrain.data.plan_text import aligned, tokens_text
+from llmtrain.data.select import Facts, Selection, select
 from llmtrain.errors import ConfigError, DataError, EnvironmentFault
 
 _PIECE = 1 << 14
@@ -24,10 +25,12 @@ _PIECE = 1 << 14
 
 @dataclass(frozen=True)
 class Seen:
-    """Global samples [low, high) of a run. sizes: samples per epoch, by source index."""
+    """Global samples [low, high) of a run. sizes: samples per epoch, by source index, and
+    selections: which those are, None where they are all."""
 
     mixture: Mixture
     sizes: list[int]
+    selections: list[Selection | None]
     seq_len: int
     batch: int
     low: int
@@ -35,7 +38,7 @@ class Seen:
 
     @classmethod
     def of_run(cls, run: Path, start: Duration, stop: Duration) -> Seen:
-        """From the run's ``plan.json``; the data itself is not needed.
+        """From the run's ``plan.json``; the data itself is not needed, scores it selected by are.
 
         Raises DataError for what is no run, ConfigError for points that are out of order or
         beyond its end.
@@ -53,8 +56,12 @@ class Seen:
                 f"--between {start} {stop}: samples {low:,} to {high:,} are no part of {run}, "
                 f"which has {mixture.total:,}; give two points in order, the last at most 1dur"
             )
-        sizes = [samples_in(source["tokens"], seq_len) for source in state["sources"].values()]
-        return cls(mixture, sizes, seq_len, batch, low, high)
+        selections = _selections(cfg, state)
+        sizes = [
+            samples_in(source["tokens"], seq_len) if selection is None else selection.size
+            for source, selection in zip(state["sources"].values(), selections, strict=True)
+        ]
+        return cls(mixture, sizes, selections, seq_len, batch, low, high)
 
     def lines(self) -> list[str]:
         """Samples, tokens, share and epochs of every source."""
@@ -79,9 +86,9 @@ class Seen:
             for label in np.unique(labels):
                 mine = labels == label
                 name, size = self.mixture.names[label], self.sizes[label]
-                epochs[mine], numbers[mine] = sample_numbers(
-                    self.mixture.seed, name, before[mine], size
-                )
+                epochs[mine], places = sample_numbers(self.mixture.seed, name, before[mine], size)
+                chosen = self.selections[label]
+                numbers[mine] = places if chosen is None else chosen.numbers(places)
             for i in range(stop - start):
                 yield {
                     "sample": start + i,
@@ -100,6 +107,22 @@ def write_list(seen: Seen, file: Path) -> None:
                 out.write(json.dumps(sample) + "\n")
     except OSError as error:
         raise EnvironmentFault(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def _selections(cfg: RunConfig, state: dict[str, Any]) -> list[Selection | None]:
+    """What the run selected, made again from its score file."""
+    facts = []
+    for name, source in state["sources"].items():
+        samples = samples_in(source["tokens"], state["seq_len"]) if "selected" in source else 0
+        facts.append(Facts(name, source["fingerprint"], samples))
+    found = select(cfg.data.select, state["seed"], state["seq_len"], facts)
+    for source, selection in zip(state["sources"].values(), found, strict=True):
+        if source.get("selected") != (None if selection is None else selection.state()):
+            raise DataError(
+                "data.select: the score file has changed since the run was started; put the old "
+                "one back"
+            )
+    return found
 
 
 def _plan(run: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class CheckpointMetrics:
 
 
 class Alone:
-    """A loaded model on one process, for ``evaluate_domains``."""
+    """A loaded model, whole on this process, for ``evaluate_domains``."""
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
         self.trained, self.device = trained, device
@@ -54,17 +54,21 @@ class Alone:
         return output
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str], device: str) -> CheckpointMetrics:
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str], device: str, world: World | None = None
+) -> CheckpointMetrics:
     """Evaluate a checkpoint, or a run's newest good one, on its held-out data.
 
     overrides: dotted changes to the config stored in the checkpoint. device: auto, cpu or cuda.
+    world: the processes that share the samples, each with the whole model; None: this one alone.
     Raises LlmtrainError for what is missing, damaged or misspelt.
     """
-    place = pick_device(device, 0)
-    trained = load_trained(path, place, overrides)
+    if world is None:
+        world = World(0, 1, 0, pick_device(device, 0), None)
+    trained = load_trained(path, world.device, overrides)
     cfg = trained.cfg
 
     micro = cfg.eval.micro_batch_size or cfg.train.micro_batch_size or 16
-    alone = Layout(World(0, 1, 0, place, None), Degrees())
-    domains = evaluate_domains(Alone(trained, place), heldout_sets(cfg), micro, alone)
+    layout = Layout(world, Degrees(shard=world.size))
+    domains = evaluate_domains(Alone(trained, world.device), heldout_sets(cfg), micro, layout)
     return CheckpointMetrics(trained.path, trained.step, domains, trained.warnings)

@@ -1,4 +1,4 @@
-"""A trained model back from a checkpoint of any layout, on one process."""
+"""A trained model back from a checkpoint of any layout, on one process or on tensor ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
-from llmtrain.model import Decoder, apply_formats, resolve_model
+from llmtrain.model import (
+    Decoder,
+    apply_formats,
+    check_tensor_degree,
+    resolve_model,
+    shard_over_tensor,
+)
 from llmtrain.ops import kernels_warning
+from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import resolve_precision
 
 
@@ -38,13 +45,19 @@ class Trained:
     warnings: list[str]
 
 
-def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()) -> Trained:
+def load_trained(
+    path: Path,
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    layout: Layout | None = None,
+) -> Trained:
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
     the weights stay float32. Layers compute in the number formats of the run at that step.
-    Optimizer state is neither read nor verified. Raises CheckpointError naming what is missing or
-    damaged.
+    layout: its tensor ranks, if any, share the matrices, each reading its own part. Optimizer
+    state is neither read nor verified. Raises CheckpointError naming what is missing or damaged,
+    ConfigError where the tensor ranks do not fit the model.
     """
     alone = Ranks(None)
     found, faults = find(alone, path.expanduser(), "model.")
@@ -57,8 +70,13 @@ def load_trained(path: Path, device: torch.device, overrides: Sequence[str] = ()
         raise CheckpointError(f"{found} has no {missing}: it was not saved by llmtrain train")
     cfg = load_config(found / "config.yaml", overrides)
     model_cfg = resolve_model(cfg, json.loads(files["data.json"])["vocab_size"])
+    tensor = None if layout is None else layout.tensor
+    check_tensor_degree(model_cfg, 1 if tensor is None else tensor.size)
     with torch.device("meta"):
-        model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute)
+        model = Decoder(model_cfg, resolve_precision(cfg.precision, device).compute, tensor)
+    if layout is not None and layout.tensor is not None:
+        assert layout.state is not None
+        shard_over_tensor(model, layout.state["tensor"])
     model.to_empty(device=device)
     tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX), False)

@@ -5,6 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
+from llmtrain.model.adapters import ADAPTER, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -30,11 +31,13 @@ from llmtrain.model.sharding import (
 )
 
 __all__ = [
+    "ADAPTER",
     "ActivationSplit",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
+    "adapter_scale",
     "apply_formats",
     "apply_recompute",
     "assign_formats",
@@ -57,6 +60,7 @@ __all__ = [
     "partial_parameters",
     "rate_factors",
     "resolve_model",
+    "row_pattern",
     "scaling_table",
     "shard_over_tensor",
     "stage_parts",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import matmul_for
+from llmtrain.model.adapters import add_adapters
 from llmtrain.model.block import RECOMPUTE_MODES, Block
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.embedding import Embedding, Head, VocabularyEmbedding
@@ -21,7 +22,7 @@ from llmtrain.model.masks import (
 )
 from llmtrain.model.norm import Norm
 from llmtrain.model.resolve import padded_vocab
-from llmtrain.model.rotary import rotary_table
+from llmtrain.model.rotary import Rotation, rotary_table
 from llmtrain.model.scaling import multiplier
 from llmtrain.parallel import SplitSequence, TensorParallel
 from llmtrain.parallel.context_attention import plan_context
@@ -72,6 +73,8 @@ class Decoder(nn.Module):
             tied = self.embedding if cfg.tie_embeddings else None
             scale = multiplier(cfg, "head", cfg.d_model)
             self.head = Head(cfg, tied, matmul, tensor, scale)
+        if cfg.adapters is not None:
+            add_adapters(self, cfg)
 
     def forward(
         self,
@@ -162,7 +165,8 @@ class Decoder(nn.Module):
             return None
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
         length = tokens if positions is None else max(tokens, self.cfg.max_seq_len)
-        return rotary_table(positions, length, self.cfg.d_head, self.cfg.rope_theta, device)
+        rotation = Rotation(self.cfg.d_head, self.cfg.rope_theta, self.cfg.rope_scaling)
+        return rotary_table(positions, length, rotation, device)
 
 
 def apply_recompute(model: Decoder, mode: str) -> None:

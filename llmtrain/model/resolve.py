@@ -39,6 +39,12 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
         d_head = cfg.d_model // cfg.n_heads
     if cfg.position == "rope" and d_head % 2:
         raise ConfigError(f"model.d_head: {d_head} is odd, but rotary positions turn pairs")
+    scaling = cfg.rope_scaling
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq_factor: {scaling.high_freq_factor:g} must be above "
+            f"low_freq_factor {scaling.low_freq_factor:g}"
+        )
     kv = cfg.n_kv_heads or cfg.n_heads
     if cfg.n_heads % kv:
         raise ConfigError(

@@ -38,6 +38,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "norm": Row(),
         "head": Row(multiplier=-1.0),
         "bias": Row(),
+        "adapter": Row(),
     },
     "mus": {
         "embedding": Row(),
@@ -45,6 +46,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
         "norm": Row(),
         "head": Row(fan_in=-1.0),
         "bias": Row(),
+        "adapter": Row(),
     },
 }
 

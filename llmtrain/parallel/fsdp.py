@@ -73,6 +73,13 @@ def release_gathered(model: nn.Module) -> None:
             part.reshard()
 
 
+def gather_whole(model: nn.Module) -> None:
+    """Gather the weights of every part that are not gathered yet; a no-op without FSDP2."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+
+
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
     """Reduce gradients only in the ``last`` micro-batch of a step; a no-op without FSDP2."""
     if isinstance(model, FSDPModule):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ParallelConfig
+from llmtrain.parallel.fsdp import gather_whole
 
 LOOPED = ("interleaved", "zero_bubble")
 
@@ -126,6 +127,10 @@ class Pipeline:
             """A stage that says what a backward pass is for."""
 
             def backward_maybe_with_nosync(self, backward_type: Any, *args: Any, **kw: Any) -> Any:
+                if backward_type != "full":
+                    # Torch looks for the parameters in the graph by the objects that the module
+                    # holds at this moment, and the graph knows the gathered ones only.
+                    gather_whole(self.submod)
                 with around(backward_type):
                     return super().backward_maybe_with_nosync(backward_type, *args, **kw)
 

@@ -1,16 +1,16 @@
 """Plans of runs on machines that are not here: shapes, memory and communication per rank.
 
 ``draw`` builds the sharded model of any rank of any world on a fake process group;
-``memory_estimate`` and ``step_traffic`` are closed forms over what it finds; ``zero_state`` is the
-state under DeepSpeed. Nothing here needs a
-GPU, a network or the memory of the model.
+``memory_estimate`` and ``step_traffic`` are closed forms over what it finds; ``zero_state``
+and ``zero_traffic`` are the same under DeepSpeed. Nothing here needs a GPU, a network or the memory
+of the model.
 """
 
 from llmtrain.planner.blueprint import Blueprint, Part, draw
 from llmtrain.planner.communication import Traffic, step_traffic
 from llmtrain.planner.memory import Memory, memory_estimate
 from llmtrain.planner.setting import Setting
-from llmtrain.planner.zero import zero_state
+from llmtrain.planner.zero import zero_state, zero_traffic
 
 __all__ = [
     "Blueprint",
@@ -22,4 +22,5 @@ __all__ = [
     "memory_estimate",
     "step_traffic",
     "zero_state",
+    "zero_traffic",
 ]

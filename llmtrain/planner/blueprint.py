@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from llmtrain.model import (
     Decoder,
@@ -137,6 +138,9 @@ def _fake_world(rank: int, size: int) -> Iterator[World]:
         yield World(rank, size, rank, cpu, None)
     finally:
         dist.destroy_process_group()
+        # DTensor remembers results by mesh, and a later mesh of the same ranks is an equal one,
+        # which would get tensors back whose groups are those of the fake world.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def _local_shape(param: torch.Tensor) -> tuple[int, ...]:

@@ -1,9 +1,18 @@
-"""Memory of a run's state under DeepSpeed."""
+"""Memory of a run's state and what a step moves between ranks under DeepSpeed."""
 
 from __future__ import annotations
 
 from llmtrain.model import param_counts
 from llmtrain.parallel.zero import BUCKET
+from llmtrain.planner.communication import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    REDUCE_SCATTER,
+    Traffic,
+    shared_heads,
+    tensor_ends,
+    tensor_layers,
+)
 from llmtrain.planner.setting import Setting
 
 
@@ -36,3 +45,38 @@ def zero_state(setting: Setting) -> dict[str, int]:
         "gradients (fp32)": gradients,
         "compute copies": copies,
     }
+
+
+def zero_traffic(setting: Setting) -> list[Traffic]:
+    """Collectives of a step under DeepSpeed; groups of one rank and single numbers left out.
+
+    N parameters of this rank's tensor part, m micro-batches. ZeRO 1 all-reduces N gradients a
+    step, ZeRO 2 after every micro-batch, in ``precision.reduce`` through a bucket; both gather N
+    updated parameters in the compute dtype. ZeRO 3 reduce-scatters N gradients after every
+    micro-batch and gathers parameters for forward and again for backward: 2 N a micro-batch is
+    its most, since what is needed again soon is not freed in between. Paddings are left out.
+    """
+    degrees, m, n_layers = setting.degrees, setting.micro_batches, setting.model.n_layers
+    counts = param_counts(setting.model)
+    norms = counts["norm"]
+    n = (counts["total"] - norms) // degrees.tensor + norms
+    stage = setting.cfg.parallel.zero_stage or 3
+    buckets = -(-n // BUCKET)
+    found = tensor_layers(setting, n_layers) + shared_heads(setting, n_layers)
+    found += tensor_ends(setting, True, True)
+    if setting.sequence:
+        own = 4 * (norms // degrees.data)
+        found.append(Traffic("norm gradients", ALL_REDUCE, "tensor", degrees.tensor, 1, own))
+    times = 1 if stage == 1 else m
+    reduced = times * n * setting.precision.reduce.itemsize
+    kind = REDUCE_SCATTER if stage == 3 else ALL_REDUCE
+    found.append(Traffic("gradients", kind, "data", degrees.data, times * buckets, reduced))
+    if stage == 3:
+        calls, gathered = 2 * m * (n_layers + 2), 2 * m * n * setting.item
+        what = "parameters, at most"
+    else:
+        roles = ("embedding", "hidden", "norm", "head", "bias")
+        calls, gathered = sum(1 for role in roles if counts[role]), n * setting.item
+        what = "parameters"
+    found.append(Traffic(what, ALL_GATHER, "data", degrees.data, calls, gathered))
+    return [t for t in found if t.ranks > 1 and t.calls > 0]

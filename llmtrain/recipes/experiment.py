@@ -12,16 +12,27 @@ MINI_SOURCES = ("code", "docs", "math")
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Scores that a run selects its samples by. by: label of an earlier run of the same seed, whose
+    checkpoint at ``at`` (a duration) gives them; method: of ``llmtrain data score``."""
+
+    by: str
+    at: str
+    method: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """One run of an experiment. label: its row in the table. A run of its own has ``config``
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
-    leaves), ``at`` and ``overrides``."""
+    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
     trunk: str | None = None
     at: str = ""
     overrides: Sequence[str] = ()
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from llmtrain.config import from_dict, to_yaml
+from llmtrain.config import Duration, from_dict, to_yaml
 from llmtrain.recipes.experiment import Experiment, Trial, slug
 
 NODES = {"small": 1, "paper": 8}
@@ -34,7 +34,7 @@ exit "$code"
 
 
 def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> list[Path]:
-    """Configs and scripts under ``out``; ``submit.sh`` submits all, branches after their trunk.
+    """Configs and scripts under ``out``; ``submit.sh`` submits all, each after what it needs.
 
     Sources' paths in the configs are to be filled in. Returns the files. Raises OSError.
     """
@@ -42,9 +42,13 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
     files: list[Path] = []
     submit = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
     for seed in range(1, seeds + 1):
-        for trial in experiment.trials(scale):
+        jobs: dict[str, tuple[list[str], str]] = {}
+        trials = {trial.label: trial for trial in experiment.trials(scale)}
+        for trial in trials.values():
+            jobs |= _scoring(experiment, trials, trial, seed)
             name = _name(experiment, trial.label, seed)
-            command, wait = _command(experiment, trial, seed, out, files)
+            jobs[name] = _command(experiment, trial, seed, out, files)
+        for name, (command, wait) in jobs.items():
             job = out / f"{name}.sbatch"
             text = _HEAD.format(name=name, nodes=NODES[scale], command=shlex.join(command))
             job.write_text(text, encoding="utf-8")
@@ -58,6 +62,22 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
     return [*files, last]
 
 
+def _scoring(
+    experiment: Experiment, trials: dict[str, Trial], trial: Trial, seed: int
+) -> dict[str, tuple[list[str], str]]:
+    """The job that makes the scores of a trial, by name: (words, the run to wait for)."""
+    scoring = trial.scoring
+    if scoring is None:
+        return {}
+    cfg = from_dict(trials[scoring.by].config)
+    tokens = cfg.train.global_batch_size * cfg.data.seq_len
+    step = Duration.parse(scoring.at).steps(tokens, cfg.train.duration.steps(tokens))
+    run, name = _name(experiment, scoring.by, seed), _name(experiment, scoring.method, seed)
+    words = ["data", "score", f"runs/{run}/checkpoints/step-{step:08d}"]
+    words += ["--method", scoring.method, "--out", f"runs/{name}.parquet"]
+    return {name: (words, run)}
+
+
 def _command(
     experiment: Experiment, trial: Trial, seed: int, out: Path, files: list[Path]
 ) -> tuple[list[str], str]:
@@ -68,10 +88,14 @@ def _command(
         words = ["branch", f"runs/{trunk}", "--at", trial.at, *trial.overrides, f"name={name}"]
         return words, trunk
     config = out / f"{name}.yaml"
-    cfg = from_dict({**trial.config, "name": name, "out": "runs", "seed": seed}, for_training=True)
-    config.write_text(to_yaml(cfg), encoding="utf-8")
+    data, wait = {**trial.config, "name": name, "out": "runs", "seed": seed}, ""
+    if trial.scoring is not None:
+        wait = _name(experiment, trial.scoring.method, seed)
+        select = {**data["data"]["select"], "scores": f"runs/{wait}.parquet"}
+        data["data"] = {**data["data"], "select": select}
+    config.write_text(to_yaml(from_dict(data, for_training=True)), encoding="utf-8")
     files.append(config)
-    return ["train", config.name], ""
+    return ["train", config.name], wait
 
 
 def _name(experiment: Experiment, label: str, seed: int) -> str:

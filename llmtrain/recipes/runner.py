@@ -11,8 +11,9 @@ from llmtrain.config import Duration, RunConfig, from_dict
 from llmtrain.config.diff import diff_configs
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import ConfigError
+from llmtrain.eval.scoring import Request, score
 from llmtrain.parallel import World, close_world, init_world
-from llmtrain.recipes.experiment import Experiment, Trial, mini_corpus, slug
+from llmtrain.recipes.experiment import Experiment, Scoring, Trial, mini_corpus, slug
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, report_lines
 from llmtrain.report.read import read_run
@@ -68,6 +69,11 @@ def _make(
     if trial.trunk is None:
         data: dict[str, Any] = {**trial.config, "name": name, "out": str(out), "seed": seed}
         data["data"] = {**data["data"], "corpus": corpus}
+        if trial.scoring is not None:
+            file = out / f"{experiment.name}-{trial.scoring.method}-s{seed}.parquet"
+            _score(trial.scoring, folders, file, world)
+            select = {**data["data"]["select"], "scores": str(file)}
+            data["data"] = {**data["data"], "select": select}
         cfg = from_dict(data, for_training=True)
         if not done(cfg, out / name):
             train(cfg, world)
@@ -77,6 +83,13 @@ def _make(
     if not done(branch.cfg, branch.folder):
         start(branch, world)
     return branch.folder
+
+
+def _score(scoring: Scoring, folders: dict[str, Path], file: Path, world: World) -> None:
+    """Score the samples of the run ``scoring.by``, unless it is done."""
+    if not file.exists():
+        point = find_point(folders[scoring.by], Duration.parse(scoring.at))
+        score(Request(point.checkpoint, [], [], scoring.method, file), lambda line: None, world)
 
 
 def done(cfg: RunConfig, folder: Path) -> bool:

@@ -110,14 +110,19 @@ def heldout_charts(runs: Sequence[Run], key: str, title: str, log: bool = False)
 
 
 def optimizer_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Learning rate and gradient norm."""
+    """Learning rate, gradient norm, and methods' own numbers (such as a penalty)."""
     norms = _per_run(runs, "grad_norm")
     values = np.concatenate([line.curve.y for line in norms] or [np.empty(0)])
     wild = len(values) > 0 and values.min() > 0 and values.max() > 15 * np.median(values)
     rate = [Line(_label(runs, r), thin(r.curve("lr")), _run_color(runs, i)) for i, r in _each(runs)]
+    own = _union(run.methods for run in runs)
     return [
         Chart("Learning rate", rate, zero=True, form=short),
         Chart("Gradient norm", norms, marks(runs), log=bool(wild), zero=True, form=short),
+        *(
+            Chart(name.capitalize(), _per_run(runs, "method", name), zero=True, form=short)
+            for name in own
+        ),
     ]
 
 
@@ -194,10 +199,10 @@ def _smoothed(key: str, curve: Series, color: int) -> list[Line]:
     return [Line(key, thin(curve), color, faint=True), Line(key, mean, color)]
 
 
-def _per_run(runs: Sequence[Run], key: str, scale: float = 1.0) -> list[Line]:
+def _per_run(runs: Sequence[Run], *keys: str, scale: float = 1.0) -> list[Line]:
     lines: list[Line] = []
     for i, run in enumerate(runs):
-        curve = run.curve(key)
+        curve = run.curve(*keys)
         lines += _smoothed(_label(runs, run), Series(curve.x, curve.y * scale), _run_color(runs, i))
     return lines
 

@@ -62,6 +62,11 @@ class Run:
         return _names(self.steps, "sources")
 
     @property
+    def methods(self) -> list[str]:
+        """Names of methods' own numbers in the step records."""
+        return _names(self.steps, "method")
+
+    @property
     def domains(self) -> list[str]:
         """Names of the held-out domains, in order of appearance."""
         return _names(self.evals, "domains")

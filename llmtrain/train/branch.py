@@ -184,6 +184,8 @@ def _check_folder(branch: Branch) -> None:
         if (folder / "metrics.jsonl").exists() or (folder / BRANCH).exists():
             raise ConfigError(f"{folder} exists and is no branch of this point; {remedy}")
         return
+    if not (folder / "metrics.jsonl").exists():
+        return  # it was refused before its first step: nothing is lost
     there = Path(os.path.normpath(folder / str(old.get("trunk"))))
     if there.resolve() != point.trunk.resolve() or old.get("step") != point.step:
         raise ConfigError(

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.config.schema import GuardConfig
+from llmtrain.config.upkeep import GuardConfig
 from llmtrain.errors import GuardStop
 
 _MIN_HISTORY = 8

@@ -12,6 +12,7 @@ from llmtrain.planner import (
     memory_estimate,
     step_traffic,
     zero_state,
+    zero_traffic,
 )
 from llmtrain.train.console import size, table
 
@@ -76,14 +77,19 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _zero_lines(setting: Setting, memory: Memory) -> list[str]:
-    """Memory under DeepSpeed; activations are the same as natively."""
+    """Memory and communication under DeepSpeed; activations are the same as natively."""
     state = zero_state(setting)
     own = ("activations", "logits chunk", "running block")
     kinds = {**state, **{kind: memory.step[kind] for kind in own}}
     there = sum(n for kind, n in kinds.items() if not kind.endswith("(host)"))
     rows = [("memory per rank", "estimate"), *((kind, size(n)) for kind, n in kinds.items())]
     rows.append(("all, without what is offloaded", size(there)))
-    return [*table(rows), "  communication is not estimated for DeepSpeed"]
+    if setting.degrees.world == 1:
+        return table(rows)
+    traffic = zero_traffic(setting)
+    sent = size(_sent(traffic))
+    rest = f"  and a few single numbers; a rank sends {sent} a step by ring algorithms"
+    return [*table(rows), *_traffic_table(traffic), rest]
 
 
 def _memory_lines(memory: Memory) -> list[str]:
@@ -98,18 +104,22 @@ def _traffic_lines(setting: Setting, blueprint: Blueprint, stage: int) -> list[s
     stages = range(setting.degrees.pipeline)
     traffic = {i: step_traffic(setting, blueprint, i) for i in stages}
     here = [t for t in traffic[stage] if t.payload > _SMALL]
-    rows = [("communication per step", "collective", "over", "ranks", "calls", "a call", "sent")]
-    for t in here:
-        row = (t.what, t.collective, t.over, f"{t.ranks}", f"{t.calls:,}")
-        rows.append((*row, size(t.payload / t.calls), size(t.sent)))
     ranks = setting.degrees.world // setting.degrees.pipeline
     everybody = sum(_sent(traffic[i]) for i in stages) * ranks
     small = sum(t.calls for t in traffic[stage] if t.payload <= _SMALL)
     return [
-        *table(rows),
+        *_traffic_table(here),
         f"  and {small} all-reduces of single numbers; a rank sends {size(_sent(traffic[stage]))} "
         f"a step by ring algorithms, all ranks together {size(everybody)}",
     ]
+
+
+def _traffic_table(traffic: list[Traffic]) -> list[str]:
+    rows = [("communication per step", "collective", "over", "ranks", "calls", "a call", "sent")]
+    for t in traffic:
+        row = (t.what, t.collective, t.over, f"{t.ranks}", f"{t.calls:,}")
+        rows.append((*row, size(t.payload / t.calls), size(t.sent)))
+    return table(rows)
 
 
 def _sent(traffic: list[Traffic]) -> int:

@@ -82,6 +82,8 @@ def scalars(record: Record) -> dict[str, float]:
         for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_bytes"):
             if record.get(key) is not None:
                 out[f"train/{key}"] = float(record[key])
+        for key, value in record.get("method", {}).items():
+            out[f"train/{key}"] = float(value)
         for name, source in record["sources"].items():
             for key, value in source.items():
                 if value is not None:

@@ -237,7 +237,11 @@ class TrainModule:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients (0-dim)."""
-        return gradient_norm(self.params.values(), self.layout)
+        return gradient_norm(self.counted().values(), self.layout)
+
+    def counted(self) -> dict[str, nn.Parameter]:
+        """Parameters that this rank counts in sums over the model; not a second copy of one."""
+        return self.params
 
     def update(self, norm: Tensor, lr: float) -> None:
         """Clip, then one optimizer update at learning rate ``lr``; gradients are freed."""

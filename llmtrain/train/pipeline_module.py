@@ -26,7 +26,7 @@ from llmtrain.model import (
     rate_factors,
     stage_parts,
 )
-from llmtrain.optim import build_groups, build_optimizer, create_state, gradient_norm
+from llmtrain.optim import build_groups, build_optimizer, create_state
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.pipeline import Pipeline, build_pipeline, ends_group
@@ -172,11 +172,10 @@ class PipelineModule(TrainModule):
             assert grad is not None
             dist.all_reduce(_local(grad), group=self._ends)
 
-    def gradient_norm(self) -> Tensor:
-        """Global L2 norm of the gradients (0-dim); a tied embedding counts on the first rank."""
+    def counted(self) -> dict[str, nn.Parameter]:
+        """All but a tied embedding's second copy: it counts on the first rank."""
         copy = TIED if self._ends is not None and self.pipeline.rank > 0 else None
-        own = [param for name, param in self.params.items() if name != copy]
-        return gradient_norm(own, self.layout)
+        return {name: param for name, param in self.params.items() if name != copy}
 
     def loss(self, batch: Batch, denominator: float) -> LossOutput:
         """Forward of one micro-batch, for evaluation; zeros on all ranks but the last."""

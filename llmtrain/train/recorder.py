@@ -45,6 +45,7 @@ class Recorder:
         self._seen = torch.zeros(n, dtype=torch.float64, device=self.world.device)
         self._before: dict[str, dict[str, float]] = {}
         self._waited = 0.0
+        self._noted: dict[str, float] = {}
 
     def begin(self, step_done: int) -> None:
         """Training starts (again) after update ``step_done``."""
@@ -81,12 +82,19 @@ class Recorder:
         """Take back what ``state_dict`` gave."""
         self._before = state["sources"]
 
+    def due(self, step: int) -> bool:
+        """Whether update ``step`` is logged."""
+        return step % self.cfg.log.every == 0 or step in (1, self.clockwork.stop)
+
+    def note(self, name: str, value: float) -> None:
+        """A method's own number of the step that is being made, for its record."""
+        self._noted[name] = value
+
     def step(self, result: StepResult, waited: float) -> None:
         """Count a step and log it when due. waited: seconds the loader has stalled in all."""
         self.throughput.add(self.clockwork.tokens_per_step)
         self.console.advance(result.step)
-        due = result.step % self.cfg.log.every == 0 or result.step == 1
-        if not (due or result.step == self.clockwork.stop):
+        if not self.due(result.step):
             return
         rate, mfu, seconds = self.throughput.read()
         sources = self._sources()
@@ -104,6 +112,8 @@ class Recorder:
             "data_seconds": waited - self._waited,
             "sources": sources,
         }
+        if self._noted:
+            record["method"], self._noted = self._noted, {}
         self._waited = waited
         left = (self.clockwork.stop - result.step) * self.clockwork.tokens_per_step
         self._write(record)

@@ -13,6 +13,7 @@ from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.store import explain
 from llmtrain.config import check_world, load_config, to_dict, to_yaml
 from llmtrain.config.diff import diff_configs
+from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
@@ -31,6 +32,7 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
+from llmtrain.train.begin import begin_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -96,6 +98,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
             module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
+        elif cfg.init is not None:
+            begun = begin_with(module, plan, cfg.init, world)
+            console.say(f"begins with the weights of {begun}")
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)
@@ -198,6 +203,12 @@ def _preamble(
         f"{human(times.total * times.tokens_per_step)} tokens, {world.size} process"
         + ("" if world.size == 1 else f"es ({resolve_degrees(cfg.parallel, world.size)})")
     )
+    late = [str(at) for at in cfg.checkpoint.keep_at if part_of_run(cfg, at) > 1]
+    if late:
+        console.warn(
+            f"checkpoint.keep_at: {', '.join(late)} is after the end of the run "
+            f"({cfg.train.duration}); no checkpoint will be kept there for a branch"
+        )
     tree = plan.tree().splitlines()
     if len(tree) > _PLAN_LINES:
         hint = f"  {len(plan.names)} sources; `llmtrain data plan CONFIG` prints tokens and epochs"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmtrain.checkpoint import Checkpointer, latest, read_files, safefile, scan, verify
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 SYNC = CheckpointConfig(asynchronous=False, keep=5)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llmtrain.checkpoint import Checkpointer, export_model, scan
 from llmtrain.cli import checkpoint as cli
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmtrain.checkpoint import Checkpointer, Store, latest, scan, verify
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 

@@ -21,7 +21,7 @@ from llmtrain.checkpoint import (
     scan,
     verify,
 )
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 SYNC = CheckpointConfig(asynchronous=False, keep=2)

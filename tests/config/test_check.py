@@ -327,11 +327,6 @@ def run(**train: Any) -> RunConfig:
         (run(tensor=3), 4, "parallel.tensor: replicate 1 x tensor 3 = 3 does not divide the 4"),
         (run(shard=1, tensor=2, pipeline=3), 4, "shard 1 x replicate 1 x tensor 2 x pipeline 3 ="),
         (run(tensor=2, pipeline=2), 20, "batch_size: 32 cannot be shared equally: 5 ranks"),
-        (
-            run(pipeline=2, pipeline_schedule="zero_bubble", micro_batch_size=4),
-            4,
-            "zero_bubble does not go together with shard, replicate or context",
-        ),
         (run(pipeline=2, global_batch_size=1), 2, "of 1 are 1; raise train.global_batch_size"),
         (run(pipeline=2), 4, "1f1b over 2 pipeline ranks needs at least 2 micro-batches a step"),
         (run(pipeline=2, micro_batch_size=16), 4, "sequences in micro-batches of 16 are 1; lower"),

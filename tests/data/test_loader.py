@@ -24,9 +24,9 @@ def make_plan(prefetch: int = 2) -> DataPlan:
     mixture = Mixture(["a", "b"], [Stretch(0, 960, weights)], 64, 5)
     sizes = [samples_in(s.num_tokens, 16) for s in sources]
     catalogue = Catalogue({}, {}, {}, 0, 99, None)
-    return DataPlan(
-        cfg, catalogue, ["a", "b"], list(sources), sizes, [1.0, 0.5], mixture.stretches, mixture
-    )
+    all_of_it = [None, None]
+    facts = (["a", "b"], list(sources), sizes, [1.0, 0.5], all_of_it)
+    return DataPlan(cfg, catalogue, *facts, mixture.stretches, mixture)
 
 
 def joined(plan: DataPlan, world: int, step: int) -> dict[str, torch.Tensor]:

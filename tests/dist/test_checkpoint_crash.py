@@ -14,7 +14,7 @@ import torch
 from helpers.ranks import RankError, run_ranks
 
 from llmtrain.checkpoint import Checkpointer, verify
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 pytestmark = pytest.mark.dist

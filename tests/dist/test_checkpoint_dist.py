@@ -38,7 +38,7 @@ from llmtrain.checkpoint import (
     verify,
 )
 from llmtrain.checkpoint.layout import read_layout
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
 pytestmark = pytest.mark.dist

@@ -22,7 +22,7 @@ from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.universal import from_deepspeed, to_deepspeed
 from llmtrain.config import to_yaml
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.parallel.fragment import Fragment
 from llmtrain.parallel.zero import import_deepspeed

@@ -42,7 +42,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
         {"pipeline": 2, "tensor": 2, "pipeline_schedule": "zero_bubble"},
         UNTIED,
     ),
+    "PP2+FSDP2 zero bubble": (4, {"pipeline": 2, "pipeline_schedule": "zero_bubble"}, TIED),
+    "PP2+DP2 zero bubble": (
+        4,
+        {"pipeline": 2, "replicate": 2, "pipeline_schedule": "zero_bubble"},
+        UNTIED,
+    ),
     "PP2+CP2": (4, {"pipeline": 2, "context": 2}, UNTIED),
+    "PP2+CP2 zero bubble": (
+        4,
+        {"pipeline": 2, "context": 2, "pipeline_schedule": "zero_bubble"},
+        UNTIED,
+    ),
 }
 
 

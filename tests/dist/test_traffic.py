@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.steps import Sent, count_step, fake_group, setting_of, small_run
+from helpers.steps import Sent, build, count_step, fake_group, setting_of, small_run
+
+from torch.distributed.tensor import DTensor
 
 from llmtrain.planner import Setting, Traffic, draw, step_traffic
 
@@ -43,6 +45,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, PIPELINE | TENSOR | {"parallel__pipeline_schedule": "gpipe"}),
     (4, PIPELINE | {"parallel__reshard_after_forward": False, "parallel__replicate": 2}),
     (4, PIPELINE | {"parallel__pipeline_schedule": "interleaved", "model__n_layers": 5}),
+    (4, PIPELINE | {"parallel__pipeline_schedule": "zero_bubble", "model__n_layers": 5}),
     (4, {"parallel__tensor": 4, "model__n_kv_heads": 2, "model__attention_bias": True}),
 ]
 
@@ -64,6 +67,21 @@ def test_a_step_on_real_ranks_moves_what_the_formulas_say(
     for rank, sent in enumerate(run_ranks(world, count_step, setting)):
         stage = rank // (world // setting.degrees.pipeline)
         assert sent == predicted(setting, rank, stage)
+
+
+@pytest.mark.dist
+def test_a_plan_leaves_nothing_behind_for_a_run_in_the_same_process() -> None:
+    """DTensor remembers results by mesh, and meshes of the same ranks are equal."""
+    setting = setting_of(small_run(**PIPELINE), 4)
+    for rank in range(4):
+        draw(setting, rank)
+
+    def body(rank: int) -> int:
+        state = build(setting, rank).tensors()
+        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in state.values()]
+        return sum(t.numel() for t in whole)
+
+    assert all(count > 0 for count in run_ranks(4, body))
 
 
 # One rank of many: the collectives do nothing, but the rank makes them all the same.

@@ -3,13 +3,18 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from helpers.tiny import make_corpus, records, tiny_config
 
+from llmtrain import parallel
 from llmtrain.cli.main import main
+from llmtrain.data.batch import Batch
+from llmtrain.data.loader import HeldoutSet
 from llmtrain.eval.generation import generate
 
 
@@ -41,6 +46,38 @@ def test_eval_takes_overrides_and_prints_a_table(
     assert "step 3" in out
     assert "bits/byte" in out
     assert "digits" in out
+
+
+@pytest.mark.dist
+def test_several_processes_share_the_samples_and_one_prints(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(run), "--json"]) == 0
+    alone = json.loads(capfd.readouterr().out)["domains"]
+    seen: list[int] = []
+
+    def body(rank: int) -> int:
+        parallel.close_world = lambda: None  # the ranks part at the end of the test
+        real = HeldoutSet.batches
+
+        def counted(self: HeldoutSet, *args: int) -> Iterator[Batch]:
+            for batch in real(self, *args):
+                seen.append(len(batch.tokens))
+                yield batch
+
+        HeldoutSet.batches = counted  # type: ignore[method-assign]
+        code = main(["eval", str(run), "--json"])
+        assert main(["generate", str(run), "--prompt", "alpha "]) == 0
+        return code + sum(seen)
+
+    counts = run_ranks(2, body)
+    out = capfd.readouterr().out
+    shared = json.loads(out[: out.rindex("}") + 1])["domains"]
+    assert out.count("alpha ") == 1
+    assert sum(counts) > max(counts) > 0
+    for name, metrics in alone.items():
+        assert shared[name]["tokens"] == metrics["tokens"]
+        assert shared[name]["loss"] == pytest.approx(metrics["loss"], abs=1e-6)
 
 
 def test_generate_continues_and_is_reproducible(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtrain.checkpoint import Checkpointer
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 
 pytestmark = [
     pytest.mark.gpu,

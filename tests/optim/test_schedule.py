@@ -14,7 +14,9 @@ def make(name: str, **changes: object) -> Schedule:
     return Schedule(name=name, **values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "inverse_sqrt", "wsd"])
+@pytest.mark.parametrize(
+    "name", ["constant", "cosine", "linear", "inverse_sqrt", "wsd", "infinite"]
+)
 def test_warmup_rises_linearly_to_the_peak(name: str) -> None:
     schedule = make(name)
     assert [schedule.factor(s) for s in range(10)] == pytest.approx(
@@ -65,3 +67,41 @@ def test_durations_resolve_against_the_run() -> None:
     cfg = ScheduleConfig(name="wsd", warmup=dur("2048tok"), decay=dur("0.25dur"))
     schedule = Schedule.from_config(cfg, total=80, tokens_per_step=1000)
     assert (schedule.warmup, schedule.decay) == (3, 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "middle"),
+    [
+        ("cosine", 0.5 + 0.5 * 0.5 * (1 + math.cos(math.pi * 15 / 30))),
+        # a + b / sqrt(1 + t) with 1 at t = 0 and 0.5 at t = 30, solved by hand.
+        ("inverse_sqrt", 1 - 0.5 * (1 - 16**-0.5) / (1 - 31**-0.5)),
+    ],
+)
+def test_infinite_cools_down_stays_and_anneals(shape: str, middle: float) -> None:
+    schedule = make("infinite", cooldown=30, cooldown_shape=shape, constant_factor=0.5)
+    assert schedule.factor(9) == 1.0
+    assert schedule.factor(24) == pytest.approx(middle)
+    assert {schedule.factor(s) for s in range(39, 80)} == {0.5}
+    # eta_const (eta_min / eta_const)^progress, progress 1 at the last update.
+    assert schedule.factor(89) == pytest.approx(0.5 * (0.1 / 0.5) ** 0.5)
+    assert schedule.factor(99) == pytest.approx(0.1)
+    # Another length changes nothing before the annealing: that is what it is for.
+    longer = make("infinite", total=500, cooldown=30, cooldown_shape=shape, constant_factor=0.5)
+    assert [longer.factor(s) for s in range(80)] == [schedule.factor(s) for s in range(80)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "inverse_sqrt", "infinite"])
+def test_a_restart_is_the_schedule_of_a_run_of_its_own(name: str) -> None:
+    parts = {"warmup": 4, "decay": 5, "cooldown": 6, "constant_factor": 0.5}
+    cycles = make(name, **parts, restarts=(30, 70))
+    alone = [
+        make(name, **parts, total=length).factor(s)
+        for length in (30, 40, 30)
+        for s in range(length)
+    ]
+    assert [cycles.factor(s) for s in range(100)] == alone
+
+
+def test_restarts_resolve_against_the_run() -> None:
+    cfg = ScheduleConfig(name="cosine", restarts=[dur("0.5dur"), dur("70step")])
+    assert Schedule.from_config(cfg, total=100, tokens_per_step=8).restarts == (50, 70)

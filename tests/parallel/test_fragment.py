@@ -12,7 +12,7 @@ import torch
 from helpers.ranks import run_ranks
 
 from llmtrain.checkpoint import Checkpointer, load_checkpoint, verify
-from llmtrain.config.schema import CheckpointConfig
+from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.parallel.fragment import Fragment, boxes_of_run
 
 SHAPES = [(), (7,), (3, 5), (4, 1), (1, 6), (2, 3, 4), (3, 1, 2, 2)]

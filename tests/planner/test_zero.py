@@ -50,4 +50,4 @@ def test_a_dry_run_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["train", str(config), "--dry-run", *words]) == 0
     out = capsys.readouterr().out
     assert "optimizer state (host)" in out and "all, without what is offloaded" in out
-    assert "all-gather" not in out
+    assert "all-gather" in out and "parameters, at most" in out

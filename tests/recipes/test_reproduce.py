@@ -19,7 +19,7 @@ from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.recipes import runner
 from llmtrain.recipes.domain_upsampling import SHARES
-from llmtrain.recipes.experiment import Claim, Experiment, Trial, mini_run
+from llmtrain.recipes.experiment import Claim, Experiment, Scoring, Trial, mini_run
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, findings, report_lines, verdict
 
@@ -76,6 +76,9 @@ def test_runs_are_made_once_and_the_result_is_written(
         Trial("base", config),
         Trial("tail", trunk="base", at="0.5dur", overrides=["data.weights={digits: 1}"]),
     ]
+    half = {**data, "select": {"scores": "made later", "keep": 0.5}}
+    scoring = Scoring("base", "0.5dur", "el2n")
+    trials.append(Trial("half", {**config, "data": half}, scoring=scoring))
     claims = [Claim("digits gain", "tail", "base", ("digits",))]
     experiment = Experiment("tiny", "Tiny", ["paper: none"], lambda scale: trials, claims, "base")
     text = {"letters": {"kind": "builtin", "domain": "docs"}}  # not read: the corpus is there
@@ -87,7 +90,9 @@ def test_runs_are_made_once_and_the_result_is_written(
     monkeypatch.setattr(runner, "train", lambda cfg, w: (trained.append(cfg.name), real(cfg, w)))
 
     lines = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
-    assert trained == ["tiny-base-s1", "tiny-base-s2"]
+    assert trained == ["tiny-base-s1", "tiny-half-s1", "tiny-base-s2", "tiny-half-s2"]
+    select = load_config(tmp_path / "out" / "tiny-half-s2" / "config.yaml").data.select
+    assert select is not None and select.scores == str(tmp_path / "out" / "tiny-el2n-s2.parquet")
     found = json.loads((tmp_path / "out" / "tiny.json").read_text())
     gaps = [b["digits"] - t["digits"] for b, t in zip(found["base"], found["tail"], strict=True)]
     assert f"{sum(gaps) / 2:+.4f}" in "\n".join(lines)
@@ -95,7 +100,7 @@ def test_runs_are_made_once_and_the_result_is_written(
     assert (tmp_path / "out" / "tiny.svg").read_text().startswith("<svg")
 
     again = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
-    assert again == lines and len(trained) == 2
+    assert again == lines and len(trained) == 4
     config["optim"]["lr"] = 1e-3
     with pytest.raises(ConfigError, match=r"other settings \(optim.lr"):
         runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
@@ -110,7 +115,8 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     assert main(["reproduce", name, "--scale", scale, "--seeds", "2", "--out", str(out)]) == 0
     trials = _experiment(name).trials(scale)
     jobs = sorted(out.glob("*.sbatch"))
-    assert len(jobs) == 2 * len(trials)
+    scorings = {trial.scoring for trial in trials} - {None}
+    assert len(jobs) == 2 * (len(trials) + len(scorings))
     for file in [*jobs, out / "submit.sh"]:
         subprocess.run(["bash", "-n", str(file)], check=True)
     for config in out.glob("*.yaml"):
@@ -118,7 +124,8 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     submit = (out / "submit.sh").read_text()
     for word in re.findall(r"\$\{?(job_\w+)", submit):
         assert f"\n{word}=$(sbatch" in submit
-    assert len(re.findall("dependency", submit)) == 2 * sum(t.trunk is not None for t in trials)
+    after = sum(t.trunk is not None or t.scoring is not None for t in trials) + len(scorings)
+    assert len(re.findall("dependency", submit)) == 2 * after
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,6 +149,13 @@ def test_miniatures_are_sound(name: str, tmp_path: Path) -> None:
         if trial.trunk:
             at = Duration.parse(trial.at).steps(times.tokens_per_step, times.total)
             assert times.keeps(at)
+        if trial.scoring:
+            assert list(trials).index(trial.scoring.by) < list(trials).index(trial.label)
+            at = Duration.parse(trial.scoring.at).steps(times.tokens_per_step, times.total)
+            scored = trials[trial.scoring.by].config
+            data = {**scored["data"], "corpus": corpus["out"]}
+            again = from_dict({**scored, "data": data, "prepare": corpus})
+            assert Clockwork.from_config(again).keeps(at)
 
 
 def test_the_branch_points_are_the_shares() -> None:

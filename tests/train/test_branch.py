@@ -218,6 +218,11 @@ def test_what_cannot_be_branched_is_refused(
     assert "Traceback" not in errors
 
 
+def test_a_tail_that_was_refused_can_be_mended(trunk: Path) -> None:
+    assert branch(trunk, "--at", "16step", "name=side", "data.weights={digit: 1}") == 2
+    assert branch(trunk, "--at", "16step", "name=side", "data.weights={digits: 1}") == 0
+
+
 def test_a_ramp_cannot_be_cut_and_a_folder_in_use_is_left_alone(
     trunk: Path, world: Path, tmp_path: Path
 ) -> None:

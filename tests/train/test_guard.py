@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from llmtrain.config.schema import GuardConfig
+from llmtrain.config.upkeep import GuardConfig
 from llmtrain.errors import GuardStop
 from llmtrain.train.guard import Guard
 

@@ -1,0 +1,62 @@
+"""``llmtrain convert from-hf|to-hf SRC DST``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import EXIT_OK, LlmtrainError
+
+HELP = "models from and to Hugging Face's formats"
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the subcommand."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    coming = actions.add_parser("from-hf", help="a checkpoint of ours from a Hugging Face folder")
+    coming.add_argument("src", metavar="SRC", help="folder with config.json and safetensors")
+    coming.add_argument("dst", metavar="DST", help="checkpoint to create")
+    coming.add_argument("--dtype", choices=_DTYPES, help="of the stored weights (default: fp32)")
+    leaving = actions.add_parser("to-hf", help="a folder that transformers opens")
+    leaving.add_argument("src", metavar="SRC", help="a run's folder, or one checkpoint")
+    leaving.add_argument("dst", metavar="DST", help="folder to create")
+    leaving.add_argument(
+        "--architecture", metavar="NAME", help="e.g. llama (default: the one that fits)"
+    )
+    leaving.add_argument(
+        "--dtype", choices=_DTYPES, help="of the weights (default: as they came, or as saved)"
+    )
+    for action in (coming, leaving):
+        action.add_argument(
+            "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit code."""
+    if not args.shard_gb > 0:
+        raise LlmtrainError("--shard-gb must be above 0")
+    import torch
+
+    from llmtrain.convert import from_huggingface, to_huggingface
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    options: dict[str, Any] = {"shard_bytes": int(args.shard_gb * 2**30)}
+    options["dtype"] = None if args.dtype is None else dtypes[args.dtype]
+    src, dst = Path(args.src), Path(args.dst)
+    if args.action == "from-hf":
+        done = from_huggingface(src, dst, **options)
+        after = f"llmtrain generate {dst} --prompt ..., or train with init.path={dst}"
+    else:
+        done = to_huggingface(src, dst, architecture=args.architecture, **options)
+        after = f'transformers.AutoModelForCausalLM.from_pretrained("{dst}")'
+    for note in done.notes:
+        print(f"llmtrain: warning: {note}", file=sys.stderr)
+    print(
+        f"{done.path}: {done.architecture}, {done.n_params:,} parameters, "
+        f"{done.bytes / 1e6:,.1f} MB\nnext: {after}"
+    )
+    return EXIT_OK

@@ -1,0 +1,165 @@
+"""A Hugging Face folder from a checkpoint of ours, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint import MODEL_PREFIX, read_files
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.layout import META, TensorLayout, read_layout
+from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.safefile import write_small
+from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.config import load_config
+from llmtrain.config.schema import ModelConfig
+from llmtrain.convert.architectures import Architecture, fitting_architecture
+from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
+from llmtrain.convert.names import VOCABULARY, Rule, rules_for
+from llmtrain.convert.writing import (
+    SHARD_BYTES,
+    Converted,
+    Target,
+    in_blocks,
+    new_folder,
+    shards_of,
+    write_file,
+)
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import CheckpointError, DataError
+from llmtrain.model import complete
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def to_huggingface(
+    src: Path,
+    dst: Path,
+    *,
+    architecture: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Converted:
+    """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
+
+    architecture: by name; None: what it was converted from, or the one that computes the same.
+    dtype: None: the one it was converted from, or that of the checkpoint. Raises
+    CheckpointError when no architecture fits, naming the settings that stand in the way; then
+    nothing is written.
+    """
+    found, skipped = find(Ranks(None), Path(src).expanduser(), MODEL_PREFIX)
+    notes = [f"{fault}; {found.name} is converted instead" for fault in skipped]
+    files = read_files(found)
+    if "config.yaml" not in files or "data.json" not in files:
+        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain")
+    run = load_config(found / "config.yaml")
+    cfg = complete(run.model, json.loads(files["data.json"])["vocab_size"], run.data.seq_len)
+    origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
+    kind = _chosen(cfg, architecture, origin)
+    layout = {
+        key.removeprefix(MODEL_PREFIX): value
+        for key, value in read_layout(found).items()
+        if key.startswith(MODEL_PREFIX)
+    }
+    writer = _Writer(found, layout, rules_for(kind.name, cfg), cfg)
+    target = dtype or _stored_dtype(layout, origin)
+    with new_folder(Path(dst)) as temporary:
+        size = writer.write(temporary, target, shard_bytes)
+        config = kind.write(cfg) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
+        text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        carried = {name: data for name, data in files.items() if name in CARRIED}
+        for name, data in {CONFIG: text, **carried}.items():
+            write_small(temporary / name, data)
+    n_params = sum(torch.Size(entry.shape).numel() for entry in layout.values())
+    return Converted(Path(dst), kind.name, n_params, size, notes)
+
+
+def _chosen(cfg: ModelConfig, wanted: str | None, origin: dict[str, Any]) -> Architecture:
+    """The wanted architecture, else that of the origin where it still fits, else one that fits."""
+    before = origin.get("architecture")
+    if wanted is None and before is not None:
+        try:
+            return fitting_architecture(cfg, str(before))
+        except CheckpointError:
+            return fitting_architecture(cfg, None)
+    return fitting_architecture(cfg, wanted)
+
+
+def _stored_dtype(layout: dict[str, TensorLayout], origin: dict[str, Any]) -> torch.dtype:
+    stored = next(iter(layout.values())).dtype
+    return DTYPES[str(origin.get("dtype", stored))]
+
+
+def _ids(found: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of special tokens, as the model came with them or of the tokenizer."""
+    if origin.get("ids"):
+        return dict(origin["ids"])
+    try:
+        return {"eos_token_id": load_tokenizer(found).eos_id}
+    except DataError:
+        return {}
+
+
+class _Writer:
+    """Reads a checkpoint and writes files of transformers' tensors."""
+
+    def __init__(
+        self, found: Path, layout: dict[str, TensorLayout], rules: list[Rule], cfg: ModelConfig
+    ) -> None:
+        self._found, self._layout, self._cfg = found, layout, cfg
+        self._rules = rules
+        lacking = sorted({rule.ours for rule in rules} ^ layout.keys())
+        if lacking:
+            raise CheckpointError(
+                f"{found}: its tensors and its config.yaml do not agree on {lacking[0]} "
+                f"({len(lacking)} such); the checkpoint is of another model"
+            )
+
+    def write(self, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+        """All files of weights and their index; returns their size."""
+        made = self._units(dtype)
+        units = [unit for unit, _ in made]
+        by_name = {unit[0].name: rule for unit, rule in made}
+        shards = shards_of(units, shard_bytes)
+        places: dict[str, str] = {}
+        size = 0
+        for i, members in enumerate(shards):
+            name = SINGLE
+            if len(shards) > 1:
+                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            targets = [target for unit in members for target in unit]
+            values = self._values([by_name[unit[0].name] for unit in members])
+            size += write_file(folder / name, targets, values).bytes
+            places |= {target.name: name for target in targets}
+        if len(shards) > 1:
+            total = sum(target.bytes for unit in units for target in unit)
+            write_small(folder / INDEX, write_index(places, total))
+        return size
+
+    def _units(self, dtype: torch.dtype) -> list[tuple[list[Target], Rule]]:
+        """What is written of every tensor of ours."""
+        found = []
+        for rule in self._rules:
+            whole = torch.empty(self._layout[rule.ours].shape, device="meta")
+            parts = rule.split(self._trimmed(rule, whole), self._cfg)
+            named = zip(rule.theirs, parts, strict=True)
+            found.append(([Target(n, dtype, tuple(p.shape)) for n, p in named], rule))
+        return found
+
+    def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
+        return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
+
+    def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
+        for rule in rules:
+            key = MODEL_PREFIX + rule.ours
+            whole = read_tensor(self._found, key, self._layout[rule.ours])
+            parts = rule.split(self._trimmed(rule, whole), self._cfg)
+            del whole
+            for part in parts:
+                yield in_blocks(part)
