@@ -22,6 +22,7 @@ NAMES = (
     "sfa",
     "mus-transfer",
     "mus-depth",
+    "mus-fp8",
 )
 
 

@@ -16,7 +16,7 @@ from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.filters import FilterConfig
 from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
-from llmtrain.config.number_formats import QuantizationConfig
+from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
@@ -366,5 +366,8 @@ class RunConfig:
         None,
         "number formats of the hidden linear layers",
         hook="llmtrain.methods.quantization:QuantizationSwitch",
+    )
+    numerics: NumericsConfig | None = key(
+        None, "measurements of FP8's range", hook="llmtrain.methods.numerics:Numerics"
     )
     hooks: list[HookConfig] = key(list, "hooks by import path")

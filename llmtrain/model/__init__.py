@@ -15,6 +15,7 @@ from llmtrain.model.formats import (
     assign_formats,
     check_fp8_tokens,
     format_lines,
+    gradient_scale,
     hidden_layers,
     switch_step,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "decay_factor",
     "flops_per_token",
     "format_lines",
+    "gradient_scale",
     "hidden_layers",
     "init_weights",
     "keep_own_parts",

@@ -44,9 +44,9 @@ class Trial:
 class Claim:
     """A paper's claim as a comparison of held-out losses, seed by seed.
 
-    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``.
-    also: the comparison is with the mean of ``than`` and this one. decides: whether it is part of
-    the verdict, or shown beside it (a cost, say).
+    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``;
+    with ``within``, at most that share above it. also: the comparison is with the mean of ``than``
+    and this one. decides: whether it is part of the verdict, or shown beside it (a cost, say).
     """
 
     text: str
@@ -55,6 +55,7 @@ class Claim:
     domains: Sequence[str] = ()
     decides: bool = True
     also: str | None = None
+    within: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         end = switch_step(cfg)
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
-        lines += format_lines(model, model_cfg, cfg.quantization)
+        lines += format_lines(model, model_cfg, cfg)
     return lines
 
 
