@@ -11,9 +11,11 @@
 
 namespace avx512 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::Fp8Kernels fp8;
 }
 namespace avx2 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::Fp8Kernels fp8;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
@@ -25,6 +27,7 @@ extern const llmtrain::AttentionKernels attention;
 #endif
 namespace baseline {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::Fp8Kernels fp8;
 }
 
 namespace llmtrain {
@@ -87,6 +90,14 @@ const RowKernels<float>& rows<float>() {
 template <>
 const RowKernels<bf16>& rows<bf16>() {
   return best_kernels().b16;
+}
+
+const Fp8Kernels& fp8_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::fp8;
+  if (level() == kAvx2) return avx2::fp8;
+#endif
+  return baseline::fp8;
 }
 
 // Null where the processor has no bfloat16 products.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "fp8.h"
 #include "products.h"
 #include "rows.h"
 
@@ -17,6 +18,8 @@ const char* sources();
 // For T float and bf16.
 template <class T>
 const RowKernels<T>& rows();
+
+const Fp8Kernels& fp8_kernels();
 
 // Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();

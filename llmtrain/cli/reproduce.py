@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from llmtrain.recipes.experiment import Experiment
 
 HELP = "show a paper's claim in miniature, or write its runs for a cluster"
-NAMES = ("domain-upsampling", "loss-reweighting", "data-diet", "mus-transfer", "mus-depth")
+NAMES = (
+    "domain-upsampling",
+    "loss-reweighting",
+    "data-diet",
+    "skill-it",
+    "data-ablation",
+    "sfa",
+    "mus-transfer",
+    "mus-depth",
+    "mus-fp8",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,13 @@ from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
-from llmtrain.model import Decoder, check_tensor_degree, resolve_model, shard_over_tensor
+from llmtrain.model import (
+    Decoder,
+    apply_formats,
+    check_tensor_degree,
+    resolve_model,
+    shard_over_tensor,
+)
 from llmtrain.ops import kernels_warning
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import resolve_precision
@@ -48,9 +54,10 @@ def load_trained(
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
-    the weights stay float32. layout: its tensor ranks, if any, share the matrices, each reading
-    its own part. Optimizer state is neither read nor verified. Raises CheckpointError naming what
-    is missing or damaged, ConfigError where the tensor ranks do not fit the model.
+    the weights stay float32. Layers compute in the number formats of the run at that step.
+    layout: its tensor ranks, if any, share the matrices, each reading its own part. Optimizer
+    state is neither read nor verified. Raises CheckpointError naming what is missing or damaged,
+    ConfigError where the tensor ranks do not fit the model.
     """
     alone = Ranks(None)
     found, faults = find(alone, path.expanduser(), "model.")
@@ -76,4 +83,5 @@ def load_trained(
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])
+    apply_formats(model, model_cfg, cfg, device, step)
     return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)

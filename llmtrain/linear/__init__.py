@@ -6,9 +6,13 @@ one autograd function, so that every format works under every layout. Adapters a
 factor; none exists yet.
 """
 
+from llmtrain.linear.adapter import LowRank, low_rank_change
+from llmtrain.linear.fake import Numbers, fake_matmul
+from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
+from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
 
 __all__ = [
@@ -16,11 +20,19 @@ __all__ = [
     "FP32",
     "FP32_ONEDNN",
     "Linear",
+    "LowRank",
     "Matmul",
+    "Numbers",
+    "Operand",
     "OperandCache",
+    "Packed",
     "Placement",
     "Plan",
+    "Reach",
     "apply_linear",
     "backward_for",
+    "fake_matmul",
+    "fp8_matmul",
+    "low_rank_change",
     "matmul_for",
 ]

@@ -12,12 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.linear.matmul import Matmul
+from llmtrain.linear.operand import (
+    Operand,
+    Packed,
+    Reach,
+    first_rows,
+    from_parts,
+    gather,
+    parts_of,
+    start_gather,
+)
 from llmtrain.linear.placement import Placement
 from llmtrain.parallel.collectives import (
-    all_gather,
     all_reduce,
     reduce_scatter,
-    start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
 )
@@ -28,12 +36,17 @@ from llmtrain.parallel.uncompiled import uncompiled
 @dataclass(frozen=True)
 class Plan:
     """How a product runs: number format, placement, the ranks that take part, and a constant
-    ``scale`` that multiplies the product and both its gradients (but not the bias)."""
+    ``scale`` that multiplies the product and both its gradients (but not the bias).
+
+    freed: the weight is gathered for each product and freed between forward and backward
+    (FSDP2), so that what it was packed into is not kept either, but made again.
+    """
 
     matmul: Matmul
     placement: Placement = Placement.REPLICATED
     tensor: TensorParallel | None = None
     scale: float = 1.0
+    freed: bool = False
 
     @property
     def by_tokens(self) -> bool:
@@ -50,6 +63,38 @@ class Plan:
     def row(self) -> TensorParallel | None:
         """The group of a row-parallel layer."""
         return self.tensor if self.placement is Placement.ROW else None
+
+    # Statistics of a whole operand are taken over the ranks that hold its parts, so that numbers
+    # do not depend on the layout.
+
+    @property
+    def weight_reach(self) -> Reach:
+        """The ranks that share the weight."""
+        if self.tensor is None or self.placement is Placement.REPLICATED:
+            return Reach()
+        return Reach(self.tensor.group, self.tensor.group if self.row else None)
+
+    @property
+    def input_reach(self) -> Reach:
+        """The ranks that share the input before it is gathered."""
+        if self.row is not None:
+            return Reach(self.row.group, self.row.group)
+        column = self.column
+        return Reach(column.group if column is not None and column.sequence else None)
+
+    @property
+    def grad_reach(self) -> Reach:
+        """The ranks that share the gradient of the output before it is gathered."""
+        if self.column is not None:
+            return Reach(self.column.group, self.column.group)
+        row = self.row
+        return Reach(row.group if row is not None and row.sequence else None)
+
+    @property
+    def regathers(self) -> bool:
+        """Whether backward gathers the input again."""
+        column = self.column
+        return column is not None and column.sequence and not column.keep_gathered
 
 
 class _Needed:
@@ -78,63 +123,102 @@ def backward_for(kind: str) -> Iterator[None]:
 
 class _LinearFunction(torch.autograd.Function):
     """y = scale x weight^T + bias. Saves x only when the weight is trained, and then its token
-    shard alone (unless ``keep_gathered``): backward gathers it again."""
+    shard alone (unless ``keep_gathered``): backward gathers it again. What is saved and gathered
+    is what the number format packed: one byte an element in FP8."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        *operand_parts: Tensor | None,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(plan.matmul.dtype)
+        matmul = plan.matmul
+        operand = from_parts(matmul.packs, *operand_parts)
+        flat = x.reshape(-1, x.shape[-1]).to(matmul.dtype)
         ctx.plan = plan
         ctx.x_shape, ctx.x_dtype, ctx.rows = x.shape, x.dtype, len(flat)
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        kept, flat = flat, _gathered(flat, plan)
+        gathers = plan.column is not None and plan.column.sequence
+        kept = matmul.pack_input(flat, plan.input_reach, needs_weight and not gathers)
+        full = _gathered(kept, plan)
         if plan.column is not None and plan.column.keep_gathered:
-            kept = flat
-        ctx.save_for_backward(kept if needs_weight else None, operand if needs_x else None)
+            kept = full
+        _save(ctx, kept if needs_weight else None, weight, operand if needs_x else None)
         if plan.row is None:
-            y = plan.matmul.fprop(flat, operand, bias, plan.scale)
+            y = matmul.fprop(full, operand, bias, plan.scale)
         else:
-            y = _reduced(plan.matmul.fprop(flat, operand, None, plan.scale), plan.row)
+            y = _reduced(matmul.fprop(full, operand, None, plan.scale), plan.row)
             y = y if bias is None else y.add_(bias.to(y.dtype))
         return y if plan.by_tokens else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        x, operand = ctx.saved_tensors
+        matmul = plan.matmul
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_x = needs_x and _Needed.inputs
         needs_weight, needs_bias = needs_weight and _Needed.weights, needs_bias and _Needed.weights
-        flat = grad.reshape(-1, grad.shape[-1]).to(plan.matmul.dtype)
+        kept, operand = _saved(ctx, needs_x, needs_weight)
+        flat = grad.reshape(-1, grad.shape[-1]).to(matmul.dtype)
         db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
-        if plan.row is not None and plan.row.sequence:
-            flat = all_gather(flat, plan.row.group)[: ctx.rows]
+        gathers = plan.row is not None and plan.row.sequence
+        packed = matmul.pack_grad(flat, plan.grad_reach, needs_weight and not gathers)
+        if gathers:
+            assert plan.row is not None
+            packed = first_rows(gather(packed, plan.row.group), ctx.rows)
         # The order of launches is what overlaps: the gather of x runs beside the first product,
         # the reduction of its result beside the second.
-        x, gathering = _start_regather(x, plan) if needs_weight else (x, None)
+        gathering = None
+        if kept is not None and plan.regathers:
+            assert plan.column is not None
+            kept, gathering = start_gather(kept, plan.column.group)
         dx = dw = None
         reducing = None
-        if needs_x:
-            dx = plan.matmul.dgrad(flat, operand, plan.scale)
-            dx, reducing = _start_reduction(dx, plan.column)
-        if needs_weight:
+        if operand is not None:
+            dx, reducing = _start_reduction(matmul.dgrad(packed, operand, plan.scale), plan.column)
+        if kept is not None:
             if gathering is not None:
                 gathering.wait()
-            dw = plan.matmul.wgrad(flat, x, scale=plan.scale).to(ctx.weight_dtype)
+            dw = matmul.wgrad(packed, kept, scale=plan.scale).to(ctx.weight_dtype)
         if reducing is not None:
             reducing.wait()
         if dx is not None:
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
-        return dx, dw, db, None, None
+        return dx, dw, db, *(None,) * 4
 
 
-def _gathered(flat: Tensor, plan: Plan) -> Tensor:
+def _save(ctx: Any, x: Operand | None, weight: Tensor, operand: Operand | None) -> None:
+    """Keep what backward reads."""
+    if isinstance(x, Packed) and x.turned is not None:
+        x = Packed(None, x.scale, x.turned)
+    # The parameter itself: FSDP2 frees its memory after forward and fills it for backward.
+    again = isinstance(operand, Packed) and ctx.plan.freed
+    parts = (weight, None, None) if again else parts_of(operand)
+    ctx.again = again
+    ctx.save_for_backward(*parts_of(x), *parts)
+
+
+def _saved(ctx: Any, needs_x: bool, needs_weight: bool) -> tuple[Operand | None, Operand | None]:
+    """Input and weight as ``wgrad`` and ``dgrad`` read them, None where they are not needed."""
+    matmul: Matmul = ctx.plan.matmul
+    saved = ctx.saved_tensors
+    kept = from_parts(matmul.packs, *saved[:3]) if needs_weight else None
+    if not needs_x:
+        return kept, None
+    if ctx.again:
+        return kept, matmul.operand(saved[3].detach(), ctx.plan.weight_reach)
+    return kept, from_parts(matmul.packs, *saved[3:])
+
+
+def _gathered(x: Operand, plan: Plan) -> Operand:
     """The tokens a product reads: all of them."""
     tensor = plan.column
-    return flat if tensor is None or not tensor.sequence else all_gather(flat, tensor.group)
+    return x if tensor is None or not tensor.sequence else gather(x, tensor.group)
 
 
 def _reduced(partial: Tensor, tensor: TensorParallel) -> Tensor:
@@ -142,13 +226,6 @@ def _reduced(partial: Tensor, tensor: TensorParallel) -> Tensor:
     if not tensor.sequence:
         return all_reduce(partial, tensor.group)
     return reduce_scatter(pad_rows(partial, tensor.size), tensor.group)
-
-
-def _start_regather(x: Tensor, plan: Plan) -> tuple[Tensor, dist.Work | None]:
-    tensor = plan.column
-    if tensor is None or not tensor.sequence or tensor.keep_gathered:
-        return x, None
-    return start_all_gather(x, tensor.group)
 
 
 def _start_reduction(dx: Tensor, tensor: TensorParallel | None) -> tuple[Tensor, dist.Work | None]:
@@ -159,7 +236,7 @@ def _start_reduction(dx: Tensor, tensor: TensorParallel | None) -> tuple[Tensor,
 
 
 def apply_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan
+    x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, plan: Plan
 ) -> Tensor:
     """``plan.scale`` times ``x`` [..., in] times ``weight`` [out, in] transposed, plus ``bias``
     [out], all local parts.
@@ -174,8 +251,8 @@ def apply_linear(
     return run(x, weight, bias, operand, plan)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, plan: Plan) -> Tensor:
-    out: Tensor = _LinearFunction.apply(x, weight, bias, operand, plan)  # type: ignore[no-untyped-call]
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, plan: Plan) -> Tensor:
+    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, *parts_of(operand))  # type: ignore[no-untyped-call]
     return out
 
 

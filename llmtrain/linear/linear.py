@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llmtrain.linear.function import Plan, apply_linear
-from llmtrain.linear.matmul import FP32, Matmul
+from llmtrain.linear.matmul import ALONE, FP32, Matmul
+from llmtrain.linear.operand import Operand, Reach
 from llmtrain.linear.placement import Placement
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -40,22 +42,29 @@ class OperandCache:
 
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
-        self._copy: Tensor | None = None
+        self._copy: Operand | None = None
 
-    def get(self, weight: Tensor, matmul: Matmul) -> Tensor:
+    def get(self, weight: Tensor, matmul: Matmul, reach: Reach = ALONE) -> Operand:
         """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) or
         under torch.compile is not cached."""
-        if weight.dtype == matmul.dtype or torch.compiler.is_compiling():
-            return matmul.operand(weight)
+        fits = weight.dtype == matmul.dtype and not matmul.packs
+        if fits or torch.compiler.is_compiling():
+            return matmul.operand(weight, reach)
         key = (weight._version, weight.data_ptr())
         if self._copy is None or self._key != key:
             with torch.inference_mode(False), torch.no_grad():
-                if self._copy is not None and self._copy.shape == weight.shape:
-                    self._copy.copy_(weight)
+                copy = self._copy
+                if isinstance(copy, Tensor) and copy.shape == weight.shape:
+                    copy.copy_(weight)
                 else:
-                    self._copy = matmul.operand(weight)
+                    self._copy = matmul.operand(weight, reach)
             self._key = key
+        assert self._copy is not None
         return self._copy
+
+    def clear(self) -> None:
+        """Forget the copy: another number format is to follow."""
+        self._key = self._copy = None
 
     def __deepcopy__(self, memo: object) -> OperandCache:
         return OperandCache()
@@ -66,7 +75,8 @@ class Linear(nn.Module):
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. scale: a constant, the forward multiplier of a parametrisation. The float32 weights are
+    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: a module
+    (x, y) -> y, see ``linear.adapter``. The float32 weights are
     uninitialised until ``llmtrain.model.init_weights``.
     """
 
@@ -89,6 +99,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()
+        self.adapter: nn.Module | None = None
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether an adapter can stand beside the layer."""
+        return True
 
     def tensor_placement(self, name: str) -> TensorPlacement:
         """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
@@ -105,15 +121,34 @@ class Linear(nn.Module):
             return local(self.weight), None
         return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
 
-    def operand(self) -> Tensor:
+    def set_matmul(self, matmul: Matmul) -> None:
+        """Compute in another number format from now on."""
+        self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
+        self._cache.clear()
+
+    def set_freed(self) -> None:
+        """FSDP2 owns the weight from now on: see ``Plan.freed``."""
+        self.plan = replace(self.plan, freed=True)
+
+    def operand(self) -> Operand:
         """The weight as the products read it; the parameter itself where its dtype fits."""
-        return self._cache.get(self.parts()[0], self.matmul)
+        return self._operand(self.parts()[0])
+
+    def _operand(self, weight: Tensor) -> Operand:
+        reach = self.plan.weight_reach
+        if self.plan.freed:
+            return self.matmul.operand(weight, reach)
+        return self._cache.get(weight, self.matmul, reach)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
         parts of both under ``placement`` are those of ``apply_linear``."""
         weight, bias = self.parts()
-        return apply_linear(x, weight, bias, self._cache.get(weight, self.matmul), self.plan)
+        y = apply_linear(x, weight, bias, self._operand(weight), self.plan)
+        if self.adapter is None:
+            return y
+        adapted: Tensor = self.adapter(x, y)
+        return adapted
 
     def extra_repr(self) -> str:
         return (

@@ -1,7 +1,9 @@
 """The three products of a linear layer, in one number format each.
 
 A ``Matmul`` is stateless. It works on local two-dimensional tensors: x [n, in], weight
-[out, in], grad [n, out]; n is the number of tokens.
+[out, in], grad [n, out]; n is the number of tokens. Formats that torch's products do not read
+(FP8, fake quantisation) pack their operands first: what ``pack_input`` and ``pack_grad`` return
+is what travels between tensor-parallel ranks and what is saved for backward.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.linear.operand import Operand, Reach
 from llmtrain.ops import weight_gradient
+
+ALONE = Reach()
 
 
 class Matmul(Protocol):
@@ -22,25 +27,38 @@ class Matmul(Protocol):
 
     dtype: of the operands and of y. ``operand`` turns a parameter into what the products read.
     scale: a constant that each product is multiplied by before it is rounded to ``dtype``.
+    packs: whether operands are ``Packed``. reach: the ranks that share an operand.
     """
 
     name: str
     dtype: torch.dtype
+    packs: bool
 
-    def operand(self, weight: Tensor) -> Tensor:
+    def operand(self, weight: Tensor, reach: Reach = ALONE) -> Operand:
         """What fprop and dgrad read instead of ``weight``; ``weight`` itself where it fits."""
         ...
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    def pack_input(self, x: Tensor, reach: Reach = ALONE, turned: bool = False) -> Operand:
+        """What fprop and wgrad read instead of ``x`` of ``dtype``; plain formats: ``x`` itself.
+
+        turned: nothing is gathered before wgrad, so a transposed copy may be made right here.
+        """
+        ...
+
+    def pack_grad(self, grad: Tensor, reach: Reach = ALONE, turned: bool = False) -> Operand:
+        """What dgrad and wgrad read instead of ``grad`` of ``dtype``."""
+        ...
+
+    def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         """y [n, out] = scale x weight^T + bias, of ``dtype``."""
         ...
 
-    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
         """Gradient of x: [n, in] = scale grad weight, of ``dtype``."""
         ...
 
     def wgrad(
-        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+        self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         """Gradient of the weight: [out, in] = scale grad^T x in float32, added to ``into`` if
         given."""
@@ -60,18 +78,27 @@ class DenseMatmul:
     seldom a power of two. Scale 1 takes the very calls of a layer that knows no scale.
     """
 
+    packs = False
+
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
 
     def __repr__(self) -> str:
         return f"DenseMatmul({self.name})"
 
-    def operand(self, weight: Tensor) -> Tensor:
+    def operand(self, weight: Tensor, reach: Reach = ALONE) -> Tensor:
         # The parameter itself where it fits: ZeRO 3 frees it after forward and fills the same
         # tensor again for backward, so a product that saved an alias would keep the memory.
         return weight if weight.dtype == self.dtype else weight.detach().to(self.dtype)
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    def pack_input(self, x: Tensor, reach: Reach = ALONE, turned: bool = False) -> Tensor:
+        return x
+
+    def pack_grad(self, grad: Tensor, reach: Reach = ALONE, turned: bool = False) -> Tensor:
+        return grad
+
+    def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
         bias = None if bias is None else bias.to(self.dtype)
         if scale == 1.0:
             return F.linear(x, weight, bias)
@@ -79,12 +106,14 @@ class DenseMatmul:
             return self._scaled(x, weight.t(), scale)
         return torch.addmm(bias, x, weight.t(), alpha=scale)
 
-    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
+        assert isinstance(grad, Tensor) and isinstance(weight, Tensor)
         return grad @ weight if scale == 1.0 else self._scaled(grad, weight, scale)
 
     def wgrad(
-        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+        self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
+        assert isinstance(grad, Tensor) and isinstance(x, Tensor)
         if scale == 1.0:
             return weight_gradient(grad, x, into)
         return _scaled_sum(weight_gradient(grad, x), into, scale)
@@ -107,29 +136,33 @@ class OneDNNMatmul(DenseMatmul):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return out
 
-    def _takes(self, x: Tensor) -> bool:
+    def _takes(self, x: Operand) -> bool:
+        assert isinstance(x, Tensor)
         return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
 
-    def fprop(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         if not self._takes(x):
             return super().fprop(x, weight, bias, scale)
+        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
         if scale == 1.0:
             return self._product(x, weight, bias)
         # oneDNN's operator has no alpha; in float32 a second rounding is below its own error.
         y = self._product(x, weight).mul_(scale)
         return y if bias is None else y.add_(bias)
 
-    def dgrad(self, grad: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
         if not self._takes(grad):
             return super().dgrad(grad, weight, scale)
+        assert isinstance(grad, Tensor) and isinstance(weight, Tensor)
         product = self._product(grad, weight.t())
         return product if scale == 1.0 else product.mul_(scale)
 
     def wgrad(
-        self, grad: Tensor, x: Tensor, into: Tensor | None = None, scale: float = 1.0
+        self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         if not self._takes(grad):
             return super().wgrad(grad, x, into, scale)
+        assert isinstance(grad, Tensor) and isinstance(x, Tensor)
         product = self._product(grad.t(), x.t())
         if scale != 1.0:
             return _scaled_sum(product, into, scale)

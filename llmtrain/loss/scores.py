@@ -41,7 +41,7 @@ def token_errors(hidden: Tensor, head: HeadLike, targets: Tensor, chunk: int) ->
     out = torch.empty(3, len(x), dtype=torch.float32, device=x.device)
     for start in range(0, len(x), chunk):
         part = slice(start, start + chunk)
-        logits = head.matmul.fprop(x[part], operand, None)
+        logits = head.matmul.fprop(x[part], operand, None, head.scale)
         out[:, part] = _errors(logits, flat[part], head)
     error, nll, lse = out.view(3, *targets.shape)
     return TokenErrors(error, nll, lse)
@@ -90,18 +90,19 @@ def head_gradient_norms(
 ) -> Tensor:
     """Norm of the gradient of each sample's loss by the head's weight: [b] float64.
 
-    The loss of sample i is sum_t a_t nll_t, weights a [b, s]. Its gradient is
-    sum_t a_t (p_t - onehot_t) h_t^T, of which a slice of words exists at a time. Tied
+    The loss of sample i is sum_t a_t nll_t, weights a [b, s]. With c the head's constant scale its
+    gradient is c sum_t a_t (p_t - onehot_t) h_t^T, of which a slice of words exists at a time. Tied
     embeddings count as a head only. chunk: as in ``token_errors``.
     """
     errors = token_errors(hidden, head, targets, chunk)
     operand, matmul = head.operand(), head.matmul
+    assert isinstance(operand, Tensor)  # the head computes in a plain dtype
     first, real = _own_words(head, len(operand))
     squares = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
     for low in range(0, real, _WORDS):
         words = slice(low, min(low + _WORDS, real))
         for i, x in enumerate(hidden.to(matmul.dtype)):
-            slope = matmul.fprop(x, operand[words], None).float()
+            slope = matmul.fprop(x, operand[words], None, head.scale).float()
             slope = slope.sub_(errors.lse[i, :, None]).exp_()
             index = targets[i] - first - low
             rows = torch.nonzero((index >= 0) & (index < slope.shape[1])).squeeze(1)
@@ -110,4 +111,4 @@ def head_gradient_norms(
             squares[i] += gradient.double().square().sum()
     if head.tensor is not None:
         dist.all_reduce(squares, group=head.tensor.group)
-    return squares.sqrt()
+    return head.scale * squares.sqrt()

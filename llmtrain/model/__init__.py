@@ -5,10 +5,20 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
+from llmtrain.model.adapters import ADAPTER, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.formats import (
+    apply_formats,
+    assign_formats,
+    check_fp8_tokens,
+    format_lines,
+    gradient_scale,
+    hidden_layers,
+    switch_step,
+)
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
@@ -21,19 +31,28 @@ from llmtrain.model.sharding import (
 )
 
 __all__ = [
+    "ADAPTER",
     "ActivationSplit",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
+    "adapted_parts",
+    "adapter_scale",
+    "apply_formats",
     "apply_recompute",
+    "assign_formats",
     "block_activation_bytes",
     "build_model",
+    "check_fp8_tokens",
     "check_tensor_degree",
     "compile_blocks",
     "complete",
     "decay_factor",
     "flops_per_token",
+    "format_lines",
+    "gradient_scale",
+    "hidden_layers",
     "init_weights",
     "keep_own_parts",
     "multiplier",
@@ -43,8 +62,10 @@ __all__ = [
     "partial_parameters",
     "rate_factors",
     "resolve_model",
+    "row_pattern",
     "scaling_table",
     "shard_over_tensor",
     "stage_parts",
+    "switch_step",
     "tensor_placements",
 ]

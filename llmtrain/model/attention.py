@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, Placement, apply_linear
+from llmtrain.linear import Linear, Matmul, Operand, Placement
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.model.scaling import multiplier
@@ -68,17 +68,17 @@ class SharedGroupLinear(Linear):
         )
         self.sharing = tensor.kv_group
 
+    @property
+    def adaptable(self) -> bool:
+        return False
+
     def parts(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().parts()
         return self._own(weight), None if bias is None else self._own(bias)
 
-    def operand(self) -> Tensor:
+    def _operand(self, weight: Tensor) -> Operand:
         # Not cached: the gathered rows are a new tensor each time.
-        return self.matmul.operand(self.parts()[0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.parts()
-        return apply_linear(x, weight, bias, self.matmul.operand(weight), self.plan)
+        return self.matmul.operand(weight, self.plan.weight_reach)
 
     def _own(self, param: Tensor) -> Tensor:
         rows = gather_rows(param, self.sharing).view(self.slots, self.d_head, *param.shape[1:])

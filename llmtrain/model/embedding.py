@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, OperandCache, Placement, Plan, apply_linear
+from llmtrain.linear import Linear, Matmul, Operand, OperandCache, Placement, Plan, apply_linear
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -121,7 +121,7 @@ class Head(nn.Module):
         """This rank's part of the parameter, or of what FSDP2 gathered for this forward."""
         return local(self._tied_to[0].weight if self._tied_to else self.projection.weight)
 
-    def operand(self) -> Tensor:
+    def operand(self) -> Operand:
         """``weight`` as the products read it, without gradient."""
         return self._cache.get(self.weight, self.matmul)
 

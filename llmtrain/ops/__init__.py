@@ -13,7 +13,17 @@ from llmtrain.ops.attention import (
     sqrt_attention,
 )
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.cuda import load_fault as cuda_fault
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
+from llmtrain.ops.fp8 import (
+    E4M3,
+    E5M2,
+    FP8_MAX,
+    fp8_cast,
+    fp8_cast_transpose,
+    fp8_transpose,
+    fp8_uncast,
+)
 from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -30,7 +40,10 @@ from llmtrain.ops.window import (
 )
 
 __all__ = [
+    "E4M3",
+    "E5M2",
     "FLEX_MIN_HEAD",
+    "FP8_MAX",
     "Window",
     "add_rms_norm",
     "attention_partial",
@@ -39,8 +52,13 @@ __all__ = [
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",
+    "cuda_fault",
     "dropout",
     "first_of_document",
+    "fp8_cast",
+    "fp8_cast_transpose",
+    "fp8_transpose",
+    "fp8_uncast",
     "kernels_line",
     "kernels_warning",
     "make_window",

@@ -35,6 +35,8 @@ AMX = f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 X86_OBJECTS = {
     "rows_avx512": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "rows_avx2": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "fp8_avx512": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
+    "fp8_avx2": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "attention_amx": ("attention.cpp", AMX),
     "products_amx": ("products.cpp", AMX),
     "attention_avx512bf16": (
@@ -44,10 +46,12 @@ X86_OBJECTS = {
 }
 OBJECTS = {
     "rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
+    "fp8_baseline": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
 }
 
 
-def _run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
+    """Run a compiler. Raises EnvironmentFault with what it said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -75,7 +79,7 @@ def build(target: Path = LIBRARY) -> Path:
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())
     # Only what torch 2.11 has; the library runs with it and with every later one.
-    for name in ("ops_rows", "ops_products"):
+    for name in ("ops_rows", "ops_products", "ops_fp8"):
         objects[name] = (f"{name}.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         commands = [
@@ -86,12 +90,12 @@ def build(target: Path = LIBRARY) -> Path:
             for name, (source, flags) in objects.items()
         ]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run_command, commands))
         library = f"{folder}/{target.name}"
         torch_libraries = str(Path(torch.__file__).parent / "lib")
         parts = [f"{folder}/{name}.o" for name in objects]
         links = [f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"]
-        _run([*compiler, "-shared", "-o", library, *parts, *links])
+        run_command([*compiler, "-shared", "-o", library, *parts, *links])
         os.replace(library, target)
     return target
 

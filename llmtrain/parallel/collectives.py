@@ -45,6 +45,13 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+def all_max(x: Tensor, group: Group) -> Tensor:
+    """A new tensor: the largest ``x`` over the group, element by element."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group)
+    return out
+
+
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """Rows of all ranks, in rank order: [n, ...] -> [n size, ...]."""
     out, work = start_all_gather(x, group)

@@ -13,11 +13,13 @@ from llmtrain.data.plan import build_plan
 from llmtrain.model import (
     Decoder,
     flops_per_token,
+    format_lines,
     param_counts,
     param_roles,
     rate_factors,
     resolve_model,
     scaling_table,
+    switch_step,
 )
 from llmtrain.ops import native_loaded
 from llmtrain.optim import build_groups, groups_table
@@ -79,13 +81,19 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         model = Decoder(model_cfg, precision.compute)
     named, rates = dict(model.named_parameters()), rate_factors(model_cfg)
     groups = build_groups(named, param_roles(model), cfg.optim, rates)
-    return [
+    lines = [
         "model:",
         *table(rows),
         *_scaling_lines(cfg, model_cfg),
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
+    if cfg.quantization is not None:
+        end = switch_step(cfg)
+        until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
+        lines += [f"number formats of products{until}:"]
+        lines += format_lines(model, model_cfg, cfg)
+    return lines
 
 
 def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.model import complete
@@ -42,6 +43,7 @@ class Case:
     compute: torch.dtype = torch.float32
     steps: int = STEPS
     seq_len: int = SEQ
+    quantization: QuantizationConfig | None = None
 
 
 @dataclass
@@ -76,6 +78,7 @@ def configs(what: Case, parallel: dict[str, Any]) -> tuple[RunConfig, ModelConfi
         optim=replace(cfg.optim, **{"lr": 3e-3, "clip_norm": 0.7, **dict(what.optim)}),
         parallel=replace(cfg.parallel, **parallel),
         train=replace(cfg.train, global_batch_size=BATCH, **dict(what.train)),
+        quantization=what.quantization,
     )
     return cfg, complete(cfg.model, VOCAB, what.seq_len)
 

@@ -91,7 +91,7 @@ def test_result_of_a_sweep_is_a_table_a_verdict_and_a_drawing() -> None:
     experiment = Experiment(
         "s", "A & B", ["paper: 1"], lambda scale: trials, (), trials[0].label, sweep=SWEEP
     )
-    lines, drawing = _result(experiment, _curves(FLAT, LAW))
+    lines, drawing = _result(experiment, _curves(FLAT, LAW), ())
     text = "\n".join(lines)
     assert "verdict: direction holds" in text and "paper: 1" in text and "-1.00" in text
     assert drawing.count("<polyline") == 8 and "A &amp; B" in drawing

@@ -1,0 +1,70 @@
+"""Rules of the ``quantization`` and ``numerics`` sections."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from llmtrain.config.faults import Collector
+from llmtrain.config.schema import RunConfig
+
+_NUMBER = re.compile(r"none|ternary|int(?P<int>\d{1,2})|e(?P<exponent>\d)m(?P<mantissa>\d{1,2})")
+NUMBER_HELP = (
+    "write none, ternary, int3 to int16, or a float of 3 to 16 bits with at most 6 for the "
+    "exponent, such as e4m3 or e2m1"
+)
+OPERANDS = ("weights", "inputs", "gradients")
+
+
+def is_number_format(text: str) -> bool:
+    """Whether fake quantisation knows ``text``."""
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return False
+    if match["int"] is not None:
+        return 3 <= int(match["int"]) <= 16
+    if match["exponent"] is None:
+        return True
+    exponent, mantissa = int(match["exponent"]), int(match["mantissa"])
+    return 1 <= exponent <= 6 and 3 <= 1 + exponent + mantissa <= 16
+
+
+def check_formats(cfg: RunConfig, faults: Collector) -> None:
+    """What no single key of the sections can be blamed for."""
+    if cfg.numerics is not None and cfg.train.compile:
+        message = "cannot look into compiled blocks; set train.compile to false"
+        faults.add("numerics", message, "train.compile")
+    section = cfg.quantization
+    if section is None:
+        return
+    used = {section.format, *(rule.format for rule in section.rules)}
+    numbers = {name: getattr(section, name) for name in OPERANDS}
+    for name, number in numbers.items():
+        where = f"quantization.{name}"
+        if not is_number_format(number):
+            faults.add(where, f"{number!r} is no number format; {NUMBER_HELP}")
+        elif number != "none" and "fake" not in used:
+            message = "is read with format: fake only; take it away, or use that format"
+            faults.add(where, message, "quantization.format")
+    if "fake" in used and set(numbers.values()) == {"none"}:
+        faults.add(
+            "quantization.format",
+            "fake changes nothing; set quantization.weights, inputs or gradients",
+            *(f"quantization.{name}" for name in OPERANDS),
+        )
+    scale = section.gradient_scale
+    if scale is not None and math.frexp(scale)[0] != 0.5:
+        message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
+        faults.add("quantization.gradient_scale", message)
+    if used == {"none"}:
+        faults.add("quantization", "changes nothing; choose a format, or take the section away")
+    for i, rule in enumerate(section.rules):
+        if not rule.layers:
+            message = "is empty; write patterns of layer names, such as blocks.0.*"
+            faults.add(f"quantization.rules.{i}.layers", message)
+    if cfg.parallel.engine == "deepspeed":
+        faults.add(
+            "quantization",
+            "does not work with parallel.engine deepspeed; use the native engine",
+            "parallel.engine",
+        )
