@@ -43,6 +43,12 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
             f"itself; {_NATIVE}",
             "parallel.engine",
         )
+    if cfg.model.adapters is not None:
+        faults.add(
+            "model.adapters",
+            f"does not go together with parallel.engine: deepspeed; {_NATIVE}",
+            "parallel.engine",
+        )
     if cfg.train.compile:
         faults.add(
             "train.compile",

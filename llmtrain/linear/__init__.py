@@ -6,6 +6,7 @@ one autograd function, so that every format works under every layout. Adapters a
 factor; none exists yet.
 """
 
+from llmtrain.linear.adapter import LowRank, low_rank_change
 from llmtrain.linear.fake import Numbers, fake_matmul
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
@@ -19,6 +20,7 @@ __all__ = [
     "FP32",
     "FP32_ONEDNN",
     "Linear",
+    "LowRank",
     "Matmul",
     "Numbers",
     "Operand",
@@ -31,5 +33,6 @@ __all__ = [
     "backward_for",
     "fake_matmul",
     "fp8_matmul",
+    "low_rank_change",
     "matmul_for",
 ]

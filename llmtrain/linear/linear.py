@@ -75,7 +75,8 @@ class Linear(nn.Module):
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. scale: a constant, the forward multiplier of a parametrisation. The float32 weights are
+    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: a module
+    (x, y) -> y, see ``linear.adapter``. The float32 weights are
     uninitialised until ``llmtrain.model.init_weights``.
     """
 
@@ -98,6 +99,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()
+        self.adapter: nn.Module | None = None
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether an adapter can stand beside the layer."""
+        return True
 
     def tensor_placement(self, name: str) -> TensorPlacement:
         """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
@@ -137,7 +144,11 @@ class Linear(nn.Module):
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
         parts of both under ``placement`` are those of ``apply_linear``."""
         weight, bias = self.parts()
-        return apply_linear(x, weight, bias, self._operand(weight), self.plan)
+        y = apply_linear(x, weight, bias, self._operand(weight), self.plan)
+        if self.adapter is None:
+            return y
+        adapted: Tensor = self.adapter(x, y)
+        return adapted
 
     def extra_repr(self) -> str:
         return (

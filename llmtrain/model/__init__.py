@@ -5,6 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
+from llmtrain.model.adapters import ADAPTER, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -14,6 +15,7 @@ from llmtrain.model.formats import (
     assign_formats,
     check_fp8_tokens,
     format_lines,
+    gradient_scale,
     hidden_layers,
     switch_step,
 )
@@ -29,11 +31,14 @@ from llmtrain.model.sharding import (
 )
 
 __all__ = [
+    "ADAPTER",
     "ActivationSplit",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
+    "adapted_parts",
+    "adapter_scale",
     "apply_formats",
     "apply_recompute",
     "assign_formats",
@@ -46,6 +51,7 @@ __all__ = [
     "decay_factor",
     "flops_per_token",
     "format_lines",
+    "gradient_scale",
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
@@ -55,6 +61,7 @@ __all__ = [
     "partial_parameters",
     "rate_factors",
     "resolve_model",
+    "row_pattern",
     "scaling_table",
     "shard_over_tensor",
     "stage_parts",

@@ -68,6 +68,10 @@ class SharedGroupLinear(Linear):
         )
         self.sharing = tensor.kv_group
 
+    @property
+    def adaptable(self) -> bool:
+        return False
+
     def parts(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().parts()
         return self._own(weight), None if bias is None else self._own(bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import matmul_for
+from llmtrain.model.adapters import add_adapters
 from llmtrain.model.block import RECOMPUTE_MODES, Block
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.embedding import Embedding, Head, VocabularyEmbedding
@@ -72,6 +73,8 @@ class Decoder(nn.Module):
             tied = self.embedding if cfg.tie_embeddings else None
             scale = multiplier(cfg, "head", cfg.d_model)
             self.head = Head(cfg, tied, matmul, tensor, scale)
+        if cfg.adapters is not None:
+            add_adapters(self, cfg)
 
     def forward(
         self,

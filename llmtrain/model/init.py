@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.adapters import ADAPTER
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.scaling import init_std
 from llmtrain.parallel import local_boxes
@@ -18,11 +19,11 @@ from llmtrain.parallel import local_boxes
 # Values drawn at a time: bounds the memory beside the parameter, and fixes the stream of values.
 CHUNK_VALUES = 1 << 20
 
-ROLES = ("embedding", "hidden", "norm", "head", "bias")
+ROLES = ("embedding", "hidden", "norm", "head", "bias", "adapter")
 
 
 def param_roles(model: nn.Module) -> dict[str, str]:
-    """Role of every parameter by name: embedding, hidden, norm, head or bias.
+    """Role of every parameter by name: embedding, hidden, norm, head, bias or adapter.
 
     A tied head's weight counts as embedding.
     """
@@ -30,6 +31,8 @@ def param_roles(model: nn.Module) -> dict[str, str]:
 
 
 def _role(name: str) -> str:
+    if ADAPTER in name:
+        return "adapter"
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return "bias"
@@ -40,8 +43,11 @@ def _role(name: str) -> str:
     return "head" if owner.startswith("head") else "hidden"
 
 
-def _std(name: str, role: str, model: Decoder) -> float:
-    """Standard deviation of a weight."""
+def _std(name: str, role: str, model: Decoder, width: int) -> float:
+    """Standard deviation of a weight; of A in an adapter that of Kaiming's uniform values with
+    a = sqrt(5), as everybody's adapters begin."""
+    if role == "adapter":
+        return 0.0 if name.endswith(".b.weight") else 1 / math.sqrt(3 * width)
     into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
     return init_std(model.cfg, role, into_stream=into_stream and role == "hidden")
 
@@ -104,7 +110,8 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
                 local.zero_()
             else:
                 label = (seed, name)
-                _fill_normal(local, offset, tuple(param.shape), label, _std(name, role, model))
+                std = _std(name, role, model, param.shape[-1])
+                _fill_normal(local, offset, tuple(param.shape), label, std)
 
 
 def build_model(

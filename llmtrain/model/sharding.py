@@ -83,7 +83,8 @@ def shard_over_tensor(model: nn.Module, mesh: DeviceMesh) -> None:
             shape=param.shape,
             stride=param.stride(),
         )
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(whole))
+        trains = param.requires_grad
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(whole, trains))
 
 
 def keep_own_parts(model: nn.Module, rank: int, size: int) -> None:
@@ -96,7 +97,7 @@ def keep_own_parts(model: nn.Module, rank: int, size: int) -> None:
     for name, param in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         part = own_part(param.detach(), placements[name], rank, size)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(part, param.requires_grad))
 
 
 def own_part(param: Tensor, placement: TensorPlacement, rank: int, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules, parameter groups and gradient clipping."""
 
+from llmtrain.config.lr_curve import Schedule
 from llmtrain.optim.clip import (
     clip_gradients,
     clipped_step,
@@ -9,7 +10,6 @@ from llmtrain.optim.clip import (
 )
 from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
-from llmtrain.optim.schedule import Schedule
 from llmtrain.optim.state import create_state, state_tensors
 
 __all__ = [

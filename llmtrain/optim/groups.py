@@ -40,7 +40,7 @@ def build_groups(
     learning rate (``model.rate_factors``), besides ``optim.lr_factors``. Raises ConfigError for a
     role in ``optim.lr_factors`` or ``optim.decay_roles`` that no parameter can have.
     """
-    known = {"embedding", "hidden", "norm", "head", "bias"}
+    known = {"embedding", "hidden", "norm", "head", "bias", "adapter"}
     for key, listed in (("lr_factors", cfg.lr_factors), ("decay_roles", cfg.decay_roles)):
         for role in listed:
             if role not in known:

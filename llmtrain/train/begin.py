@@ -6,13 +6,14 @@ from pathlib import Path
 
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import find, load_into
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import resolve_model
+from llmtrain.model import ADAPTER, resolve_model
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -37,11 +38,16 @@ def begin_with(module: TrainModule, plan: DataPlan, init: InitConfig, world: Wor
         prefix = "" if init.optimizer else MODEL_PREFIX
         path, _ = find(ranks, Path(init.path).expanduser(), prefix)
         _check_tokenizer(ranks, path, plan)
+        stored = ranks.on_main(lambda: set(read_layout(path)))
         module.restore(
             lambda tensors: load_into(
                 ranks,
                 path,
-                {k: v for k, v in tensors.items() if k.startswith(prefixes)},
+                {
+                    key: value
+                    for key, value in tensors.items()
+                    if key.startswith(prefixes) and (ADAPTER not in key or key in stored)
+                },
                 unused,
                 False,
             )

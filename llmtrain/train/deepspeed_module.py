@@ -50,6 +50,8 @@ class DeepSpeedModule(TrainModule):
     writes these calls ``restore``, or ``weights_changed`` after writing to ``weights``.
     """
 
+    begins = False
+
     def __init__(
         self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
     ) -> None:

@@ -64,6 +64,16 @@ class StepSums:
 
 
 @dataclass(frozen=True)
+class _Begun:
+    """The forward of a step's last micro-batch, done ahead with denominator 1. weights: the batch's
+    when it was done, and version: how often they had been changed."""
+
+    output: LossOutput
+    weights: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step came to, equal on every rank.
 
@@ -117,6 +127,9 @@ class TrainModule:
 
     # Whether backward runs once for inputs and once for weights.
     in_parts = False
+    # Whether ``begin`` works.
+    begins = True
+    _begun: _Begun | None = None
 
     def __init__(
         self,
@@ -163,8 +176,33 @@ class TrainModule:
         """Forward of one micro-batch. denominator: weight of the whole global batch."""
         return self._forward(**self.arguments(batch, denominator))
 
-    def arguments(self, batch: Batch, denominator: float) -> dict[str, Any]:
-        """What the decoder is called with for a micro-batch."""
+    def begin(self, batch: Batch, weigh: Callable[[Tensor], None]) -> None:
+        """Forward of the last micro-batch of ``batch`` now, for the ``forward_backward`` to come.
+
+        weigh(nll) is called inside it with the micro-batch's token losses [b, s], for those who
+        need them to set ``batch.weights`` in place; what goes through the model for that is not
+        computed again. Where the weights are changed once more afterwards, it is in vain.
+        """
+        micro = self.micro_batches(batch)[-1]
+        output = self._forward(**self.arguments(micro, 1.0, weigh))
+        self._begun = _Begun(output, batch.weights, batch.weights._version)
+
+    def _take_begun(self, batch: Batch, denominator: float) -> LossOutput | None:
+        begun, self._begun = self._begun, None
+        if begun is None or begun.weights is not batch.weights:
+            return None
+        if begun.version != batch.weights._version:
+            return None
+        output = begun.output
+        return LossOutput(output.loss / denominator, output.nll, output.z / denominator)
+
+    def arguments(
+        self,
+        batch: Batch,
+        denominator: float,
+        weigh: Callable[[Tensor], None] | None = None,
+    ) -> dict[str, Any]:
+        """What the decoder is called with for a micro-batch. weigh: see ``head_loss``."""
         data = self.cfg.data
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
@@ -176,6 +214,7 @@ class TrainModule:
                 self.cfg.loss,
                 denominator,
                 in_parts=self.in_parts,
+                weigh=weigh,
             )
 
         part = None if self.context is None else SplitSequence(self.context, batch.first)
@@ -207,11 +246,14 @@ class TrainModule:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         nll = torch.zeros(n_sources, dtype=torch.float64, device=self.device)
         weight = torch.zeros_like(nll)
-        micros = self.micro_batches(batch)
+        micros, begun = self.micro_batches(batch), self._take_begun(batch, denominator)
+        if begun is not None:
+            micros = [micros[-1], *micros[:-1]]
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
             self._begin_micro_batch(last)
-            output = self.loss(micro, denominator)
+            output = self.loss(micro, denominator) if i or begun is None else begun
+            begun = None  # its graph goes with its backward
             self._backward(output.loss)
             if self.layout.counts_losses:
                 self.add_sums(micro, output, total, nll, weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
-from llmtrain.ops import kernels_line, kernels_warning
+from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
     World,
     build_layout,
@@ -190,6 +189,10 @@ def _preamble(
         if warning := kernels_warning():
             console.warn(warning)
         console.say(kernels_line())
+    elif cfg.quantization is not None and (fault := cuda_fault()):
+        console.warn(
+            f"CUDA kernels: FP8 runs on torch's own casts, slower (the library is {fault})"
+        )
     console.say(
         f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
         f"without embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "
@@ -240,7 +243,7 @@ def _changes(cfg: RunConfig, resume: ResumePoint) -> list[str]:
 def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
     folder = run_folder(cfg)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(plan.state(), indent=1), encoding="utf-8")
+    plan.write(folder / "plan.json")
 
 
 def _say_unigram(trainer: Trainer) -> None:

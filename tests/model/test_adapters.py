@@ -1,0 +1,172 @@
+"""Low-rank adapters: their function, what trains, layouts, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers.layout_runs import Case, Outcome, assert_same, case, train_steps
+from helpers.memory import allocated
+from helpers.ranks import run_ranks
+
+from llmtrain.config.adapters import AdapterConfig
+from llmtrain.config.schema import ModelConfig
+from llmtrain.errors import ConfigError
+from llmtrain.linear import Linear, LowRank, low_rank_change
+from llmtrain.model import Decoder, build_model, complete
+
+VOCAB = 61
+
+
+def shape(adapters: AdapterConfig | None, **changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    sizes |= {"d_ff": 48, "vocab_size": VOCAB, "vocab_multiple": 8, **changes}
+    return complete(ModelConfig(adapters=adapters, **sizes), None, 32)
+
+
+def built(adapters: AdapterConfig | None, **changes: Any) -> Decoder:
+    """A model whose adapters do something: B is random too."""
+    cfg = shape(adapters, **changes)
+    model = build_model(cfg, seed=1, device="cpu", compute_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("adapter.b.weight"):
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+    return model
+
+
+def merged(model: Decoder) -> Decoder:
+    """The same function without adapters: every weight with its change added."""
+    plain = build_model(
+        dataclasses.replace(model.cfg, adapters=None),
+        seed=1,
+        device="cpu",
+        compute_dtype=torch.float32,
+    )
+    weights = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear) and isinstance(layer.adapter, LowRank):
+                side = layer.adapter
+                change = low_rank_change(side.a.weight, side.b.weight, side.scale, side.pattern)
+                weights[f"{name}.weight"].add_(change)
+    return plain
+
+
+TOKENS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        (AdapterConfig(rank=3), {}),
+        (AdapterConfig(rank=4, kind="rslora", alpha=5.0), {"n_kv_heads": 1}),
+        (AdapterConfig(rank=2, targets=["q", "v", "down"]), {}),
+        (AdapterConfig(rank=2, targets=["k", "gate"]), {"attention_bias": True}),
+        (AdapterConfig(rank=2, targets=["up", "out"]), {"activation": "gelu"}),
+        (AdapterConfig(rank=2, targets=["blocks.1.*"]), {}),
+    ],
+)
+def test_merged_is_unmerged(section: AdapterConfig, changes: dict[str, Any]) -> None:
+    model = built(section, **changes)
+    plain = merged(model)
+    with torch.no_grad():
+        ours, theirs = model(TOKENS), plain(TOKENS)
+        untouched = build_model(plain.cfg, seed=1, device="cpu", compute_dtype=torch.float32)
+        assert (ours - untouched(TOKENS)).abs().max() > 1e-2
+    torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
+
+
+def test_scales() -> None:
+    from llmtrain.model import adapter_scale
+
+    assert adapter_scale(AdapterConfig(rank=8)) == 2.0
+    assert adapter_scale(AdapterConfig(rank=16, alpha=8.0)) == 0.5
+    assert adapter_scale(AdapterConfig(kind="rslora", rank=16, alpha=8.0)) == 2.0
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_trains() -> None:
+    cfg = shape(AdapterConfig(rank=3))
+    model = build_model(cfg, seed=1, device="cpu", compute_dtype=torch.float32)
+    plain = build_model(
+        dataclasses.replace(cfg, adapters=None), seed=1, device="cpu", compute_dtype=torch.float32
+    )
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), plain(TOKENS))
+    model(TOKENS).float().square().mean().backward()
+    for name, param in model.named_parameters():
+        assert (param.grad is not None) == (".adapter." in name), name
+    a = model.blocks[0].attention.qkv.adapter.a.weight  # type: ignore[union-attr]
+    assert a.shape == (9, 32)
+    assert float(a.std()) == pytest.approx(1 / (3 * 32) ** 0.5, rel=0.1)
+
+
+def test_frozen_weights_save_no_inputs() -> None:
+    """What forward keeps for backward shrinks by the inputs of the layers without an adapter."""
+
+    def kept(adapters: AdapterConfig | None) -> int:
+        model = built(adapters, n_layers=4)
+        return allocated(lambda: model(TOKENS)).kept
+
+    everything, few = kept(None), kept(AdapterConfig(rank=1, targets=["blocks.3.mlp.down"]))
+    assert few < 0.4 * everything
+
+
+def adapted(**changes: Any) -> Case:
+    """eps: where a gradient is round-off alone, Adam would make a whole step of it."""
+    section = AdapterConfig(rank=3, **changes)
+    what = case(steps=6, n_layers=3, adapters=section, attention_bias=True)
+    return dataclasses.replace(
+        what, optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"]))
+    )
+
+
+ALL = adapted()
+LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
+    "DP2": (2, {"replicate": 2}, ALL),
+    "FSDP2": (2, {}, ALL),
+    "TP2": (2, {"tensor": 2, "sequence": False}, ALL),
+    "TP2+SP": (2, {"tensor": 2}, ALL),
+    "TP2+SP+FSDP2": (4, {"tensor": 2}, ALL),
+    "PP2": (2, {"pipeline": 2}, ALL),
+    "CP2": (2, {"context": 2}, ALL),
+    "PP2+TP2 zero bubble": (
+        4,
+        {"pipeline": 2, "tensor": 2, "pipeline_schedule": "zero_bubble"},
+        dataclasses.replace(ALL, model=(*ALL.model, ("n_layers", 4))),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Case, Outcome]:
+    return {}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_is_the_same_run(layout: str, alone: dict[Any, Outcome]) -> None:
+    world, parallel, what = LAYOUTS[layout]
+    key = repr(what)
+    if key not in alone:
+        alone[key] = train_steps(0, 1, what, {})
+    for ours in run_ranks(world, lambda rank: train_steps(rank, world, what, parallel)):
+        assert_same(ours, alone[key])
+
+
+@pytest.mark.parametrize(
+    ("targets", "changes", "says"),
+    [
+        (["blocks.7.*"], {}, "'blocks.7.*' matches no layer; they are blocks.0.attention.qkv to"),
+        (["wq"], {}, "'wq' is no matrix of this model; there are attention, down"),
+        (["gate"], {"activation": "gelu"}, "'gate' is no matrix"),
+        ([], {}, "is empty"),
+    ],
+)
+def test_targets_that_are_none(targets: list[str], changes: dict[str, Any], says: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError) as caught:
+        Decoder(shape(AdapterConfig(targets=targets), **changes))
+    assert str(caught.value).startswith("model.adapters.targets: ") and says in str(caught.value)
