@@ -15,6 +15,7 @@ from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_formats import check_formats
 from llmtrain.config.check_layout import check_layout
+from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
@@ -45,6 +46,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_average(cfg, faults)
     _check_hooks(cfg, faults)
     _check_reweight(cfg, faults)
+    check_online(cfg, faults)
     check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)

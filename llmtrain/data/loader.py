@@ -37,7 +37,8 @@ class Loader:
     """Samples of the plan, by number.
 
     rank, world: among the data-parallel ranks. The loader has no state but the plan: a batch is a
-    function of its first sample's number. ``wait_seconds``: how long ``iterate`` has kept its
+    function of its first sample's number. Where weights change online, reading ahead waits until
+    the order of a batch is decided. ``wait_seconds``: how long ``iterate`` has kept its
     caller waiting so far.
     """
 
@@ -131,8 +132,17 @@ class Loader:
             self._thread.join()
             self._thread = None
 
+    def _decided(self, steps: int) -> bool:
+        """Wait until the order of the first ``steps`` batches is decided; False: stopped first."""
+        while not self.plan.wait_until_known(steps * self.batch_size, 0.1):
+            if self._stop.is_set():
+                return False
+        return True
+
     def _read_ahead(self, start: int, stop: int, ready: queue.Queue[object]) -> None:
         for step in range(start, stop + 1):
+            if not self._decided(min(step + 1, stop)):
+                return
             item: object
             try:
                 item = self.batch(step) if step < stop else _END

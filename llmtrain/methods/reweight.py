@@ -22,9 +22,8 @@ from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.scores import TokenLosses, check_scores
 from llmtrain.errors import ConfigError
-from llmtrain.loss import LossOutput, head_loss
 from llmtrain.loss.reweight import by_surprise, excess_threshold, sample_weights
-from llmtrain.model import Head
+from llmtrain.methods.reference import load_reference, losses_of
 from llmtrain.parallel import release_gathered
 from llmtrain.train.hooks import Hook
 
@@ -156,8 +155,6 @@ def token_losses(module: TrainModule, batch: Batch) -> Tensor:
 
 
 def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
-    from llmtrain.eval.loading import load_trained
-
     degrees = trainer.module.layout.degrees
     if degrees.context > 1 or degrees.pipeline > 1:
         raise ConfigError(
@@ -166,20 +163,7 @@ def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
             "parallel.tensor"
         )
     assert cfg.reference is not None
-    found = load_trained(Path(cfg.reference), trainer.module.device)
-    ours, theirs = trainer.module.model_cfg, found.model_cfg
-    if ours.vocab_size != theirs.vocab_size:
-        raise ConfigError(
-            f"reweight.reference: {found.path} has a vocabulary of {theirs.vocab_size} tokens and "
-            f"the model of {ours.vocab_size}; take a reference trained with the same tokenizer"
-        )
-    longest = theirs.max_seq_len or 0
-    if longest < trainer.cfg.data.seq_len:
-        raise ConfigError(
-            f"reweight.reference: {found.path} reads at most {longest} tokens and data.seq_len is "
-            f"{trainer.cfg.data.seq_len}; take another reference or shorten the samples"
-        )
-    return found
+    return load_reference(Path(cfg.reference), trainer, "reweight.reference")
 
 
 def _open_losses(file: str, trainer: Trainer) -> tuple[TokenLosses, list[str]]:
@@ -218,18 +202,4 @@ def _read_losses(
 @torch.no_grad()
 def _reference_losses(reference: Trained, module: TrainModule, batch: Batch) -> Tensor:
     """``token_losses`` of the reference, which this rank holds whole."""
-    data = module.cfg.data
-    parts = []
-    for micro in module.micro_batches(batch):
-
-        def head_fn(hidden: Tensor, head: Head, micro: Batch = micro) -> LossOutput:
-            return head_loss(hidden, head, micro.targets, micro.weights, reference.cfg.loss, 1.0)
-
-        output = reference.model(
-            micro.tokens,
-            positions=micro.positions if data.reset_positions else None,
-            doc_ids=micro.doc_ids if data.document_mask else None,
-            head_fn=head_fn,
-        )
-        parts.append(output.nll)
-    return torch.cat(parts)
+    return torch.cat([losses_of(reference, module, m) for m in module.micro_batches(batch)])

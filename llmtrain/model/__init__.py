@@ -5,7 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
-from llmtrain.model.adapters import ADAPTER, adapter_scale, row_pattern
+from llmtrain.model.adapters import ADAPTER, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -15,6 +15,7 @@ from llmtrain.model.formats import (
     assign_formats,
     check_fp8_tokens,
     format_lines,
+    gradient_scale,
     hidden_layers,
     switch_step,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Decoder",
     "Head",
     "activation_bytes",
+    "adapted_parts",
     "adapter_scale",
     "apply_formats",
     "apply_recompute",
@@ -49,6 +51,7 @@ __all__ = [
     "decay_factor",
     "flops_per_token",
     "format_lines",
+    "gradient_scale",
     "hidden_layers",
     "init_weights",
     "keep_own_parts",

@@ -88,6 +88,8 @@ def scalars(record: Record) -> dict[str, float]:
             for key, value in source.items():
                 if value is not None:
                     out[f"source/{name}/{key}"] = float(value)
+    elif record["kind"] == "mixture":
+        out.update({f"mixture/{name}": float(w) for name, w in record["weights"].items()})
     elif record["kind"] in ("eval", "eval_of"):
         group = f"eval_{record['weights']}" if record["kind"] == "eval_of" else "eval"
         for name, domain in record["domains"].items():
@@ -95,6 +97,11 @@ def scalars(record: Record) -> dict[str, float]:
                 if domain.get(key) is not None:
                     out[f"{group}/{name}/{key}"] = float(domain[key])
         out[f"{group}/mean_loss"] = float(record["mean_loss"])
+    elif record["kind"] == "numerics":
+        for layer, roles in record["tensors"].items():
+            for role, values in roles.items():
+                for key in ("underflow", "overflow", "rms", "max"):
+                    out[f"numerics_{key}/{layer}/{role}"] = float(values[key])
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,14 @@ from llmtrain.optim import (
     gradient_norm,
     set_learning_rate,
     state_tensors,
+    sum_over_parts,
 )
 from llmtrain.parallel import (
     Layout,
     SplitSequence,
     apply_fsdp,
     finish_gradients,
+    release_gathered,
     set_gradient_sync,
     split_batch,
 )
@@ -299,6 +301,19 @@ class TrainModule:
         """The learning-rate schedule of a run of ``total_steps``."""
         tokens = self.cfg.train.global_batch_size * self.cfg.data.seq_len
         return Schedule.from_config(self.cfg.schedule, total_steps, tokens)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights as this rank holds them, live; after writing to them call
+        ``weights_changed``."""
+        return self.params
+
+    def weights_changed(self) -> None:
+        """Let forward see what was written to ``weights``."""
+        release_gathered(self.model)
+
+    def sum_over_parts(self, values: Tensor) -> Tensor:
+        """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""
+        return sum_over_parts(values, self.params.values(), self.layout)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""

@@ -119,7 +119,9 @@ def adapted(**changes: Any) -> Case:
     """eps: where a gradient is round-off alone, Adam would make a whole step of it."""
     section = AdapterConfig(rank=3, **changes)
     what = case(steps=6, n_layers=3, adapters=section, attention_bias=True)
-    return dataclasses.replace(what, optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"])))
+    return dataclasses.replace(
+        what, optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"]))
+    )
 
 
 ALL = adapted()
