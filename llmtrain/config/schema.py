@@ -157,7 +157,7 @@ class PhaseConfig:
     )
     until_lr: float | None = key(
         None,
-        "instead of until: where the learning rate has fallen to this part of the peak",
+        "in place of until: the learning rate has fallen to this part",
         gt=0,
         lt=1,
     )
