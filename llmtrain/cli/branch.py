@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train the tail, and the tail without each of its sources; print what each is worth",
     )
     parser.add_argument(
+        "--skill-graph",
+        metavar="FILE",
+        help="train on each source alone for a while, and write how much it helps every other: "
+        "the online.graph_file of Skill-it",
+    )
+    parser.add_argument(
+        "--for", dest="length", metavar="DURATION", help="with --skill-graph: how long (0.02dur)"
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the branches and a command line for each alone, and start nothing",
@@ -52,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     if not args.dry_run:
         prepare_process()
+    if args.skill_graph is not None:
+        return _skill_graph(args)
+    if args.length is not None:
+        raise ConfigError("--for goes with --skill-graph; leave it away")
     study = _study(args)
     from llmtrain.train.tails import describe, run_study
 
@@ -60,6 +74,27 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for line in describe(study):
         _say(line)
+    return 0
+
+
+def _skill_graph(args: argparse.Namespace) -> int:
+    from llmtrain.train.skill_graph import alone, learn_graph, plan_graph
+
+    if args.sweep is not None or args.leave_one_out or args.at is None:
+        raise ConfigError("--skill-graph goes with --at, and with neither --sweep nor others")
+    tails = [word for word in args.overrides if "=" not in word]
+    if tails:
+        raise ConfigError(f"--skill-graph takes no tail, but {tails[0]} was given; use key=value")
+    at, length = _duration(args.at), _duration(args.length or "0.02dur", "--for")
+    branches = plan_graph(Path(args.trunk), at, length, args.overrides)
+    if not args.dry_run:
+        learn_graph(branches, Path(args.skill_graph), _say)
+        return 0
+    for name, branch in branches:
+        _say(f"{branch.folder}: {name} alone until {branch.cfg.train.stop_after}")
+        words = ["llmtrain", "branch", args.trunk, "--at", args.at, *args.overrides]
+        words += [*alone(name, str(branch.cfg.train.stop_after)), f"name={branch.cfg.name}"]
+        _say(f"  {shlex.join(words)}")
     return 0
 
 
@@ -87,13 +122,13 @@ def _study(args: argparse.Namespace) -> Study:
     return plan_tails(trunk, at, tails, overrides)
 
 
-def _duration(text: str) -> Duration:
+def _duration(text: str, key: str = "--at") -> Duration:
     from llmtrain.config import Duration
 
     try:
         return Duration.parse(text)
     except ValueError as error:
-        raise ConfigError(f"--at: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _shares(text: str) -> list[Fraction]:

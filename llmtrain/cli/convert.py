@@ -1,13 +1,16 @@
-"""``llmtrain convert from-hf|to-hf SRC DST``."""
+"""``llmtrain convert from-hf|to-hf|to-peft SRC DST``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.errors import EXIT_OK, LlmtrainError
+
+if TYPE_CHECKING:
+    from llmtrain.convert import Converted
 
 HELP = "models from and to Hugging Face's formats"
 _DTYPES = ("fp32", "bf16", "fp16")
@@ -29,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     leaving.add_argument(
         "--dtype", choices=_DTYPES, help="of the weights (default: as they came, or as saved)"
     )
+    adapters = actions.add_parser("to-peft", help="the adapters of a run, for peft and vLLM")
+    adapters.add_argument("src", metavar="SRC", help="a run's folder, or one checkpoint")
+    adapters.add_argument("dst", metavar="DST", help="folder to create")
+    adapters.add_argument(
+        "--base", metavar="NAME", help="the base model in Hugging Face's format (default: its own)"
+    )
     for action in (coming, leaving):
         action.add_argument(
             "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)"
@@ -37,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
+    if args.action == "to-peft":
+        return _to_peft(args)
     if not args.shard_gb > 0:
         raise LlmtrainError("--shard-gb must be above 0")
     import torch
@@ -53,6 +64,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         done = to_huggingface(src, dst, architecture=args.architecture, **options)
         after = f'transformers.AutoModelForCausalLM.from_pretrained("{dst}")'
+    return _report(done, after)
+
+
+def _to_peft(args: argparse.Namespace) -> int:
+    from llmtrain.convert import to_peft
+
+    done = to_peft(Path(args.src), Path(args.dst), base=args.base)
+    return _report(done, f'peft.PeftModel.from_pretrained(base, "{done.path}")')
+
+
+def _report(done: Converted, after: str) -> int:
     for note in done.notes:
         print(f"llmtrain: warning: {note}", file=sys.stderr)
     print(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 HELP = "make, look at, plan and score training data"
-SCORES = ("el2n", "grand", "grand-full", "perplexity", "influence", "influence-gradient")
+SCORES = (
+    *("el2n", "grand", "perplexity", "token-losses"),
+    *("grand-full", "influence", "influence-gradient"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--format", default="auto", help="format, where it cannot be guessed")
     inspect.add_argument("--dtype", help="token dtype of raw files")
     inspect.add_argument("--eos-id", type=int, metavar="ID", help="token that ends a document")
+    inspect.add_argument(
+        "--duplicates",
+        nargs="?",
+        type=float,
+        const=0.8,
+        metavar="SIMILARITY",
+        help="count copies and near copies of documents (default similarity: 0.8)",
+    )
+    inspect.add_argument(
+        "--benchmark",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="count how much of these texts (.jsonl, or an item a line) occurs in the documents",
+    )
+    inspect.add_argument(
+        "--ngram", type=int, default=13, metavar="N", help="words that must match (default: 13)"
+    )
     plan = actions.add_parser("plan", help="tokens, epochs and share per source and phase")
     _add_config(plan)
     seen = actions.add_parser("seen", help="what a run is trained on between two points")
@@ -95,7 +116,10 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from llmtrain.config.schema import SourceConfig
+    from llmtrain.data.compare import Comparison
     from llmtrain.data.inspect import Inspection, inspect
     from llmtrain.errors import ConfigError
 
@@ -105,7 +129,19 @@ def _inspect(args: argparse.Namespace) -> int:
             have = ", ".join(filter(None, allowed))
             raise ConfigError(f"--{key} {getattr(args, key)} is not known; choose from {have}")
     source = SourceConfig(path=args.path, format=args.format, dtype=args.dtype)
-    what = Inspection(source, args.tokenizer, args.eos_id, max(args.samples, 0), args.verify)
+    if args.duplicates is not None and not 0 < args.duplicates <= 1:
+        raise ConfigError(f"--duplicates must be above 0 and at most 1, not {args.duplicates:g}")
+    if args.ngram < 1:
+        raise ConfigError(f"--ngram must be at least 1, not {args.ngram}")
+    wanted = Comparison(args.duplicates, [Path(file) for file in args.benchmark], args.ngram)
+    what = Inspection(
+        source,
+        args.tokenizer,
+        args.eos_id,
+        max(args.samples, 0),
+        args.verify,
+        wanted if args.duplicates is not None or args.benchmark else None,
+    )
     for line in inspect(what):
         print(line)
     return 0

@@ -20,6 +20,7 @@ from llmtrain.errors import EXIT_BAD_INPUT, EXIT_GUARD, EXIT_PREEMPTED, ConfigEr
 COMMANDS = (
     "train",
     "branch",
+    "continual",
     "data",
     "eval",
     "generate",

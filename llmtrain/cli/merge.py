@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.cli.process import prepare_process
 from llmtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmtrain.merge.offline import Merged
+    from llmtrain.merge.recipe import MergeRecipe
 
 HELP = "merge models into one: soups, task vectors, TIES, Model Stock, ..."
 METHODS = (
@@ -46,25 +50,35 @@ def run(args: argparse.Namespace) -> int:
     prepare_process()
     from llmtrain.merge.offline import RECIPE, merge_models
     from llmtrain.merge.recipe import read_recipe
-    from llmtrain.merge.search import Judge, estimated_fishers, greedy_soup, search
 
     file, given, changes = _recipe_words(args)
     out = Path(args.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} exists and is not empty; choose another folder")
     recipe = read_recipe(file, given, changes)
+    if args.search is None and recipe.method not in ("greedy-soup", "fisher"):
+        merged = merge_models(recipe, out)
+    else:
+        recipe, merged = _judged(args, recipe, out)
+    print(f"{merged.path}: {len(recipe.paths)} models merged by {recipe.method}")
+    for path in merged.files:
+        print(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
+    print(f"  {RECIPE}: the recipe; llmtrain merge {merged.path / RECIPE} --out ... repeats it")
+    return 0
+
+
+def _judged(args: argparse.Namespace, recipe: MergeRecipe, out: Path) -> tuple[MergeRecipe, Merged]:
+    """The recipe that evaluation chooses, and its merge."""
+    from llmtrain.merge.offline import merge_models
+    from llmtrain.merge.search import Judge, estimated_fishers, greedy_soup, search
+
     judge = Judge(args.domain, args.device, lambda text: print(text, flush=True))
     if args.search is not None:
         recipe = search(recipe, args.search, out, judge)
     if recipe.method == "greedy-soup":
         recipe = greedy_soup(recipe, out, judge)
     with estimated_fishers(recipe, out, args.device) as fishers:
-        merged = merge_models(recipe, out, fishers)
-    print(f"{merged.path}: {len(recipe.paths)} models merged by {recipe.method}")
-    for path in merged.files:
-        print(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
-    print(f"  {RECIPE}: the recipe; llmtrain merge {merged.path / RECIPE} --out ... repeats it")
-    return 0
+        return recipe, merge_models(recipe, out, fishers)
 
 
 def _recipe_words(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], list[str]]:

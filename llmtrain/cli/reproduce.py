@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from llmtrain.recipes.experiment import Experiment
 
 HELP = "show a paper's claim in miniature, or write its runs for a cluster"
-NAMES = ("domain-upsampling", "loss-reweighting", "data-diet", "mus-fp8")
+NAMES = (
+    "domain-upsampling",
+    "loss-reweighting",
+    "data-diet",
+    "skill-it",
+    "data-ablation",
+    "sfa",
+    "mus-transfer",
+    "mus-depth",
+    "mus-fp8",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mini trains here, on the built-in corpus; small and paper write configs and SLURM "
         "jobs",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of each kind (default: 3; sweeps: 1)"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", help="where runs and results go (default: runs/reproduce)"
     )

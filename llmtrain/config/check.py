@@ -15,6 +15,7 @@ from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
 from llmtrain.config.check_formats import check_formats
 from llmtrain.config.check_layout import check_layout
+from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
@@ -45,6 +46,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_average(cfg, faults)
     _check_hooks(cfg, faults)
     _check_reweight(cfg, faults)
+    check_online(cfg, faults)
     check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
@@ -208,19 +210,28 @@ def _check_reweight(cfg: RunConfig, faults: Collector) -> None:
     if section.samples == "none" and section.tokens == "none":
         faults.add("reweight", "changes nothing; set reweight.samples or reweight.tokens")
     reads = section.tokens in ("prior", "rho")
-    if reads and section.reference is None:
+    if reads and section.reference is None and section.losses is None:
         faults.add(
             "reweight.reference",
             f"is missing: tokens: {section.tokens} compares with a reference model; name a "
-            "checkpoint or the folder of a run",
+            "checkpoint or the folder of a run, or give its losses in reweight.losses",
             "reweight.tokens",
+            "reweight.losses",
         )
-    elif not reads and section.reference is not None:
+    elif reads and section.reference is not None and section.losses is not None:
         faults.add(
+            "reweight.losses",
+            "stands beside reweight.reference; keep one",
             "reweight.reference",
-            f"is not read with tokens: {section.tokens}; take it away, or use tokens: prior or rho",
-            "reweight.tokens",
         )
+    for name in ("reference", "losses"):
+        if not reads and getattr(section, name) is not None:
+            faults.add(
+                f"reweight.{name}",
+                f"is not read with tokens: {section.tokens}; take it away, or use tokens: prior "
+                "or rho",
+                "reweight.tokens",
+            )
     if part_of_run(cfg, section.warmup) > 1:
         faults.add(
             "reweight.warmup",

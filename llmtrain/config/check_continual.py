@@ -36,6 +36,12 @@ def check_continual(cfg: RunConfig, faults: Collector, for_training: bool) -> No
                 "write it under overrides of a task with method: sequential",
                 "continual.method",
             )
+    if cfg.init is not None and any(task.trained for task in cfg.continual.tasks[:1]):
+        faults.add(
+            "init",
+            "stands beside a first task that is trained already; keep one",
+            "continual.tasks.0.trained",
+        )
     merges = cfg.continual.method in (*INTERPOLATING, *EXPERTS)
     if merges and cfg.continual.optimizer == "keep":
         faults.add(
@@ -96,6 +102,8 @@ def _check_tasks(section: ContinualConfig, faults: Collector) -> None:
             faults.add(f"{where}.weights", "is missing; write the task's sources as {code: 1}")
         elif not sum(task.weights.values()) > 0:
             faults.add(f"{where}.weights", "has no share above 0; raise one")
+        if task.trained is not None and i > 0:
+            faults.add(f"{where}.trained", "is for the first task only; remove it")
         for key in ("continual", "init", "name", "out"):
             if key in task.overrides:
                 faults.add(

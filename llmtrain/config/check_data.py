@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Collector, did_you_mean, listing
+from llmtrain.config.phase_ends import end_text, phase_end
 from llmtrain.config.schema import PhaseConfig, PrepareConfig, RunConfig, TextSourceConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -37,6 +39,11 @@ def check_data(cfg: RunConfig, faults: Collector, for_training: bool) -> None:
         _check_weights(cfg, f"data.phases.{i}.weights", phase.weights, faults)
     if data.phases:
         _check_phases(cfg, data.phases, faults)
+    if data.replay is not None and not data.replay.run.strip():
+        faults.add("data.replay.run", "is missing; name the folder of the earlier run")
+    if data.replay is not None and cfg.online is not None:
+        message = "keeps a fixed part, but online changes the weights of all sources; keep one"
+        faults.add("data.replay", message, "online")
     if for_training and cfg.eval.prompts and data.corpus is None and data.tokenizer is None:
         faults.add(
             "eval.prompts",
@@ -68,6 +75,8 @@ def _check_name(name: str, path: tuple[str, ...], faults: Collector) -> None:
 def _known_sources(cfg: RunConfig) -> set[str] | None:
     """Names that weights may use; None when only the corpus on disk knows."""
     names = set(cfg.data.sources)
+    if cfg.data.replay is not None:
+        return None
     if cfg.data.corpus is None:
         return names
     if cfg.prepare is not None and cfg.prepare.out == cfg.data.corpus:
@@ -109,8 +118,10 @@ def _check_phases(cfg: RunConfig, phases: list[PhaseConfig], faults: Collector) 
     start = 0
     for i, phase in enumerate(phases):
         key = f"data.phases.{i}.until"
-        end = phase.until.samples(seq_len, batch, total)
+        end = phase_end(cfg, phase, total)
         last = i == len(phases) - 1
+        if phase.until_lr is not None:
+            _check_until_lr(cfg, i, last, faults)
         if last and phase.until.steps(seq_len * batch, total) != total:
             faults.add(
                 key,
@@ -121,15 +132,15 @@ def _check_phases(cfg: RunConfig, phases: list[PhaseConfig], faults: Collector) 
         elif end <= start:
             faults.add(
                 key,
-                f"{phase.until} is not after the phase before it (until "
-                f"{phases[i - 1].until}); put phases in the order of their ends",
+                f"{end_text(phase)} is not after the phase before it (until "
+                f"{end_text(phases[i - 1])}); put phases in the order of their ends",
                 *_RUN_LENGTH,
                 "data.phases",
             )
         elif not last and end >= total * batch:
             faults.add(
                 key,
-                f"{phase.until} leaves nothing for the phases after it (the run lasts "
+                f"{end_text(phase)} leaves nothing for the phases after it (the run lasts "
                 f"{cfg.train.duration}); end it earlier",
                 *_RUN_LENGTH,
                 "data.phases",
@@ -141,6 +152,21 @@ def _check_phases(cfg: RunConfig, phases: list[PhaseConfig], faults: Collector) 
             "data.phases.0.ramp",
             "the first phase has no weights to ramp from; use step",
         )
+
+
+def _check_until_lr(cfg: RunConfig, i: int, last: bool, faults: Collector) -> None:
+    """A phase that ends where the learning rate has fallen so far."""
+    key, depends = (
+        f"data.phases.{i}.until_lr",
+        ("data.phases", "schedule.restarts", "schedule.name"),
+    )
+    if last:
+        faults.add(key, "the last phase ends with the run; leave until_lr away", *depends)
+    elif cfg.data.phases[i].until != Duration.parse("1dur"):
+        faults.add(key, f"stands beside data.phases.{i}.until; keep one", *depends)
+    if cfg.schedule.restarts:
+        message = "cannot be told with schedule.restarts, which pass it more than once; use until"
+        faults.add(key, message, *depends)
 
 
 def check_prepare(cfg: RunConfig, faults: Collector) -> None:
@@ -176,6 +202,16 @@ def _check_text_source(source: TextSourceConfig, path: tuple[str, ...], faults: 
     if not given[needs]:
         message = f"is missing; kind {source.kind} needs it: {examples[needs]}"
         faults.add((*path, needs), message, kind)
+    if source.keep and source.kind in ("builtin", "text"):
+        message = f"is not read by kind {source.kind}, whose documents have no fields; remove it"
+        faults.add((*path, "keep"), message, kind)
+    for name, rule in source.keep.items():
+        here = (*path, "keep", name)
+        if rule.min is not None and rule.max is not None and rule.min > rule.max:
+            faults.add(here, f"keeps nothing: min {rule.min:g} is above max {rule.max:g}")
+        asks = rule.min is not None or rule.max is not None or rule.one_of or rule.none_of
+        if not asks and rule.missing == "keep":
+            faults.add(here, "drops nothing; give it min, max, one_of or none_of")
     owners = {"domain": "builtin", "hf_name": "hf", "paths": "text, jsonl or parquet"}
     for key, value in given.items():
         if value and key != needs:

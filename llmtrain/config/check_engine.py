@@ -36,18 +36,17 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
                 f"data-parallel ranks; remove it or {_NATIVE}",
                 "parallel.engine",
             )
-    if cfg.average is not None:
-        faults.add(
-            "average",
-            "writes to parameters, and engine: deepspeed keeps the float32 ones to itself; "
-            f"{_NATIVE}, or merge checkpoints afterwards with llmtrain merge",
-            "parallel.engine",
-        )
     if cfg.penalty is not None:
         faults.add(
             "penalty",
             "adds to the gradients of each rank's own parts, and engine: deepspeed keeps them to "
             f"itself; {_NATIVE}",
+            "parallel.engine",
+        )
+    if cfg.model.adapters is not None:
+        faults.add(
+            "model.adapters",
+            f"does not go together with parallel.engine: deepspeed; {_NATIVE}",
             "parallel.engine",
         )
     if cfg.train.compile:

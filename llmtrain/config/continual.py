@@ -53,6 +53,9 @@ class TaskConfig:
     duration: Duration | None = key(
         None, "length of the task; null: train.duration", gt=0, units=("step", "tok")
     )
+    trained: str | None = key(
+        None, "first task: a checkpoint or run that has learnt it already; nothing is trained"
+    )
     domains: list[str] = key(
         list, "held-out domains whose mean loss is the task's; empty: those of its sources"
     )
@@ -71,7 +74,7 @@ class ContinualConfig:
         0.0, "share of a task's tokens that come from the earlier tasks' sources", ge=0, lt=1
     )
     p: float = key(
-        0.25, "sfa, ema, latest: time between merges, as a share of the task", gt=0, le=1
+        0.25, "sfa, latest: time between merges or snapshots, as a share of the task", gt=0, le=1
     )
     beta: float = key(0.5, "sfa, wise-ft: weight of the earlier model in a merge", ge=0, le=1)
     decay: float = key(0.9, "ema: share of the average that stays at an update", ge=0, lt=1)

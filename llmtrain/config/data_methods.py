@@ -10,7 +10,7 @@ from llmtrain.config.fields import dur, key
 
 @dataclass(frozen=True)
 class ReweightConfig:
-    """Loss weights of samples and of tokens, from their losses in every step (a second forward)."""
+    """Loss weights of samples and of tokens, from their losses in every step."""
 
     samples: str = key(
         "none",
@@ -34,3 +34,6 @@ class ReweightConfig:
     gamma: float = key(1.0, "tokens: exponent of focal and prior", ge=0)
     keep: float = key(0.6, "tokens: share of the global batch's tokens that rho keeps", gt=0, le=1)
     reference: str | None = key(None, "tokens: checkpoint or run of the reference, for prior, rho")
+    losses: str | None = key(
+        None, "tokens: the reference's losses, a file of `data score --method token-losses`"
+    )

@@ -111,12 +111,17 @@ def _words(tp: Any) -> str:
         return "section"
     origin, arguments = typing.get_origin(tp), typing.get_args(tp)
     if origin is list:
-        return f"list of {_words(arguments[0])}s"
+        return f"list of {_plural(_words(arguments[0]))}"
     if origin is dict:
         return "mapping of names to " + (
-            "anything" if arguments[1] is Any else f"{_words(arguments[1])}s"
+            "anything" if arguments[1] is Any else _plural(_words(arguments[1]))
         )
     return _NAMES[tp]
+
+
+def _plural(words: str) -> str:
+    first, rest = words.partition(" of ")[0], words.partition(" of ")[1:]
+    return f"{first}s{''.join(rest)}"
 
 
 def _default(field: Any, inner: Any) -> str:

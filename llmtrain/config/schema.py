@@ -14,6 +14,8 @@ from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
+from llmtrain.config.filters import FilterConfig
+from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
 from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
@@ -103,6 +105,9 @@ class TextSourceConfig:
     hf_split: str = key("train", "kind hf: split")
     max_documents: int | None = key(None, "stop after so many documents", ge=1)
     max_bytes: int | None = key(None, "stop after so many bytes of text", ge=1)
+    keep: dict[str, FilterConfig] = key(
+        dict, "jsonl, parquet, hf: field: what it must be for the document to be kept"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,9 @@ class PhaseConfig:
     """A stretch of the mixture schedule."""
 
     until: Duration = key(lambda: dur("1dur"), "where the phase ends", gt=0)
+    until_lr: float | None = key(
+        None, "instead: where the learning rate has fallen to this part of the peak", gt=0, lt=1
+    )
     weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1", ge=0)
     ramp: str = key(
         "step",
@@ -162,6 +170,7 @@ class DataConfig:
         dict, "one phase for the whole run: source: share of the tokens; normalised to sum 1", ge=0
     )
     phases: list[PhaseConfig] = key(list, "mixture schedule; instead of weights")
+    replay: ReplayConfig | None = key(None, "tokens of an earlier run's sources, besides")
     heldout: dict[str, SourceConfig] = key(dict, "name: held-out source; a corpus brings its own")
     seq_len: int = key(256, "tokens per sample", ge=2)
     block_size: int = key(1024, "samples per mixture block", ge=1, le=1024)
@@ -339,6 +348,11 @@ class RunConfig:
         None,
         "weights of samples and tokens by their losses",
         hook="llmtrain.methods.reweight:Reweight",
+    )
+    online: OnlineConfig | None = key(
+        None,
+        "mixture weights that follow held-out losses",
+        hook="llmtrain.methods.online:OnlineMixture",
     )
     average: AverageConfig | None = key(
         None, "averaging of weights during training", hook="llmtrain.merge.training:averaging"

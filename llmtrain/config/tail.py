@@ -13,6 +13,7 @@ from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Fault, Mark
 from llmtrain.config.load import build_config, defaults
 from llmtrain.config.merge import COMMAND_LINE, Files, apply_overrides, interpolate, merge
+from llmtrain.config.phase_ends import end_text, phase_end
 from llmtrain.config.schema import PhaseConfig, RunConfig
 from llmtrain.config.yamlfile import Node, wrap
 from llmtrain.errors import ConfigError
@@ -76,11 +77,11 @@ def past_phases(cfg: RunConfig, step: int) -> list[dict[str, Any]]:
     for phase in cfg.data.phases or [PhaseConfig(weights=cfg.data.weights)]:
         if start >= cut:
             break
-        end = phase.until.samples(seq_len, batch, total)
+        end = phase_end(cfg, phase, total)
         if end > cut and phase.ramp == "linear":
             raise ConfigError(
                 f"step {step} lies inside the linear ramp of the trunk's data.phases that ends at "
-                f"{phase.until}; branch at its start or its end, or keep the trunk's mixture"
+                f"{end_text(phase)}; branch at its start or its end, or keep the trunk's mixture"
             )
         end = min(end, cut)
         until = str(Duration.parse(f"{end * seq_len}tok"))

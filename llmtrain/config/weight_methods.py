@@ -37,4 +37,9 @@ class AverageConfig:
     )
     evaluate: bool = key(True, "ema, latest: every evaluation also measures the averaged weights")
     replace: bool = key(True, "ema, latest: the run ends with the averaged weights")
-    offload: bool = key(True, "copies lie in host memory; false: on the device")
+    storage: str = key(
+        "cpu",
+        "where copies lie: cpu: host memory; device: beside the weights; disk: files in the run's "
+        "folder, mapped into memory",
+        choices=("cpu", "device", "disk"),
+    )

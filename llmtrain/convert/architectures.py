@@ -14,10 +14,11 @@ from typing import Any
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.rope import from_rope, to_rope
 from llmtrain.errors import CheckpointError
+from llmtrain.model import complete
 
 # Says nothing about what a model computes: training, padding, and how long sequences may be.
 _FREE = {
-    "init_std", "init_depth_scale", "dropout", "vocab_multiple", "max_seq_len",
+    "adapters", "init_std", "init_depth_scale", "dropout", "vocab_multiple", "max_seq_len",
 }  # fmt: skip
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _GELU |= {"gelu_fast": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -51,10 +52,9 @@ class Architecture:
     def differences(self, cfg: ModelConfig) -> list[str]:
         """Keys of the model section in which a model of this architecture is another one."""
         try:
-            back = self.read(self.write(cfg))
+            back = complete(self.read(self.write(cfg)), None, cfg.max_seq_len or 1)
         except ValueError:
             return ["activation"]
-        # ``head_dim`` and the like may be spelt out on one side only.
         return [
             f.name
             for f in fields(ModelConfig)
@@ -239,6 +239,12 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     )
 
 
+def _setting(cfg: ModelConfig, key: str) -> str:
+    if key == "scaling":
+        return f"model.scaling (parametrization {cfg.scaling.parametrization})"
+    return f"model.{key}={getattr(cfg, key)}"
+
+
 def fitting_architecture(cfg: ModelConfig, wanted: str | None) -> Architecture:
     """The architecture that computes what a resolved model of ours does.
 
@@ -254,7 +260,7 @@ def fitting_architecture(cfg: ModelConfig, wanted: str | None) -> Architecture:
     keys, nearest = min(misfits, key=lambda misfit: len(misfit[0]))
     if not keys:
         return nearest
-    settings = ", ".join(f"model.{key}={getattr(cfg, key)}" for key in keys)
+    settings = ", ".join(_setting(cfg, key) for key in keys)
     if wanted is not None:
         raise CheckpointError(
             f"{wanted} does not compute this model, which has {settings}; leave --architecture "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,43 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.model import complete
+from llmtrain.linear import low_rank_change
+from llmtrain.model import ADAPTER, adapter_scale, complete, row_pattern
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint of ours and what it is in transformers. source: where it was converted from;
+    origin: all that is known of that."""
+
+    path: Path
+    cfg: ModelConfig
+    architecture: Architecture
+    rules: list[Rule]
+    files: dict[str, bytes]
+    origin: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def source(self) -> str | None:
+        """The folder the model was converted from, where it was."""
+        return self.origin.get("source")
+
+
+def open_checkpoint(src: Path, architecture: str | None = None) -> OpenedCheckpoint:
+    """Open a checkpoint, or a run's newest good one. Raises CheckpointError."""
+    found, skipped = find(Ranks(None), Path(src).expanduser(), MODEL_PREFIX)
+    notes = [f"{fault}; {found.name} is converted instead" for fault in skipped]
+    files = read_files(found)
+    if "config.yaml" not in files or "data.json" not in files:
+        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain")
+    run = load_config(found / "config.yaml")
+    cfg = complete(run.model, json.loads(files["data.json"])["vocab_size"], run.data.seq_len)
+    origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
+    kind = _chosen(cfg, architecture, origin)
+    return OpenedCheckpoint(found, cfg, kind, rules_for(kind.name, cfg), files, origin, notes)
 
 
 def to_huggingface(
@@ -48,36 +83,32 @@ def to_huggingface(
 ) -> Converted:
     """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
 
+    Adapters are merged into the weights, in float64 and rounded once.
+
     architecture: by name; None: what it was converted from, or the one that computes the same.
     dtype: None: the one it was converted from, or that of the checkpoint. Raises
     CheckpointError when no architecture fits, naming the settings that stand in the way; then
     nothing is written.
     """
-    found, skipped = find(Ranks(None), Path(src).expanduser(), MODEL_PREFIX)
-    notes = [f"{fault}; {found.name} is converted instead" for fault in skipped]
-    files = read_files(found)
-    if "config.yaml" not in files or "data.json" not in files:
-        raise CheckpointError(f"{found} has no config.yaml: it was not saved by llmtrain")
-    run = load_config(found / "config.yaml")
-    cfg = complete(run.model, json.loads(files["data.json"])["vocab_size"], run.data.seq_len)
-    origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
-    kind = _chosen(cfg, architecture, origin)
+    opened = open_checkpoint(src, architecture)
+    found, cfg, kind = opened.path, opened.cfg, opened.architecture
     layout = {
         key.removeprefix(MODEL_PREFIX): value
         for key, value in read_layout(found).items()
         if key.startswith(MODEL_PREFIX)
     }
-    writer = _Writer(found, layout, rules_for(kind.name, cfg), cfg)
+    origin = opened.origin
+    writer = _Writer(found, layout, opened.rules, cfg)
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
         config = kind.write(cfg) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-        carried = {name: data for name, data in files.items() if name in CARRIED}
+        carried = {name: data for name, data in opened.files.items() if name in CARRIED}
         for name, data in {CONFIG: text, **carried}.items():
             write_small(temporary / name, data)
     n_params = sum(torch.Size(entry.shape).numel() for entry in layout.values())
-    return Converted(Path(dst), kind.name, n_params, size, notes)
+    return Converted(Path(dst), kind.name, n_params, size, opened.notes)
 
 
 def _chosen(cfg: ModelConfig, wanted: str | None, origin: dict[str, Any]) -> Architecture:
@@ -114,7 +145,8 @@ class _Writer:
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
         self._rules = rules
-        lacking = sorted({rule.ours for rule in rules} ^ layout.keys())
+        own = {name for name in layout if ADAPTER not in name}
+        lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
             raise CheckpointError(
                 f"{found}: its tensors and its config.yaml do not agree on {lacking[0]} "
@@ -155,10 +187,21 @@ class _Writer:
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
         return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
 
+    def _change(self, layer: str) -> Tensor:
+        """What the adapter of a layer adds to its weight."""
+        assert self._cfg.adapters is not None
+        names = [f"{layer}{ADAPTER}{side}.weight" for side in "ab"]
+        a, b = (read_tensor(self._found, MODEL_PREFIX + n, self._layout[n]) for n in names)
+        scale = adapter_scale(self._cfg.adapters)
+        return low_rank_change(a.float(), b.float(), scale, row_pattern(self._cfg, layer))
+
     def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
         for rule in rules:
             key = MODEL_PREFIX + rule.ours
             whole = read_tensor(self._found, key, self._layout[rule.ours])
+            layer, _, leaf = rule.ours.rpartition(".")
+            if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
+                whole = whole.float().add_(self._change(layer))
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             del whole
             for part in parts:

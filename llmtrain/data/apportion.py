@@ -97,11 +97,16 @@ class Apportionment:
     """
 
     def __init__(
-        self, stretches: Sequence[Stretch], block: int, errors: Mapping[str, Fraction] | None = None
+        self,
+        stretches: Sequence[Stretch],
+        block: int,
+        errors: Mapping[str, Fraction] | None = None,
+        used: int | None = None,
     ) -> None:
         """stretches: consecutive, each cut into blocks of ``block`` samples from its start.
 
-        errors: count minus target when the schedule begins, summing to 0.
+        errors: count minus target when the schedule begins, summing to 0. used: sample up to which
+        counts will be asked for most; they are prepared.
         """
         ahead = {name: error for name, error in (errors or {}).items() if error}
         self.names = sorted({*ahead, *(name for s in stretches for name in s.weights)})
@@ -129,9 +134,10 @@ class Apportionment:
         self._kept: dict[tuple[int, int], _State] = {}
         self._known: dict[tuple[int, int], _State] = {}
         self._older: dict[tuple[int, int], _State] = {}
-        blocks = (stretches[-1].stop - stretches[0].start) // block
+        stop = stretches[-1].stop if used is None else used
+        blocks = (stop - stretches[0].start) // block
         self._span = max(_SPAN, -(-blocks // _KEPT))
-        self._keep_middles(stretches[-1].stop)
+        self._keep_middles(stop)
 
     def _keep_middles(self, stop: int) -> None:
         """Find the kept boundaries before sample ``stop``: no other then takes many choices."""

@@ -12,6 +12,7 @@ from llmtrain.config.faults import did_you_mean
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.corpus import read_manifest
 from llmtrain.data.formats import open_source
+from llmtrain.data.replay import Replay, open_replay
 from llmtrain.data.source import TokenSource
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import DataError
@@ -31,6 +32,7 @@ class Catalogue:
     vocab_size: int | None
     tokenizer_path: Path | None
     manifest: dict[str, Any] = field(default_factory=dict)
+    replay: Replay | None = None
 
     def require(self, names: Iterable[str]) -> None:
         """Raise DataError for the first name that is no source."""
@@ -89,13 +91,13 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
     manifest: dict[str, Any] = {}
     tokenizer = Path(data.tokenizer) if data.tokenizer else None
     if data.corpus is not None:
-        found = read_manifest(data.corpus)
-        if found is None:
+        known = read_manifest(data.corpus)
+        if known is None:
             raise DataError(
                 f"data.corpus: {data.corpus} holds no prepared corpus; make it with "
                 "`llmtrain data prepare CONFIG`"
             )
-        manifest, root = found, Path(data.corpus)
+        manifest, root = known, Path(data.corpus)
         tokenizer = tokenizer or root / "tokenizer.json"
         for name, entry in manifest["sources"].items():
             train[name] = SourceConfig(path=str(root / name / "train"), format="mds")
@@ -121,4 +123,7 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             "data.document_mask and data.reset_positions need to know where documents end; set "
             "data.eos_id, or data.tokenizer, or data.corpus"
         )
-    return Catalogue(train, heldout, per_token, eos, vocab, tokenizer, manifest)
+    found = Catalogue(train, heldout, per_token, eos, vocab, tokenizer, manifest)
+    if data.replay is not None:
+        found.replay = open_replay(cfg, found)
+    return found

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.schema import PrepareConfig
+from llmtrain.config.schema import PrepareConfig, TextSourceConfig
 from llmtrain.data.mds_writer import MAX_SHARD_BYTES, zstd_level
 from llmtrain.data.sources import TextSource
 from llmtrain.data.tokenizer import CONFIG_FILE, FILE, load_tokenizer
@@ -54,7 +54,7 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
         tokenizer["sha256"] = loaded.sha256
     settings = {
         "sources": {
-            name: {**asdict(cfg.sources[name]), **source.identity()}
+            name: {**_source_settings(cfg.sources[name]), **source.identity()}
             for name, source in sources.items()
         },
         "tokenizer": tokenizer,
@@ -64,6 +64,14 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def _source_settings(cfg: TextSourceConfig) -> dict[str, Any]:
+    """Without filters none are named: corpora that were made before there were any stay good."""
+    settings = asdict(cfg)
+    if not settings["keep"]:
+        del settings["keep"]
+    return settings
 
 
 def differences(old: Any, new: Any, path: str = "prepare") -> list[str]:

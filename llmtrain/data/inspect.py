@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.schema import SourceConfig
+from llmtrain.data.compare import Comparison, compare
 from llmtrain.data.corpus import SPLITS, read_manifest
 from llmtrain.data.formats import FlatSource, open_source
 from llmtrain.data.stream_writer import entropy
 from llmtrain.data.tokenizer import FILE, Tokenizer, load_tokenizer
+from llmtrain.data.words import Stream
 from llmtrain.errors import DataError
 
 SCAN_TOKENS = 1 << 24  # read for the statistics of a source without a manifest
@@ -27,7 +29,8 @@ class Inspection:
     """What to look at. source: path, format and dtype as in ``data.sources``.
 
     tokenizer: file or folder to decode with; None: the corpus's. samples: excerpts per stream.
-    verify: read everything and compare with the recorded hashes.
+    verify: read everything and compare with the recorded hashes. compare: documents with each other
+    and with benchmarks.
     """
 
     source: SourceConfig
@@ -35,13 +38,19 @@ class Inspection:
     eos_id: int | None = None
     samples: int = 3
     verify: bool = False
+    compare: Comparison | None = None
 
 
 def inspect(what: Inspection) -> Iterator[str]:
     """Lines of the report. Raises DataError for what is missing or damaged."""
     manifest = read_manifest(what.source.path)
     if manifest is None:
-        yield from _stream(what, open_source("source", what.source, eos_id=what.eos_id))
+        source = open_source("source", what.source, eos_id=what.eos_id)
+        yield from _stream(what, source)
+        if what.compare is not None:
+            found = _tokenizer_near(what)
+            stream = Stream("source", source, load_tokenizer(found) if found else None)
+            yield from compare(what.compare, [stream], [False])
         return
     tokenizer = manifest["tokenizer"]
     yield (
@@ -55,6 +64,24 @@ def inspect(what: Inspection) -> Iterator[str]:
         bad = {kind: count for kind, count in entry["bad"].items() if kind != "records"}
         if bad:
             yield f"  bad records: {', '.join(f'{n} {kind}' for kind, n in bad.items())}"
+        if dropped := entry.get("dropped"):
+            yield f"  dropped by filters: {', '.join(f'{n} by {w}' for w, n in dropped.items())}"
+    if what.compare is not None:
+        yield from compare(what.compare, *_corpus_streams(what, manifest))
+
+
+def _corpus_streams(what: Inspection, manifest: dict[str, Any]) -> tuple[list[Stream], list[bool]]:
+    """Every split of a corpus, those to train on first; and which are held out."""
+    tokenizer = load_tokenizer(what.tokenizer or what.source.path)
+    streams, heldout = [], []
+    for split in SPLITS:
+        for name, entry in manifest["sources"].items():
+            if entry[split]["tokens"]:
+                cfg = SourceConfig(path=str(Path(what.source.path) / name / split))
+                source = open_source(name, cfg, eos_id=manifest["tokenizer"]["eos_id"])
+                streams.append(Stream(f"{name}/{split}", source, tokenizer))
+                heldout.append(split == "heldout")
+    return streams, heldout
 
 
 def _counted(

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
-from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
@@ -38,7 +37,8 @@ class Loader:
     """Samples of the plan, by number.
 
     rank, world: among the data-parallel ranks. The loader has no state but the plan: a batch is a
-    function of its first sample's number. ``wait_seconds``: how long ``iterate`` has kept its
+    function of its first sample's number. Where weights change online, reading ahead waits until
+    the order of a batch is decided. ``wait_seconds``: how long ``iterate`` has kept its
     caller waiting so far.
     """
 
@@ -64,21 +64,10 @@ class Loader:
         """This rank's rows of the global batch that begins with global sample ``first_sample``."""
         n = self.batch_size // self.world
         low = first_sample + self.rank * n
-        labels, before = self.plan.mixture.locate_range(low, low + n)
-        plan, numbers, weights = self.plan, np.empty_like(before), np.empty(n)
-        for label in np.unique(labels):
-            mine, selection = labels == label, plan.selections[label]
-            _, places = sample_numbers(
-                plan.cfg.seed, plan.names[label], before[mine], plan.sizes[label]
-            )
-            weights[mine] = plan.loss_weights[label]
-            if selection is not None:
-                weights[mine] *= selection.factors(places)
-                places = selection.numbers(places)
-            numbers[mine] = places
+        labels, numbers, weights = self.plan.samples(low, low + n)
         picks = zip(labels.tolist(), numbers.tolist(), weights.tolist(), strict=True)
         rows = self._packing.rows(
-            [Pick(plan.sources[label], number, weight) for label, number, weight in picks]
+            [Pick(self.plan.sources[label], number, weight) for label, number, weight in picks]
         )
         self._check_vocabulary(rows, labels, low)
         return to_batch(rows, labels, np.arange(low, low + n))
@@ -143,8 +132,17 @@ class Loader:
             self._thread.join()
             self._thread = None
 
+    def _decided(self, steps: int) -> bool:
+        """Wait until the order of the first ``steps`` batches is decided; False: stopped first."""
+        while not self.plan.wait_until_known(steps * self.batch_size, 0.1):
+            if self._stop.is_set():
+                return False
+        return True
+
     def _read_ahead(self, start: int, stop: int, ready: queue.Queue[object]) -> None:
         for step in range(start, stop + 1):
+            if not self._decided(min(step + 1, stop)):
+                return
             item: object
             try:
                 item = self.batch(step) if step < stop else _END

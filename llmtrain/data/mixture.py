@@ -53,30 +53,56 @@ class Mixture:
         """stretches: the schedule in force now. earlier: schedules that it has replaced."""
         self.names, self.block, self.seed = list(names), block, seed
         self.schedules = [list(schedule) for schedule in (*earlier, stretches)]
-        place = {name: i for i, name in enumerate(self.names)}
         self.stretches: list[Stretch] = []
         self._parts: list[tuple[Apportionment, NDArray[np.int64], NDArray[np.int64]]] = []
         self._bases = [np.zeros(len(self.names), np.int64)]
-        errors = dict.fromkeys(self.names, Fraction(0))
-        turns = [schedule[0].start for schedule in self.schedules[1:]]
-        for schedule, turn in zip(self.schedules, [*turns, stretches[-1].stop], strict=True):
-            part = Apportionment(schedule, block, errors)
-            # Sources that occur only in what was given up have dealt nothing.
-            columns = [j for j, name in enumerate(part.names) if name in place]
-            indices = np.array([place[part.names[j]] for j in columns])
-            counted = part.counts(turn)[columns]
-            for stretch in cut(schedule, turn):
-                self.stretches.append(stretch)
-                for name, weight in stretch.weights.items():
-                    errors[name] -= weight * (stretch.stop - stretch.start)
-            for j, count in zip(indices, counted, strict=True):
-                errors[self.names[j]] += int(count)
-            base = self._bases[-1].copy()
-            base[indices] += counted
-            self._bases.append(base)
-            self._parts.append((part, np.array(columns), indices))
-        self._starts, self._turns = [s.start for s in self.stretches], turns
+        # Count minus target at the beginning of each schedule and at the end.
+        self._errors = [dict.fromkeys(self.names, Fraction(0))]
+        self._turns = [schedule[0].start for schedule in self.schedules[1:]]
+        for schedule, turn in zip(self.schedules, [*self._turns, stretches[-1].stop], strict=True):
+            self._append(schedule, turn, Apportionment(schedule, block, self._errors[-1], turn))
+        self._starts = [s.start for s in self.stretches]
         self._kept: tuple[_Contents, ...] = ()
+
+    def _append(self, schedule: list[Stretch], turn: int, part: Apportionment) -> None:
+        """Deal by ``schedule`` up to ``turn``. part: its apportionment, from here on."""
+        place = {name: i for i, name in enumerate(self.names)}
+        # Sources that occur only in what was given up have dealt nothing.
+        columns = [j for j, name in enumerate(part.names) if name in place]
+        indices = np.array([place[part.names[j]] for j in columns])
+        counted = part.counts(turn)[columns]
+        errors = self._errors[-1].copy()
+        for stretch in cut(schedule, turn):
+            self.stretches.append(stretch)
+            for name, weight in stretch.weights.items():
+                errors[name] -= weight * (stretch.stop - stretch.start)
+        for j, count in zip(indices, counted, strict=True):
+            errors[self.names[j]] += int(count)
+        base = self._bases[-1].copy()
+        base[indices] += counted
+        self._bases.append(base)
+        self._errors.append(errors)
+        self._parts.append((part, np.array(columns), indices))
+
+    def turned(self, future: Sequence[Stretch]) -> Mixture:
+        """This mixture with ``future`` in force from its first sample on, which ends a block.
+
+        The past is shared, not worked out again: a mixture that turns often stays cheap.
+        """
+        turn, (part, *_) = future[0].start, self._parts[-1]
+        last = self.schedules[-1]
+        new = Mixture.__new__(Mixture)
+        new.names, new.block, new.seed = self.names, self.block, self.seed
+        new.schedules = [*self.schedules, list(future)]
+        new.stretches = [s for s in self.stretches if s.start < last[0].start]
+        new._parts, new._bases = self._parts[:-1], self._bases[:-1]
+        new._errors, new._turns = self._errors[:-1], [*self._turns, turn]
+        new._append(last, turn, part)
+        following = Apportionment(future, self.block, new._errors[-1], future[0].stop)
+        new._append(new.schedules[-1], future[-1].stop, following)
+        new._starts = [s.start for s in new.stretches]
+        new._kept = ()
+        return new
 
     @property
     def total(self) -> int:

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from llmtrain.config.phase_ends import phase_end
 from llmtrain.config.schema import PhaseConfig, RunConfig
 from llmtrain.data.mixture import Mixture, cut
+from llmtrain.data.online import known_until
+from llmtrain.data.replay import Replay, with_replay
 from llmtrain.data.targets import Stretch
 from llmtrain.errors import DataError
 
@@ -17,14 +20,17 @@ from llmtrain.errors import DataError
 RAMP_STEPS = 256
 
 
-def stretches_of(cfg: RunConfig, total_samples: int) -> list[Stretch]:
-    """The configured schedule over global samples [0, total_samples)."""
+def stretches_of(cfg: RunConfig, total_samples: int, replay: Replay | None = None) -> list[Stretch]:
+    """The configured schedule over global samples [0, total_samples).
+
+    replay: the earlier run of ``data.replay``.
+    """
     steps = total_samples // cfg.train.global_batch_size
     phases = cfg.data.phases or [PhaseConfig(weights=cfg.data.weights)]
     out: list[Stretch] = []
     start, before = 0, None
     for i, phase in enumerate(phases):
-        stop = phase.until.samples(cfg.data.seq_len, cfg.train.global_batch_size, steps)
+        stop = phase_end(cfg, phase, steps)
         stop = total_samples if i == len(phases) - 1 else min(stop, total_samples)
         weights = _normalised(phase.weights)
         if stop > start:
@@ -33,6 +39,15 @@ def stretches_of(cfg: RunConfig, total_samples: int) -> list[Stretch]:
             else:
                 out.append(Stretch(start, stop, _positive(weights)))
         start, before = max(stop, start), weights
+    if replay is not None and cfg.data.replay is not None:
+        section, batch = cfg.data.replay, cfg.train.global_batch_size
+        begin = section.start.samples(cfg.data.seq_len, batch, steps)
+        return with_replay(out, replay, Fraction(str(section.fraction)), begin)
+    turn = known_until(cfg, steps, 0)
+    if turn is not None and out[-1].start < turn < out[-1].stop:
+        # Blocks end where weights change online, so that a change needs to wait for no block.
+        last = out.pop()
+        out += [Stretch(last.start, turn, last.weights), Stretch(turn, last.stop, last.weights)]
     return out
 
 
@@ -81,7 +96,11 @@ def from_json(items: Sequence[dict[str, Any]]) -> list[Stretch]:
 
 
 def first_difference(old: Sequence[Stretch], new: Sequence[Stretch]) -> int | None:
-    """First global sample whose stretch (edges or weights) differs; None when none does."""
+    """First global sample whose weights or end differ; None when none does.
+
+    Where stretches of equal weights are cut makes no difference.
+    """
+    old, new = _joined(old), _joined(new)
     for ours, theirs in zip(old, new, strict=False):
         if ours.start != theirs.start or ours.weights != theirs.weights:
             return min(ours.start, theirs.start)
@@ -93,8 +112,18 @@ def first_difference(old: Sequence[Stretch], new: Sequence[Stretch]) -> int | No
     return longer[min(len(old), len(new))].start
 
 
+def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Neighbours of equal weights made one."""
+    out: list[Stretch] = []
+    for stretch in stretches:
+        same = out and out[-1].weights == stretch.weights
+        start = out.pop().start if same else stretch.start
+        out.append(Stretch(start, stretch.stop, stretch.weights))
+    return out
+
+
 def _phases(stretches: Sequence[Stretch]) -> list[tuple[int, Mapping[str, Fraction]]]:
-    return [(stretch.start, stretch.weights) for stretch in stretches]
+    return [(stretch.start, stretch.weights) for stretch in _joined(stretches)]
 
 
 def continue_schedule(
@@ -118,13 +147,18 @@ def continue_schedule(
             "weights back (phases in dur move with train.duration), or start a new run under "
             "another name"
         )
-    last = schedules[-1][-1]
+    current, end = schedules[-1], planned[-1].stop
+    last = [s for s in current if s.start < difference or s is current[0]][-1]
     whole = last.start + (difference - last.start) // realised.block * realised.block
-    if _phases(configured) == _phases(planned) and consumed <= whole:
-        # Only the end moves, and no block seen so far was cut by it: nothing before changes.
-        moved = Stretch(last.start, planned[-1].stop, last.weights)
-        return [*schedules[:-1], [*schedules[-1][:-1], moved]]
+    only_the_end = _phases(configured) == _phases(planned)
+    if only_the_end and consumed <= whole:
+        # No block seen so far was cut by the end: nothing before it changes.
+        kept = [s for s in current if s.start < end or s is current[0]]
+        return [*schedules[:-1], [*kept[:-1], Stretch(kept[-1].start, end, kept[-1].weights)]]
     turn = realised.block_end(difference)
+    if only_the_end:
+        # Weights that were changed online stay as they are.
+        planned = [Stretch(0, end, current[-1].weights)]
     past = [schedule for schedule in schedules if schedule[0].start < turn]
     future = [Stretch(max(s.start, turn), s.stop, s.weights) for s in planned if s.stop > turn]
     return [*past, future] if future else [*past[:-1], cut(past[-1], turn)]

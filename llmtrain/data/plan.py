@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,8 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.mixture import Mixture, cut
+from llmtrain.data.online import known_until
+from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import samples_in
 from llmtrain.data.phases import continue_schedule, from_json, stretches_of, to_json
 from llmtrain.data.select import Facts, Selection, select
@@ -29,7 +37,8 @@ class DataPlan:
 
     names, sources, sizes (samples per epoch), loss_weights and selections (None: all samples) go
     by source index. configured is what the config says, mixture what is realised: the two differ
-    only after a resume that changed the future.
+    only after a resume that changed the future, or where weights change online. known: global
+    sample up to which the order is decided; None: the whole run's.
     """
 
     cfg: RunConfig
@@ -41,6 +50,8 @@ class DataPlan:
     selections: list[Selection | None]
     configured: list[Stretch]
     mixture: Mixture
+    known: int | None = None
+    _decided: threading.Condition = field(default_factory=threading.Condition)
 
     @property
     def vocab_size(self) -> int | None:
@@ -55,6 +66,57 @@ class DataPlan:
     def counts(self, i: int) -> NDArray[np.int64]:
         """Samples of each source among the first ``i`` of the run: [sources] int64."""
         return self.mixture.counts(i)
+
+    def samples(
+        self, low: int, high: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Source index, number within the source and loss weight of global samples [low, high)."""
+        labels, before = self.mixture.locate_range(low, high)
+        numbers, weights = np.empty_like(before), np.empty(high - low)
+        for label in np.unique(labels):
+            mine, selection = labels == label, self.selections[label]
+            name, size = self.names[label], self.sizes[label]
+            _, places = sample_numbers(self.cfg.seed, name, before[mine], size)
+            weights[mine] = self.loss_weights[label]
+            if selection is not None:
+                weights[mine] *= selection.factors(places)
+                places = selection.numbers(places)
+            numbers[mine] = places
+        return labels, numbers, weights
+
+    def turn(self, sample: int, weights: Mapping[str, Fraction], known: int | None) -> int:
+        """Deal by ``weights`` from global ``sample`` on, which is the end of what was known.
+
+        known: sample up to which the order is decided now. A block that has begun is kept whole;
+        returns the sample at which the new weights take over.
+        """
+        first = self.mixture.block_end(sample)
+        total = self.mixture.total
+        edges = [first, known, total] if known is not None and known > first else [first, total]
+        future = [Stretch(a, b, weights) for a, b in itertools.pairwise(edges)]
+        if first < total:
+            self.mixture = self.mixture.turned(future)
+        self.decide(known)
+        return first
+
+    def decide(self, known: int | None) -> None:
+        """The order is decided up to sample ``known``; who waits for it goes on."""
+        with self._decided:
+            self.known = known
+            self._decided.notify_all()
+
+    def wait_until_known(self, sample: int, seconds: float) -> bool:
+        """Whether the order up to ``sample`` is decided, after ``seconds`` at the latest."""
+        with self._decided:
+            return self._decided.wait_for(
+                lambda: self.known is None or sample <= self.known, seconds
+            )
+
+    def write(self, file: Path) -> None:
+        """``state`` as a JSON file, whole or not at all. Raises OSError."""
+        aside = file.with_suffix(".tmp")
+        aside.write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
+        os.replace(aside, file)
 
     def tree(self) -> str:
         """Tokens, epochs and share of every source in every phase, as text."""
@@ -75,6 +137,7 @@ class DataPlan:
             "configured": to_json(self.configured),
             "realised": to_json(self.mixture.stretches),
             "schedules": [to_json(schedule) for schedule in self.mixture.schedules],
+            "known": self.known,
         }
 
     def _facts(self, index: int) -> dict[str, Any]:
@@ -127,6 +190,8 @@ class DataPlan:
         self.mixture = Mixture(
             self.names, current, self.cfg.data.block_size, self.cfg.seed, earlier
         )
+        batch = self.cfg.train.global_batch_size
+        self.known = known_until(self.cfg, self.mixture.total // batch, consumed // batch)
 
     def _check_source(self, name: str, old: dict[str, Any]) -> None:
         if name not in self.names:
@@ -157,7 +222,7 @@ def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
     and for weights that name no source.
     """
     catalogue = open_catalogue(cfg)
-    configured = stretches_of(cfg, total_samples)
+    configured = stretches_of(cfg, total_samples, catalogue.replay)
     wanted = {name for stretch in configured for name in stretch.weights}
     named = [*(n for p in cfg.data.phases for n in p.weights), *cfg.data.weights]
     catalogue.require(named)
@@ -189,6 +254,7 @@ def build_plan(cfg: RunConfig, total_samples: int) -> DataPlan:
         selections,
         configured,
         mixture,
+        known_until(cfg, total_samples // cfg.train.global_batch_size, 0),
     )
     _check_caps(plan, configs)
     return plan

@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmtrain.config.phase_ends import phase_end
+from llmtrain.data.online import update_steps
+
 if TYPE_CHECKING:
     from llmtrain.data.plan import DataPlan
 
@@ -21,13 +24,18 @@ def plan_tree(plan: DataPlan) -> str:
         if selection is not None:
             many = f"{selection.size:,} of {selection.whole:,} samples"
             lines.append(f"|- {name}: {many}, {selection.text}")
+    if (replay := plan.catalogue.replay) is not None and plan.cfg.data.replay is not None:
+        part = plan.cfg.data.replay.fraction
+        shares = ", ".join(f"{name} {float(w):.1%}" for name, w in replay.weights.items())
+        lines.append(f"|- replay of {replay.run}: {part:.4g} of the tokens, as {shares}")
     parts = [*itertools.pairwise(edges)]
     if len(parts) > 1:
         parts.append((0, mixture.total))
     for i, (low, high) in enumerate(parts):
         last = i == len(parts) - 1
         title = "whole run" if low == 0 and high == mixture.total else f"phase {i + 1}"
-        lines.append(f"{'`-' if last else '|-'} {title}: samples {low:,} to {high:,}")
+        until = _until(plan, i) if title.startswith("phase") and len(parts) > 1 else ""
+        lines.append(f"{'`-' if last else '|-'} {title}: samples {low:,} to {high:,}{until}")
         taken = mixture.counts(high) - mixture.counts(low)
         rows = [("source", "tokens", "share", "epochs", "of tokens")]
         tokens = [_own_tokens(plan, label) for label in range(len(plan.names))]
@@ -42,6 +50,30 @@ def plan_tree(plan: DataPlan) -> str:
                 )
             )
         lines += [f"{'  ' if last else '| '}   {line}" for line in aligned(rows)]
+    return _online_lines(plan, lines)
+
+
+def _until(plan: DataPlan, index: int) -> str:
+    """Where the learning rate ends a phase: its level and the step."""
+    cfg = plan.cfg
+    level = cfg.data.phases[index].until_lr if index < len(cfg.data.phases) else None
+    if level is None:
+        return ""
+    batch = cfg.train.global_batch_size
+    step = phase_end(cfg, cfg.data.phases[index], plan.mixture.total // batch) // batch
+    return f", until the learning rate is at {level:g} of its peak, at step {step:,}"
+
+
+def _online_lines(plan: DataPlan, lines: list[str]) -> str:
+    """The plan's lines, with what is not known yet where weights change during the run."""
+    online, batch = plan.cfg.online, plan.cfg.train.global_batch_size
+    if online is not None and plan.known is not None:
+        steps = update_steps(plan.cfg, plan.mixture.total // batch)
+        lines += [
+            f"online ({online.method}): weights change after step {steps[0]:,} and then every "
+            f"{steps.step:,} steps, {len(steps):,} times; known up to sample {plan.known:,},",
+            "beyond it the numbers above are those of unchanged weights",
+        ]
     return "\n".join(lines)
 
 
@@ -55,10 +87,7 @@ def _phase_edges(plan: DataPlan) -> list[int]:
     """Ends of the configured phases in samples; the steps of a ramp count as one phase."""
     cfg, total = plan.cfg, plan.mixture.total
     steps = total // cfg.train.global_batch_size
-    ends = [
-        min(phase.until.samples(cfg.data.seq_len, cfg.train.global_batch_size, steps), total)
-        for phase in cfg.data.phases[:-1]
-    ]
+    ends = [min(phase_end(cfg, phase, steps), total) for phase in cfg.data.phases[:-1]]
     return sorted({0, *ends, total})
 
 

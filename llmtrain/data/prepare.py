@@ -253,12 +253,16 @@ class _Preparation:
                 progress.update(self.source.bytes_read, self.taken, tokens)
         train, heldout = (self.writers[split] for split in SPLITS)
         if not train.documents:
+            gone = sum(self.tally.dropped.values())
+            why = f" (its filters dropped {gone:,} of {self.tally.records:,})" if gone else ""
             raise DataError(
-                f"source {self.source.name!r} has no documents to train on; give it more text"
+                f"source {self.source.name!r} has no documents to train on{why}; give it more text"
             )
         entry: Json = {split: self.writers[split].finish() for split in SPLITS}
         entry["heldout"]["unigram_loss_nats"] = unigram_loss(heldout.histogram, train.histogram)
         entry["bad"] = self.tally.counts()
+        if self.source.cfg.keep:
+            entry["dropped"] = dict(sorted(self.tally.dropped.items()))
         return entry
 
     def _save(self) -> None:
@@ -300,6 +304,9 @@ def _summary(name: str, entry: Json, seconds: float) -> str:
     ]
     if bad:
         words.append(f"{bad:,} of {entry['bad']['records']:,} records bad")
+    if dropped := entry.get("dropped"):
+        parts = ", ".join(f"{number:,} by {why}" for why, number in dropped.items())
+        words.append(f"filters dropped {sum(dropped.values()):,} ({parts})")
     if not heldout["documents"]:
         words.append("raise prepare.heldout_fraction to hold some out")
     return ", ".join(words) + f" [{seconds:.1f} s]"

@@ -1,5 +1,7 @@
 """Score files: a number for every sample of a source, in parquet, bound to the data it is of.
 
+Files of token losses hold a loss for every token instead, of a reference model for ``reweight``.
+
 A sample is what the loader trains on: window ``number`` of a source's stream at one ``seq_len``.
 While scores are being made, finished pieces lie in ``<file>.parts``; what is there is not made
 again. The header, JSON in the file's metadata, names the data by fingerprint.
@@ -22,6 +24,8 @@ from llmtrain.data.source import TokenSource
 from llmtrain.errors import DataError, EnvironmentFault
 
 VERSION = 1
+# The method whose files hold the cross-entropy of every token.
+LOSSES = "token-losses"
 _KEY = b"llmtrain.scores"
 _LEAST, _PIECES = 32, 4096
 
@@ -94,12 +98,13 @@ class ScoreParts:
         return {path.name for path in self.folder.glob("*.parquet")}
 
     def write(self, piece: Piece, scores: NDArray[np.float64], tokens: NDArray[np.int64]) -> None:
-        """Keep the scores of a piece; whole or not at all."""
+        """Keep a piece's scores [n], or token losses [n, seq_len]; whole or not at all."""
         import pyarrow
         from pyarrow import parquet
 
         unfinished = self.folder / (piece.name + ".tmp")
-        parquet.write_table(pyarrow.table({"tokens": tokens, "score": scores}), unfinished)
+        columns = {"tokens": tokens, "score": list(scores) if scores.ndim > 1 else scores}
+        parquet.write_table(pyarrow.table(columns), unfinished)
         unfinished.replace(self.folder / piece.name)
 
     def finish(self, header: dict[str, Any]) -> None:
@@ -107,16 +112,17 @@ class ScoreParts:
         import pyarrow
         from pyarrow import parquet
 
-        schema = pyarrow.schema(
-            {
-                "source": pyarrow.string(),
-                "number": pyarrow.int64(),
-                "tokens": pyarrow.int64(),
-                "score": pyarrow.float64(),
-                "deviation": pyarrow.float64(),
-            },
-            {_KEY: json.dumps(header).encode()},
-        )
+        losses = header["method"] == LOSSES
+        fields = {
+            "source": pyarrow.string(),
+            "number": pyarrow.int64(),
+            "tokens": pyarrow.int64(),
+        }
+        if losses:
+            fields["losses"] = pyarrow.list_(pyarrow.float16(), header["seq_len"])
+        else:
+            fields |= {"score": pyarrow.float64(), "deviation": pyarrow.float64()}
+        schema = pyarrow.schema(fields, {_KEY: json.dumps(header).encode()})
         pieces = pieces_of(header)
         count = len(header["checkpoints"])
         each = len(pieces) // count
@@ -127,17 +133,57 @@ class ScoreParts:
                     parquet.read_table(self.folder / same.name)
                     for same in pieces[i : count * each : each]
                 ]
-                values = np.stack([table["score"].to_numpy() for table in tables])
+                values = np.stack([_rows(table["score"]) for table in tables])
                 rows = {
                     "source": [piece.source] * (piece.high - piece.low),
                     "number": np.arange(piece.low, piece.high),
                     "tokens": tables[0]["tokens"].to_numpy(),
-                    "score": values.mean(0),
-                    "deviation": values.std(0),
                 }
-                writer.write_table(pyarrow.table(rows, schema))
+                if losses:
+                    flat = pyarrow.array(values.mean(0).astype(np.float16).ravel())
+                    of_row = pyarrow.FixedSizeListArray.from_arrays(flat, header["seq_len"])
+                    rows["losses"] = of_row
+                else:
+                    rows |= {"score": values.mean(0), "deviation": values.std(0)}
+                writer.write_table(pyarrow.table(rows, schema), row_group_size=_LEAST)
         unfinished.replace(self.file)
         shutil.rmtree(self.folder)
+
+
+def _rows(column: Any) -> NDArray[np.float64]:
+    """A column of numbers [n], or of lists of one length [n, length]."""
+    values = column.to_numpy()
+    return np.stack(values) if values.dtype == object else values
+
+
+class TokenLosses:
+    """A file of token losses, read where it is wanted; nothing is held but its index."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises DataError where ``file`` is missing or of another kind."""
+        from pyarrow import parquet
+
+        self.file, self.header = file, read_header(file)
+        if self.header["method"] != LOSSES:
+            raise DataError(
+                f"{file} holds {self.header['method']} of samples, not the losses of their tokens; "
+                f"make one with `llmtrain data score --method {LOSSES}`"
+            )
+        self._parquet = parquet.ParquetFile(file)
+        metadata = self._parquet.metadata
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *rows])
+        sizes = [int(source["samples"]) for source in self.header["sources"].values()]
+        firsts = np.cumsum([0, *sizes]).tolist()
+        self._firsts = dict(zip(self.header["sources"], firsts[:-1], strict=True))
+
+    def read(self, source: str, number: int) -> NDArray[np.float32]:
+        """Losses [seq_len] in nats of a sample's tokens."""
+        row = self._firsts[source] + number
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        column = self._parquet.read_row_group(group, columns=["losses"])["losses"]
+        values = column[row - int(self._starts[group])].values.to_numpy(zero_copy_only=False)
+        return np.asarray(values, np.float32)
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -165,6 +211,10 @@ def read_scores(file: Path, source: str) -> NDArray[np.float64]:
     that counts. Raises DataError."""
     from pyarrow import parquet
 
+    if read_header(file)["method"] == LOSSES:
+        raise DataError(
+            f"{file} holds losses of tokens, not scores of samples; score with another --method"
+        )
     columns = ["number", "score"]
     table = parquet.read_table(file, columns=columns, filters=[("source", "=", source)])
     numbers, scores = (table[name].to_numpy() for name in columns)
@@ -175,25 +225,32 @@ def read_scores(file: Path, source: str) -> NDArray[np.float64]:
 
 
 def check_scores(
-    file: Path, header: dict[str, Any], source: str, fingerprint: str, seq_len: int
-) -> None:
-    """Raise DataError where the scores of ``source`` are not of this data in this form."""
-    known = header["sources"].get(source)
-    if known is None:
+    where: str, header: dict[str, Any], source: str, fingerprint: str, seq_len: int
+) -> str:
+    """The name under which the file has the scores of ``source``: its own, or one of equal data.
+
+    where: the config key and the file, for the message. Raises DataError where there are none of
+    this data in this form.
+    """
+    sources = header["sources"]
+    same = (name for name in sources if sources[name]["fingerprint"] == fingerprint)
+    name = source if source in sources else next(same, None)
+    if name is None:
         have = ", ".join(header["sources"])
         raise DataError(
-            f"data.select.scores: {file} has no scores of the source {source!r} (it has {have}); "
-            "score that source too, or list those to select in data.select.sources"
+            f"{where} has no scores of the source {source!r} (it has {have}); score that source "
+            "too (data.select.sources lists those to select from)"
         )
     if header["seq_len"] != seq_len:
         raise DataError(
-            f"data.select.scores: {file} is of samples of {header['seq_len']} tokens and "
+            f"{where} is of samples of {header['seq_len']} tokens and "
             f"data.seq_len is {seq_len}; score the data again, or set data.seq_len="
             f"{header['seq_len']}"
         )
-    if known["fingerprint"] != fingerprint:
+    if sources[name]["fingerprint"] != fingerprint:
         raise DataError(
-            f"data.select.scores: {file} is of other data than the source {source!r} holds now "
-            f"(fingerprint {known['fingerprint']}, now {fingerprint}); score this data, or put "
-            "the old data back"
+            f"{where} is of other data than the source {source!r} holds now "
+            f"(fingerprint {sources[name]['fingerprint']}, now {fingerprint}); score this data, or "
+            "put the old data back"
         )
+    return name

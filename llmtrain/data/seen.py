@@ -26,7 +26,8 @@ _PIECE = 1 << 14
 @dataclass(frozen=True)
 class Seen:
     """Global samples [low, high) of a run. sizes: samples per epoch, by source index, and
-    selections: which those are, None where they are all."""
+    selections: which those are, None where they are all. known: sample up to which the order is
+    decided, where weights change online; None: all."""
 
     mixture: Mixture
     sizes: list[int]
@@ -35,6 +36,7 @@ class Seen:
     batch: int
     low: int
     high: int
+    known: int | None = None
 
     @classmethod
     def of_run(cls, run: Path, start: Duration, stop: Duration) -> Seen:
@@ -61,7 +63,7 @@ class Seen:
             samples_in(source["tokens"], seq_len) if selection is None else selection.size
             for source, selection in zip(state["sources"].values(), selections, strict=True)
         ]
-        return cls(mixture, sizes, selections, seq_len, batch, low, high)
+        return cls(mixture, sizes, selections, seq_len, batch, low, high, state.get("known"))
 
     def lines(self) -> list[str]:
         """Samples, tokens, share and epochs of every source."""
@@ -75,7 +77,13 @@ class Seen:
             rows.append((name, f"{count:,}", tokens, f"{100 * count / number:.2f}%", epochs))
         first, last = self.low // self.batch + 1, (self.high - 1) // self.batch + 1
         head = f"steps {first:,} to {last:,}: {tokens_text(number * self.seq_len)} tokens in "
-        return [f"{head}{number:,} samples", *("  " + line for line in aligned(rows))]
+        lines = [f"{head}{number:,} samples", *("  " + line for line in aligned(rows))]
+        if self.known is not None and self.high > self.known:
+            lines.append(
+                f"  weights change online: only steps up to {self.known // self.batch:,} are "
+                "decided; the rest is counted by the weights now in force"
+            )
+        return lines
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """sample, step, source, number and epoch of each, in the order of training."""

@@ -90,10 +90,11 @@ def select(
             continue
         scores = None
         if file is not None and header is not None:
-            check_scores(file, header, source.name, source.fingerprint, seq_len)
-            scores = read_scores(file, source.name)
-        name = "" if header is None else f" of {header['method']}"
-        out.append(choose(section, seed, source, scores, name))
+            where = f"data.select.scores: {file}"
+            name = check_scores(where, header, source.name, source.fingerprint, seq_len)
+            scores = read_scores(file, name)
+        method = "" if header is None else f" of {header['method']}"
+        out.append(choose(section, seed, source, scores, method))
     return out
 
 

@@ -16,18 +16,20 @@ from torch import Tensor
 
 from llmtrain.config.schema import DataConfig, LossConfig
 from llmtrain.data.batch import Batch
+from llmtrain.data.scores import LOSSES
 from llmtrain.errors import ConfigError
 from llmtrain.eval.loading import Trained
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.loss.scores import head_gradient_norms, token_errors
 from llmtrain.model import Head
 
-METHODS = ("el2n", "grand", "grand-full", "perplexity", "influence", "influence-gradient")
 INFLUENCE = ("influence", "influence-gradient")
 # Scores that need forward passes only; the others make gradients of the whole model.
-FORWARD = ("el2n", "grand", "perplexity")
+FORWARD = ("el2n", "grand", "perplexity", LOSSES)
+METHODS = (*FORWARD, "grand-full", *INFLUENCE)
 
-# Scores [b] float64 of the samples of a batch; NaN where no token counts.
+# Scores [b] float64 of the samples of a batch, NaN where no token counts; or the losses [b, s] of
+# their tokens.
 Scorer = Callable[[Batch], Tensor]
 
 
@@ -66,20 +68,20 @@ class _Model:
             head_fn=head_fn,
         )
 
-    def loss(self, batch: Batch, weight: float) -> Tensor:
-        """Sum of weighted token losses over ``weight``."""
+    def output(self, batch: Batch, weight: float) -> LossOutput:
+        """Token losses of a batch; ``loss`` is their weighted sum over ``weight``."""
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             return head_loss(hidden, head, batch.targets, batch.weights, self.loss_cfg, weight)
 
         output: LossOutput = self(batch, head_fn)
-        return output.loss
+        return output
 
     def gradient(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Of the mean loss over the weights of ``batches``, by parameter."""
         weight = _weight(batches)
         for batch in batches:
-            self.loss(batch, weight).backward()  # type: ignore[no-untyped-call]
+            self.output(batch, weight).loss.backward()  # type: ignore[no-untyped-call]
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -103,6 +105,8 @@ def _from_head(model: _Model, method: str, batch: Batch) -> Tensor:
         if method == "grand":
             return head_gradient_norms(hidden, head, batch.targets, mean, chunk)
         errors = token_errors(hidden, head, batch.targets, chunk)
+        if method == LOSSES:
+            return errors.nll.double()
         if method == "el2n":
             return (mean * errors.error).sum(1)
         return (mean * errors.nll).sum(1).clamp(max=700.0).exp()
@@ -135,7 +139,12 @@ class _Probe:
 
     @torch.no_grad()
     def _loss(self) -> float:
-        return sum(float(self.model.loss(batch, self.weight).double()) for batch in self.target)
+        total = 0.0
+        for batch in self.target:
+            nll = self.model.output(batch, 1.0).nll
+            # In float64: what is wanted is a small difference of two such sums.
+            total += float((nll.double() * batch.weights).sum())
+        return total / self.weight
 
     def influence(self, sample: Batch) -> float:
         """The score of one sample (a batch of one)."""

@@ -20,7 +20,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.loader import heldout_sets, packing_of, to_batch
 from llmtrain.data.packing import Pick
-from llmtrain.data.scores import Piece, ScoreParts, describe, pieces_of, read_scores
+from llmtrain.data.scores import LOSSES, Piece, ScoreParts, describe, pieces_of, read_scores
 from llmtrain.data.source import TokenSource
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.eval.loading import Trained, load_trained
@@ -158,7 +158,9 @@ class _Scoring:
 
     def _scorer(self, number: int) -> Scorer:
         path = self.paths[number]
-        trained = load_trained(path, self.world.device, layout=self.layout)
+        # A step's effect on the loss would drown in bf16's rounding.
+        exact = ["precision.compute=fp32"] if self.request.method == "influence" else []
+        trained = load_trained(path, self.world.device, exact, self.layout)
         self.say(f"{self.request.method} by {path} (step {trained.step})")
         _check_fit(self.cfg, self.catalogue, trained)
         target: list[Batch] = []
@@ -204,7 +206,7 @@ def _check_fit(cfg: RunConfig, catalogue: Catalogue, trained: Trained) -> None:
 def _summary(header: dict[str, Any], file: Path) -> list[str]:
     """Spread of the scores, by source."""
     lines = []
-    for name in header["sources"]:
+    for name in header["sources"] if header["method"] != LOSSES else ():
         scores = read_scores(file, name)
         known = scores[np.isfinite(scores)]
         text = "none that counts"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, load_checkpoint
 from llmtrain.config.continual import PenaltyConfig
@@ -55,7 +55,7 @@ class Penalty(Hook):
         """Take the anchor and the Fisher information, unless a checkpoint brought them back."""
         if self.copies:
             return
-        params = trainer.module.params
+        params = learnt(trainer.module)
         began = time.perf_counter()
         if self.cfg.kind == "ewc":
             # First: anything that is wrong with the data is said before memory is taken.
@@ -79,7 +79,7 @@ class Penalty(Hook):
         """Add to the gradients; returns the penalty over all ranks (0 unless ``measure``)."""
         counted = module.counted()
         total = torch.zeros((), dtype=torch.float64, device=module.device)
-        for name, param in module.params.items():
+        for name, param in learnt(module).items():
             assert param.grad is not None
             own, grad = part(param), part(param.grad)
             away = own - part(self.copies[ANCHOR][name]).to(own.device, non_blocking=True)
@@ -114,7 +114,7 @@ class Penalty(Hook):
     def tensors(self, trainer: Trainer) -> dict[str, Tensor]:
         """Every copy as ``<copy>.<parameter>``."""
         for name in self._expected:
-            self.copies[name] = empty_copy(trainer.module.params, self.cfg.offload)
+            self.copies[name] = empty_copy(learnt(trainer.module), self.cfg.offload)
         self._expected = []
         return {
             f"{name}.{key}": value
@@ -124,7 +124,8 @@ class Penalty(Hook):
 
     def _fisher(self, trainer: Trainer) -> Weights:
         cfg, module = self.cfg, trainer.module
-        found = empty_copy(module.params, offload=False)
+        params = learnt(module)
+        found = empty_copy(params, offload=False)
         for value in found.values():
             part(value).zero_()
         if cfg.data:
@@ -134,13 +135,13 @@ class Penalty(Hook):
             text = f"Fisher information estimated on {cfg.samples} sequences in {took:.1f} s"
             trainer.recorder.event(trainer.step_done, text)
         if cfg.fisher is not None:
-            earlier = empty_copy(module.params, offload=False)
+            earlier = empty_copy(params, offload=False)
             self._load(trainer, "fisher", f"{HOOK_PREFIX}penalty.{FISHER}.", earlier)
             for name, value in earlier.items():
                 part(found[name]).add_(part(value))
         if not cfg.offload:
             return found
-        kept = empty_copy(module.params, offload=True)
+        kept = empty_copy(params, offload=True)
         copy_into(kept, found)
         return kept
 
@@ -152,6 +153,11 @@ class Penalty(Hook):
             load_checkpoint(path, wanted, trainer.world.cpu_group, unused=_STATE)
         except CheckpointError as error:
             raise ConfigError(f"penalty.{key}: {error}") from error
+
+
+def learnt(module: TrainModule) -> dict[str, nn.Parameter]:
+    """The parameters that training changes: beside adapters the others are frozen."""
+    return {name: param for name, param in module.params.items() if param.requires_grad}
 
 
 def add_fisher(trainer: Trainer, into: Weights, data: dict[str, float], samples: int) -> None:
@@ -175,7 +181,7 @@ def add_fisher(trainer: Trainer, into: Weights, data: dict[str, float], samples:
         batch = _repeated(loader.batch(i), rows)
         batch.weights[1 if module.layout.data_rank == 0 else 0 :] = 0
         module.forward_backward(module.receive(batch), 1.0, len(plan.names))
-        for name, param in module.params.items():
+        for name, param in learnt(module).items():
             assert param.grad is not None
             grad = part(param.grad)
             part(into[name]).addcmul_(grad, grad, value=1.0 / samples)

@@ -7,6 +7,7 @@ tokens never exist at once, and are never computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,7 @@ class _Terms:
     tensor: TensorParallel | None
     in_parts: bool
     scale: float
+    weigh: Callable[[Tensor], Tensor] | None = None
 
     def cross_entropy_(
         self, logits: Tensor, targets: Tensor, weights: Tensor, grad: bool
@@ -96,6 +98,10 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x), terms.chunk):
             part = slice(start, start + terms.chunk)
             logits = matmul.fprop(x[part], operand, None, terms.scale)
+            if terms.weigh is not None:
+                # Only one chunk: its logits wait, untouched, for the weights they lead to.
+                found, _, _ = terms.cross_entropy_(logits, targets, weights, False)
+                weights = terms.weigh(found)
             nll[part], loss[part], z[part] = terms.cross_entropy_(
                 logits, targets[part], weights[part], needs_hidden or needs_weight
             )
@@ -130,6 +136,7 @@ def head_loss(
     denominator: float | Tensor,
     *,
     in_parts: bool = False,
+    weigh: Callable[[Tensor], None] | None = None,
 ) -> LossOutput:
     """Weighted cross-entropy of the next token, and its z-loss.
 
@@ -140,8 +147,23 @@ def head_loss(
     weight of the whole global batch. Gradients flow to hidden and head.weight; where the head is
     split over tensor-parallel ranks, every rank returns the whole loss and the gradient of
     hidden is this rank's summand. in_parts: backward runs once for hidden and once for the weight
-    (zero-bubble pipelines), at the price of a copy of their gradients.
+    (zero-bubble pipelines), at the price of a copy of their gradients. weigh: called with the nll
+    [b, s] before anything is weighted; it may change ``weights`` in place. With more tokens than
+    ``cfg.chunk_tokens``, or a vocabulary that is split, logits are then computed twice.
     """
+    if weigh is not None and (targets.numel() > cfg.chunk_tokens or head.tensor is not None):
+        with torch.no_grad():
+            weigh(head_loss(hidden, head, targets, weights, cfg, denominator).nll)
+        weigh = None
+
+    def flat_weights() -> Tensor:
+        return weights.reshape(-1).float() / denominator
+
+    def after_weighing(nll: Tensor) -> Tensor:
+        assert weigh is not None
+        weigh(nll.view(targets.shape))
+        return flat_weights()
+
     terms = _Terms(
         head.matmul,
         head.vocab_size,
@@ -152,10 +174,10 @@ def head_loss(
         head.tensor,
         in_parts,
         head.scale,
+        None if weigh is None else after_weighing,
     )
-    scaled = weights.reshape(-1).float() / denominator
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, nll, z = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        flat, head.weight, head.operand(), targets.reshape(-1), scaled, terms
+        flat, head.weight, head.operand(), targets.reshape(-1), flat_weights(), terms
     )
     return LossOutput(loss, nll.view(targets.shape), z)

@@ -90,8 +90,8 @@ def head_gradient_norms(
 ) -> Tensor:
     """Norm of the gradient of each sample's loss by the head's weight: [b] float64.
 
-    The loss of sample i is sum_t a_t nll_t, weights a [b, s]. Its gradient is
-    sum_t a_t (p_t - onehot_t) h_t^T, of which a slice of words exists at a time. Tied
+    The loss of sample i is sum_t a_t nll_t, weights a [b, s]. With c the head's constant scale its
+    gradient is c sum_t a_t (p_t - onehot_t) h_t^T, of which a slice of words exists at a time. Tied
     embeddings count as a head only. chunk: as in ``token_errors``.
     """
     errors = token_errors(hidden, head, targets, chunk)
@@ -111,4 +111,4 @@ def head_gradient_norms(
             squares[i] += gradient.double().square().sum()
     if head.tensor is not None:
         dist.all_reduce(squares, group=head.tensor.group)
-    return squares.sqrt() * head.scale
+    return head.scale * squares.sqrt()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 20
+_RUN = 1 << 12
 _TINY = 1e-6
 _PARALLEL = 0.9995
 
@@ -16,8 +17,8 @@ _PARALLEL = 0.9995
 def gram(vectors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     """Inner products of the offsets vector - base, all tensors of one shape: float64 [n, n].
 
-    base: None for the vectors themselves. Summed block by block in float64, so that temporary
-    memory is bounded.
+    base: None for the vectors themselves. Runs of 4096 products are summed in the vectors' dtype
+    and the runs in float64, block by block, so that temporary memory is bounded.
     """
     flat = [v.reshape(-1) for v in vectors]
     zero = None if base is None else base.reshape(-1)
@@ -25,10 +26,14 @@ def gram(vectors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
     out = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=place)
     for begin in range(0, len(flat[0]), _BLOCK):
         part = slice(begin, begin + _BLOCK)
-        offsets = torch.stack([v[part].to(place).double() for v in flat])
+        offsets = torch.stack([v[part].to(place) for v in flat])
         if zero is not None:
-            offsets -= zero[part].double()
-        out += offsets @ offsets.T
+            offsets -= zero[part]
+        whole = offsets.shape[1] // _RUN * _RUN
+        runs = offsets[:, :whole].reshape(len(flat), -1, _RUN).transpose(0, 1)
+        out += (runs @ runs.mT).sum(0, dtype=torch.float64)
+        rest = offsets[:, whole:].double()
+        out += rest @ rest.T
     return out
 
 

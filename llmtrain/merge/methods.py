@@ -9,55 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from llmtrain.merge import blocks as cut
+from llmtrain.merge.blocks import Inputs
 from llmtrain.merge.formulas import gram, slerp_weights, stock_ratio
 from llmtrain.merge.recipe import MergeRecipe
-from llmtrain.merge.sources import Reader
 
-# Elements of a block: four blocks of float32 fit a core's cache.
-BLOCK = 1 << 18
 _TINY = 1e-7
 _BINS = 1 << 16
-
-
-@dataclass
-class Inputs:
-    """One tensor of all models. name, numel: of the tensor. base: of the base model, if any.
-
-    fishers: of the same shape, one per model, for the method that needs them.
-    """
-
-    name: str
-    numel: int
-    dtype: torch.dtype
-    base: Reader | None
-    models: list[Reader]
-    fishers: list[Reader]
-
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Blocks of the tensor."""
-        for begin in range(0, self.numel, BLOCK):
-            yield begin, min(begin + BLOCK, self.numel)
-
-    def read(self, reader: Reader, begin: int, end: int) -> Tensor:
-        """A block in the dtype of the arithmetic; free to be written to."""
-        return reader.block(begin, end).to(self.dtype)
-
-    def base_block(self, begin: int, end: int) -> Tensor:
-        """A block of the base model."""
-        assert self.base is not None
-        return self.read(self.base, begin, end)
-
-    def blocks(self, begin: int, end: int) -> list[Tensor]:
-        """A block of every model."""
-        return [self.read(reader, begin, end) for reader in self.models]
+T = TypeVar("T")
 
 
 class Rule:
@@ -104,11 +70,12 @@ class Slerp(Rule):
 
     def measure(self, inputs: Inputs) -> tuple[float, float]:
         """Weights of base and model, from the angle between them."""
-        products = torch.zeros(2, 2, dtype=torch.float64)
-        for begin, end in inputs.ranges():
-            pair = [inputs.base_block(begin, end), *inputs.blocks(begin, end)]
-            products += gram(pair)
-        return slerp_weights(products, self.recipe.t)
+
+        def products(begin: int, end: int) -> Tensor:
+            return gram([inputs.base_block(begin, end), *inputs.blocks(begin, end)])
+
+        zero = torch.zeros(2, 2, dtype=torch.float64)
+        return slerp_weights(sum(inputs.each(products), zero), self.recipe.t)
 
     def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
         """Sum with the measured weights."""
@@ -122,11 +89,13 @@ class ModelStock(Rule):
 
     def measure(self, inputs: Inputs) -> float:
         """The ratio t."""
+
+        def products(begin: int, end: int) -> Tensor:
+            return gram(inputs.blocks(begin, end), inputs.base_block(begin, end))
+
         count = len(inputs.models)
-        products = torch.zeros(count, count, dtype=torch.float64)
-        for begin, end in inputs.ranges():
-            products += gram(inputs.blocks(begin, end), inputs.base_block(begin, end))
-        return float(stock_ratio(products))
+        zero = torch.zeros(count, count, dtype=torch.float64)
+        return float(stock_ratio(sum(inputs.each(products), zero)))
 
     def combine(self, inputs: Inputs, begin: int, end: int, measured: Any) -> Tensor:
         """Interpolate between base and mean."""
@@ -180,33 +149,37 @@ class Ties(TaskArithmetic):
     elects = True
     normalizes = True
 
-    def measure(self, inputs: Inputs) -> list[list[float] | None]:
-        """Per model: the least magnitude that stays, and how many of exactly that one do."""
-        found: list[list[float] | None] = []
+    def measure(self, inputs: Inputs) -> list[tuple[float, list[int] | None] | None]:
+        """Per model: the least magnitude that stays, and how many of exactly that one do.
+
+        None for a model of which all stays; in place of the counts when all equals stay, else by
+        block, so that the first ones stay.
+        """
+        found: list[tuple[float, list[int] | None] | None] = []
         for i, density in enumerate(self.recipe.densities):
             count = max(1, int(density * inputs.numel)) if density > 0 else 0
             if density >= 1 or inputs.numel == 0:
                 found.append(None)
             elif count == 0:
-                found.append([float("inf"), 0])
+                found.append((float("inf"), None))
             else:
-                found.append(list(_largest(partial(_magnitudes, inputs, i), count)))
+                threshold, left, equals = _largest(partial(_of_magnitudes, inputs, i), count)
+                spread = None if left == equals else _spread(inputs, i, threshold, left)
+                found.append((threshold, spread))
         return found
 
     def thin(self, inputs: Inputs, i: int, change: Tensor, begin: int, measured: Any) -> None:
         """Keep what is above the threshold, and of equals the first ones."""
         if measured[i] is None:
             return
-        threshold, left = measured[i]
+        threshold, spread = measured[i]
         size = change.abs()
-        kept = size > threshold
-        if left:
-            equal = size == threshold
-            number = int(equal.sum())
-            if number:
-                kept |= equal & (equal.cumsum(0) <= left) if number > left else equal
-                measured[i][1] = left - min(left, number)
-        change.mul_(kept)
+        if spread is None:
+            change.mul_(size >= threshold)
+            return
+        equal = size == threshold
+        first = equal & (equal.cumsum(0) <= spread[begin // cut.BLOCK])
+        change.mul_((size > threshold) | first)
 
 
 class Dare(TaskArithmetic):
@@ -232,11 +205,15 @@ class Dare(TaskArithmetic):
         return factors
 
     def _norm_factor(self, inputs: Inputs, i: int, density: float) -> float:
-        whole = kept = 0.0
-        for begin, size in zip(inputs.ranges(), _magnitudes(inputs, i), strict=True):
-            whole += float(size.sum(dtype=torch.float64))
-            size.mul_(self.mask(inputs.name, i, begin[0], len(size), density))
-            kept += float(size.sum(dtype=torch.float64))
+
+        def norms(begin: int, end: int) -> Tensor:
+            size = _magnitude(inputs, i, begin, end)
+            whole = size.sum(dtype=torch.float64)
+            size.mul_(self.mask(inputs.name, i, begin, len(size), density))
+            return torch.stack([whole, size.sum(dtype=torch.float64)])
+
+        zero = torch.zeros(2, dtype=torch.float64)
+        whole, kept = sum(inputs.each(norms), zero).tolist()
         return 1.0 if whole < _TINY or kept < _TINY else whole / kept
 
     def thin(self, inputs: Inputs, i: int, change: Tensor, begin: int, measured: Any) -> None:
@@ -280,35 +257,61 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-def _magnitudes(inputs: Inputs, i: int) -> Iterator[Tensor]:
-    """|x_i - x_0| block by block."""
-    for begin, end in inputs.ranges():
-        change = inputs.read(inputs.models[i], begin, end)
-        yield change.sub_(inputs.base_block(begin, end)).abs_()
+def _magnitude(inputs: Inputs, i: int, begin: int, end: int) -> Tensor:
+    """|x_i - x_0| of a block."""
+    change = inputs.read(inputs.models[i], begin, end)
+    return change.sub_(inputs.base_block(begin, end)).abs_()
 
 
-def _largest(blocks: Callable[[], Iterator[Tensor]], count: int) -> tuple[float, float]:
-    """The ``count``-th largest of many non-negative values, and how many equals are among them.
+def _of_magnitudes(inputs: Inputs, i: int, function: Callable[[Tensor], T]) -> Iterable[T]:
+    """``function`` of |x_i - x_0| of every block."""
+    return inputs.each(lambda begin, end: function(_magnitude(inputs, i, begin, end)))
 
-    blocks: yields the values, each time it is called. Radix selection: the bits of non-negative
-    floats are ordered as the floats, so the value is found 16 bits at a time by counting, with
-    one pass over the values for each and no memory for them.
+
+def _spread(inputs: Inputs, i: int, threshold: float, left: int) -> list[int]:
+    """How many of the values that equal ``threshold`` stay in each block: the first ``left``."""
+    found = []
+    for count in _of_magnitudes(inputs, i, lambda size: int((size == threshold).sum())):
+        found.append(min(left, count))
+        left -= found[-1]
+    return found
+
+
+def _largest(
+    each: Callable[[Callable[[Tensor], Tensor]], Iterable[Tensor]], count: int
+) -> tuple[float, int, int]:
+    """The ``count``-th largest of many non-negative values, and its equals.
+
+    each: applies a function to every block of the values. Returns the value, how many of its
+    equals are among the largest, and how many there are. Radix selection: the bits of
+    non-negative floats are ordered as the floats, so the value is found 16 bits at a time by
+    counting, with one pass over the values for each and no memory for them.
     """
-    prefix, left, shift, width = 0, count, 0, 0
-    for position in range(4):
-        counts = torch.zeros(_BINS, dtype=torch.int64)
-        for block in blocks():
-            width = 32 if block.dtype == torch.float32 else 64
-            shift = width - 16 * (position + 1)
-            bits = block.view(torch.int32 if width == 32 else torch.int64)
+    prefix, left, width, equals = 0, count, 32, 0
+    position = 0
+    while 16 * position < width:
+
+        def digits(block: Tensor, position: int = position, prefix: int = prefix) -> Tensor:
+            bits_of = 8 * block.itemsize
+            shift = bits_of - 16 * (position + 1)
+            bits = block.view(torch.int32 if bits_of == 32 else torch.int64)
             if position:
                 bits = bits[(bits >> (shift + 16)) == prefix]
-            counts += torch.bincount((bits >> shift) & (_BINS - 1), minlength=_BINS)
+            counts = torch.bincount((bits >> shift) & (_BINS - 1), minlength=_BINS + 1)
+            counts[_BINS] = bits_of
+            return counts
+
+        totals = torch.zeros(_BINS + 1, dtype=torch.int64)
+        for counts in each(digits):
+            width = int(counts[_BINS])
+            totals += counts
+        counts = totals[:_BINS]
         from_top = counts.flip(0).cumsum(0)
         digit = _BINS - 1 - int(torch.searchsorted(from_top, left))
-        left -= int(from_top[_BINS - 1 - digit] - counts[digit])
+        equals = int(counts[digit])
+        left -= int(from_top[_BINS - 1 - digit]) - equals
         prefix = (prefix << 16) | digit
-        if shift == 0:
-            break
+        position += 1
     raw = torch.tensor([prefix], dtype=torch.int32 if width == 32 else torch.int64)
-    return float(raw.view(torch.float32 if width == 32 else torch.float64)), left
+    value = raw.view(torch.float32 if width == 32 else torch.float64)
+    return float(value), left, equals

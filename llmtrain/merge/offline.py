@@ -10,10 +10,11 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -35,9 +36,10 @@ from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
 from llmtrain.checkpoint.store import explain, sync_folder
 from llmtrain.config.dump import to_dict
 from llmtrain.errors import CheckpointError
-from llmtrain.merge.methods import RULES, Inputs, Rule
+from llmtrain.merge.blocks import Inputs, Workers
+from llmtrain.merge.methods import RULES, Rule
 from llmtrain.merge.recipe import MergeRecipe
-from llmtrain.merge.sources import INDEX, Reader, Source, check_alike, open_source
+from llmtrain.merge.sources import INDEX, Source, check_alike, open_source
 
 RECIPE = "merge.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,8 +84,8 @@ def merge_models(recipe: MergeRecipe, out: Path, fishers: Sequence[Path] = ()) -
     with explain(f"{out} cannot be written"):
         temporary.mkdir(parents=True)
     try:
-        with explain(f"{out} cannot be written"):
-            sums = _write(recipe, models, temporary)
+        with explain(f"{out} cannot be written"), Workers() as workers:
+            sums = _write(recipe, models, temporary, workers)
             sync_folder(temporary)
             temporary.rename(out)
             sync_folder(out.parent)
@@ -112,7 +114,7 @@ def _open(recipe: MergeRecipe, fishers: Sequence[Path]) -> _Models:
     return _Models(base, models, found)
 
 
-def _write(recipe: MergeRecipe, models: _Models, folder: Path) -> list[FileSum]:
+def _write(recipe: MergeRecipe, models: _Models, folder: Path, workers: Workers) -> list[FileSum]:
     """All files of the result."""
     first = models.first
     names = sorted(first.shapes)
@@ -125,7 +127,8 @@ def _write(recipe: MergeRecipe, models: _Models, folder: Path) -> list[FileSum]:
         # Wide dtypes first, so that every tensor is aligned for readers that map the file.
         shard = sorted(members, key=lambda name: -target[name].itemsize)
         file = folder / _shard_name(i, len(shards), first.ours)
-        sums.append(_write_shard(rule, models, file, [(n, target[n]) for n in shard], prefix))
+        wanted = [(n, target[n]) for n in shard]
+        sums.append(_write_shard(rule, models, file, wanted, prefix, workers))
         for name in shard:
             shape = first.shapes[name]
             kind = dtype_name(target[name], name)
@@ -204,29 +207,45 @@ def _write_shard(
     path: Path,
     tensors: list[tuple[str, torch.dtype]],
     prefix: str,
+    workers: Workers,
 ) -> FileSum:
     first = models.first
     header = [(prefix + n, dtype_name(d, n), first.shapes[n]) for n, d in tensors]
     file = HashingFile(path)
     try:
         file.write(build_header(header, {"format": "pt"})[0])
-        for name, dtype in tensors:
-            with ExitStack() as stack:
-                for block in _merged(rule, _inputs(models, name, stack)):
-                    file.write(tensor_bytes(block.to(dtype)))
+        for block, done in workers.ordered(_work(rule, models, tensors, workers)):
+            file.write(tensor_bytes(block))
+            if done is not None:
+                done.close()
         return file.finish()
     finally:
         file.close()
 
 
-def _inputs(models: _Models, name: str, stack: ExitStack) -> Inputs:
-    """Readers of one tensor, closed by ``stack``."""
+def _work(
+    rule: Rule, models: _Models, tensors: list[tuple[str, torch.dtype]], workers: Workers
+) -> Iterator[Callable[[], tuple[Tensor, Inputs | None]]]:
+    """The blocks of all tensors in order, as functions that make them."""
+    for name, dtype in tensors:
+        inputs = _inputs(models, name, workers)
+        measured = rule.measure(inputs) if inputs.dtype.is_floating_point else None
+        for begin, end in inputs.ranges():
+            yield partial(_block, rule, inputs, measured, dtype, begin, end)
 
-    def reader(source: Source) -> Reader:
-        opened = source.reader(name)
-        stack.callback(opened.close)
-        return opened
 
+def _block(
+    rule: Rule, inputs: Inputs, measured: Any, dtype: torch.dtype, begin: int, end: int
+) -> tuple[Tensor, Inputs | None]:
+    """A merged block, and with a tensor's last one the inputs, which are done with then."""
+    done = inputs if end == inputs.numel else None
+    if inputs.dtype.is_floating_point:
+        return rule.combine(inputs, begin, end, measured).to(dtype), done
+    return _agreed(inputs, begin, end), done
+
+
+def _inputs(models: _Models, name: str, workers: Workers) -> Inputs:
+    """Readers of one tensor."""
     dtypes = [s.dtypes[name] for s in models.models]
     dtype = dtypes[0]
     if dtype.is_floating_point:
@@ -235,24 +254,19 @@ def _inputs(models: _Models, name: str, stack: ExitStack) -> Inputs:
         name,
         _size(models.first, name),
         dtype,
-        reader(models.base) if models.base is not None else None,
-        [reader(source) for source in models.models],
-        [reader(source) for source in models.fishers],
+        models.base.reader(name) if models.base is not None else None,
+        [source.reader(name) for source in models.models],
+        [source.reader(name) for source in models.fishers],
+        workers,
     )
 
 
-def _merged(rule: Rule, inputs: Inputs) -> Iterable[Tensor]:
-    """The blocks of one merged tensor. Tensors of whole numbers must agree and are copied."""
-    if not inputs.dtype.is_floating_point:
-        for begin, end in inputs.ranges():
-            first, *others = inputs.blocks(begin, end)
-            if not all(torch.equal(first, other) for other in others):
-                raise CheckpointError(
-                    f"{inputs.name} holds whole numbers that differ between the models; such "
-                    "tensors cannot be averaged"
-                )
-            yield first
-        return
-    measured = rule.measure(inputs)
-    for begin, end in inputs.ranges():
-        yield rule.combine(inputs, begin, end, measured)
+def _agreed(inputs: Inputs, begin: int, end: int) -> Tensor:
+    """A block of a tensor of whole numbers, in which the models must agree."""
+    first, *others = inputs.blocks(begin, end)
+    if not all(torch.equal(first, other) for other in others):
+        raise CheckpointError(
+            f"{inputs.name} holds whole numbers that differ between the models; such "
+            "tensors cannot be averaged"
+        )
+    return first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,8 @@ from llmtrain.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 # Small files that belong to a model and go with the result.
 _BESIDE = {".json", ".yaml", ".txt", ".model", ".jinja", ".tiktoken"}
+# With tied embeddings some writers store the head as well; readers do not look at it.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Keys of a Hugging Face config.json that change what the weights mean.
 _STRUCTURE = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads",
@@ -56,31 +57,27 @@ class Source:
 
 
 class Reader:
-    """The values of a tensor in row-major order, block by block; also a context manager."""
+    """The values of a tensor in row-major order, block by block; threads may share it."""
 
     def __init__(self, file: Path, entry: Entry | None, whole: Tensor | None = None) -> None:
-        self._file, self._entry, self._whole = file, entry, whole
-        self._buffer: Tensor | None = None
-        self._descriptor = -1 if entry is None else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        self._path, self._entry, self._whole = file, entry, whole
+        self._file = None if entry is None else file.open("rb", buffering=0)
 
     def block(self, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) as a flat tensor that the next call overwrites."""
+        """A copy of elements [begin, end) as a flat tensor."""
         if self._whole is not None:
             return self._whole[begin:end].clone()
-        assert self._entry is not None
-        dtype = DTYPES[self._entry.dtype]
-        if self._buffer is None or len(self._buffer) < end - begin:
-            self._buffer = torch.empty(end - begin, dtype=dtype)
-        values = self._buffer[: end - begin]
+        assert self._entry is not None and self._file is not None
+        values = torch.empty(end - begin, dtype=DTYPES[self._entry.dtype])
         view = values.view(torch.uint8).numpy().data
-        read_into(self._descriptor, view, self._entry.begin + begin * dtype.itemsize, self._file)
+        place = self._entry.begin + begin * values.itemsize
+        read_into(self._file.fileno(), view, place, self._path)
         return values
 
     def close(self) -> None:
         """Release the file; harmless when already closed."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._file is not None:
+            self._file.close()
 
 
 def open_source(path: str) -> Source:
@@ -139,10 +136,12 @@ def _open_folder(place: Path) -> Source:
         names = set(_json(place / INDEX).get("weight_map", {}).values())
         files = sorted(place / str(name) for name in names)
     entries = {name: (file, e) for file in files for name, e in read_header(file).items()}
-    beside = {}
+    beside: dict[str, bytes] = {}
     for file in sorted(folder.iterdir()) if place.is_dir() else ():
         if file.suffix in _BESIDE and file.name not in (INDEX, CHECKSUMS) and file.is_file():
             beside[file.name] = file.read_bytes()
+    if _config_json(place, beside).get("tie_word_embeddings") and _EMBEDDING in entries:
+        entries.pop(_HEAD, None)
     return Source(
         place,
         False,
@@ -158,6 +157,15 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON; mend or remove it") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _config_json(path: Path, files: dict[str, bytes]) -> dict[str, Any]:
+    """config.json of a Hugging Face folder."""
+    try:
+        value = json.loads(files.get("config.json", b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'config.json'} is not JSON; mend it") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -229,8 +237,5 @@ def _facts(source: Source) -> dict[str, Any]:
         model = (yaml.safe_load(source.files["config.yaml"]) or {}).get("model") or {}
         training_only = ("init_std", "init_depth_scale", "max_seq_len", "vocab_size")
         return {f"model.{k}": v for k, v in model.items() if k not in training_only}
-    try:
-        config = json.loads(source.files.get("config.json", b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{source.path / 'config.json'} is not JSON; mend it") from error
+    config = _config_json(source.path, source.files)
     return {f"config.json {k}": config[k] for k in _STRUCTURE if k in config}

@@ -22,9 +22,7 @@ from llmtrain.merge.copies import (
     empty_copy,
     mean_into,
     move_towards,
-    parameters_changed,
     part,
-    sum_over_parts,
 )
 from llmtrain.merge.formulas import gram, stock_ratio
 from llmtrain.train.hooks import Hook
@@ -78,13 +76,13 @@ class Averaging(Hook):
         """Measure the averaged weights on the same sequences, where the method has any."""
         if not (self.cfg.evaluate and self.running and self.has_average(trainer)):
             return
-        params = trainer.module.params
+        params = trainer.module.weights()
         live = empty_copy(params, offload=True)
         copy_into(live, params)
         self.write_average(trainer)
         averaged = trainer.evaluation.run(trainer.module)
         copy_into(params, live)
-        parameters_changed(trainer.module.model)
+        trainer.module.weights_changed()
         trainer.recorder.evaluation(trainer.step_done, averaged, weights=self.cfg.method)
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,20 +95,23 @@ class Averaging(Hook):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state back; CheckpointError when another method saved it."""
+        """Take the state back."""
+        self.running, self.taken = bool(state["running"]), int(state["taken"])
+        self._expected = list(state["copies"])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """CheckpointError when another method saved the state."""
         if state["method"] != self.cfg.method:
             raise CheckpointError(
                 f"average.method: the checkpoint was made with {state['method']} and the config "
                 f"says {self.cfg.method}; resume with average.method={state['method']}, or begin "
                 "a new run from its weights"
             )
-        self.running, self.taken = bool(state["running"]), int(state["taken"])
-        self._expected = list(state["copies"])
 
     def tensors(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         """Every copy as ``<copy>.<parameter>``."""
         for name in self._expected:
-            self.copies[name] = empty_copy(trainer.module.params, self.cfg.offload)
+            self.copies[name] = self.empty(trainer)
         self._expected = []
         return {
             f"{name}.{key}": value
@@ -138,16 +139,21 @@ class Averaging(Hook):
     def begin(self, trainer: Trainer) -> None:
         """Make the first copies."""
 
+    def empty(self, trainer: Trainer) -> Weights:
+        """Room for a copy of this rank's parts, where ``average.storage`` says."""
+        folder = Path(trainer.cfg.out) / trainer.cfg.name if self.cfg.storage == "disk" else None
+        return empty_copy(trainer.module.weights(), self.cfg.storage == "cpu", folder)
+
     def keep(self, trainer: Trainer, name: str) -> None:
         """Copy the parameters as they are to the copy ``name``."""
-        params = trainer.module.params
+        params = trainer.module.weights()
         if name not in self.copies:
-            self.copies[name] = empty_copy(params, self.cfg.offload)
+            self.copies[name] = self.empty(trainer)
         copy_into(self.copies[name], params)
 
     def changed(self, trainer: Trainer, text: str) -> None:
         """The parameters were written to; record it."""
-        parameters_changed(trainer.module.model)
+        trainer.module.weights_changed()
         trainer.recorder.event(trainer.step_done, text, quiet=True)
 
 
@@ -160,8 +166,7 @@ class _Anchored(Averaging):
             self.keep(trainer, "anchor")
             return
         path = Path(self.cfg.anchor).expanduser()
-        params = trainer.module.params
-        self.copies["anchor"] = anchor = empty_copy(params, self.cfg.offload)
+        self.copies["anchor"] = anchor = self.empty(trainer)
         wanted = {f"model.{name}": value for name, value in anchor.items()}
         try:
             load_checkpoint(
@@ -188,7 +193,7 @@ class Soup(_Anchored):
     def act(self, trainer: Trainer, last: bool) -> None:
         """Merge. At beta 0 there is nothing to do, and -0.0 must not become 0.0."""
         if self.cfg.beta > 0:
-            move_towards(trainer.module.params, self.copies["anchor"], self.cfg.beta)
+            move_towards(trainer.module.weights(), self.copies["anchor"], self.cfg.beta)
         self.merged(trainer, f"merged with the anchor (beta {self.cfg.beta:g})")
 
     def finish(self, trainer: Trainer) -> None:
@@ -219,14 +224,14 @@ class Ema(_Beside):
 
     def act(self, trainer: Trainer, last: bool) -> None:
         """Update the average."""
-        move_towards(self.copies["ema"], trainer.module.params, 1.0 - self.cfg.decay)
+        move_towards(self.copies["ema"], trainer.module.weights(), 1.0 - self.cfg.decay)
         if last:
             self.finish(trainer)
 
     def write_average(self, trainer: Trainer) -> None:
         """The average as it stands."""
-        copy_into(trainer.module.params, self.copies["ema"])
-        parameters_changed(trainer.module.model)
+        copy_into(trainer.module.weights(), self.copies["ema"])
+        trainer.module.weights_changed()
 
 
 class Latest(_Beside):
@@ -252,8 +257,8 @@ class Latest(_Beside):
 
     def write_average(self, trainer: Trainer) -> None:
         """The mean of the snapshots there are."""
-        mean_into(trainer.module.params, list(self.copies.values()))
-        parameters_changed(trainer.module.model)
+        mean_into(trainer.module.weights(), list(self.copies.values()))
+        trainer.module.weights_changed()
 
 
 class Stock(_Anchored):
@@ -281,7 +286,7 @@ class Stock(_Anchored):
             self._merge(trainer)
         else:
             origin = "anchor" if self.cfg.anchor == "rolling" else "origin"
-            copy_into(trainer.module.params, self.copies[origin])
+            copy_into(trainer.module.weights(), self.copies[origin])
             self.changed(trainer, f"excursion {self.taken} of {self.cfg.keep} ended")
 
     def finish(self, trainer: Trainer) -> None:
@@ -290,7 +295,7 @@ class Stock(_Anchored):
 
     @torch.no_grad()
     def _merge(self, trainer: Trainer) -> None:
-        params, anchor = trainer.module.params, self.copies["anchor"]
+        params, anchor = trainer.module.weights(), self.copies["anchor"]
         number = self.taken
         ends = [self.copies.pop(f"excursion{i}") for i in range(number)]
         self.taken = 0
@@ -298,7 +303,7 @@ class Stock(_Anchored):
             products = torch.stack(
                 [gram([part(end[k]) for end in ends], part(anchor[k])) for k in params]
             ).to(trainer.module.device)
-            sums = sum_over_parts(products, params.values(), trainer.module.layout)
+            sums = trainer.module.sum_over_parts(products)
             ratios = stock_ratio(sums).tolist()
             mean_into(params, ends)
             for ratio, (name, param) in zip(ratios, params.items(), strict=True):

@@ -1,26 +1,29 @@
 """Reweighting of samples and tokens by their losses: the hook of the config section ``reweight``.
 
-Losses are needed before the weights are, and the weights before the backward pass: the step's
-micro-batches go through the model once more, without gradients, at the parameters of the step.
-So the weights are those of the whole global batch, whatever the accumulation and the layout. They
-go into ``batch.weights``, whose global sum is the loss's denominator.
+Losses are needed before the weights are, and the weights before the backward pass. So all
+micro-batches of the step but one go through the model once more, without gradients; the last one's
+own forward pass stops at its losses, until the weights are known, and is kept for its backward. The
+weights are those of the whole global batch, whatever the accumulation and the layout. They go into
+``batch.weights``, whose global sum is the loss's denominator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.data.batch import Batch
+from llmtrain.data.scores import TokenLosses, check_scores
 from llmtrain.errors import ConfigError
-from llmtrain.loss import LossOutput, head_loss
 from llmtrain.loss.reweight import by_surprise, excess_threshold, sample_weights
-from llmtrain.model import Head
+from llmtrain.methods.reference import load_reference, losses_of
 from llmtrain.parallel import release_gathered
 from llmtrain.train.hooks import Hook
 
@@ -44,13 +47,16 @@ class Reweight(Hook):
         self.cfg = cfg
         self.warmup = 0
         self.reference: Trained | None = None
+        self.losses: tuple[TokenLosses, list[str]] | None = None
         self.last: Tensor | None = None
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Resolve the warmup and load the reference. Raises ConfigError, CheckpointError."""
         times = trainer.clockwork
         self.warmup = self.cfg.warmup.steps(times.tokens_per_step, times.total)
-        if self.cfg.tokens in ("prior", "rho"):
+        if self.cfg.losses is not None:
+            self.losses = _open_losses(self.cfg.losses, trainer)
+        elif self.cfg.tokens in ("prior", "rho"):
             self.reference = _load_reference(self.cfg, trainer)
 
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
@@ -59,20 +65,32 @@ class Reweight(Hook):
         temperature = self.cfg.temperature if warm else self.cfg.warmup_temperature
         strategy = self.cfg.samples if temperature is not None else "uniform"
         own = strategy not in ("none", "uniform") or self.cfg.tokens in ("focal", "rho")
-        nll = token_losses(trainer.module, batch) if own else None
+        rule = (strategy, temperature or 1.0)
+        if own:
+            with_losses(trainer.module, batch, lambda nll: self._weigh(trainer, batch, nll, rule))
+        else:
+            self._weigh(trainer, batch, None, rule)
+
+    def _weigh(
+        self, trainer: Trainer, batch: Batch, nll: Tensor | None, rule: tuple[str, float]
+    ) -> None:
+        """Change ``batch.weights``; nll: [b, s] losses of its tokens, where the rules need them."""
         before = batch.weights.double()
         if self.cfg.tokens != "none":
             self._weigh_tokens(trainer, batch, nll)
         if self.cfg.samples != "none":
-            self._weigh_samples(trainer, batch, nll, before, (strategy, temperature or 1.0))
+            self._weigh_samples(trainer, batch, nll, before, rule)
 
     def _weigh_tokens(self, trainer: Trainer, batch: Batch, nll: Tensor | None) -> None:
         if self.cfg.tokens == "focal":
             assert nll is not None
             batch.weights *= by_surprise(nll, self.cfg.gamma)
             return
-        assert self.reference is not None
-        theirs = _reference_losses(self.reference, trainer.module, batch)
+        if self.losses is not None:
+            theirs = _read_losses(*self.losses, trainer, batch)
+        else:
+            assert self.reference is not None
+            theirs = _reference_losses(self.reference, trainer.module, batch)
         if self.cfg.tokens == "prior":
             batch.weights *= by_surprise(theirs, self.cfg.gamma)
             return
@@ -107,6 +125,22 @@ class Reweight(Hook):
         batch.weights *= scale[place].to(batch.weights)[:, None]
 
 
+def with_losses(module: TrainModule, batch: Batch, weigh: Callable[[Tensor], None]) -> None:
+    """Call weigh(nll) once with the losses of every token of a received batch, [b, s] float32.
+
+    It may change ``batch.weights`` in place. Collective. What is computed last is kept for the
+    step's own forward and backward, where the module can (no pipeline, no DeepSpeed).
+    """
+    if not module.begins:
+        weigh(token_losses(module, batch))
+        return
+    with torch.no_grad():
+        earlier = [module.loss(micro, 1.0).nll for micro in module.micro_batches(batch)[:-1]]
+    if earlier:
+        release_gathered(module.model)
+    module.begin(batch, lambda nll: weigh(torch.cat([*earlier, nll])))
+
+
 @torch.no_grad()
 def token_losses(module: TrainModule, batch: Batch) -> Tensor:
     """Cross-entropy in nats of every token of a received batch, [b, s] float32; collective."""
@@ -121,8 +155,6 @@ def token_losses(module: TrainModule, batch: Batch) -> Tensor:
 
 
 def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
-    from llmtrain.eval.loading import load_trained
-
     degrees = trainer.module.layout.degrees
     if degrees.context > 1 or degrees.pipeline > 1:
         raise ConfigError(
@@ -131,37 +163,43 @@ def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
             "parallel.tensor"
         )
     assert cfg.reference is not None
-    found = load_trained(Path(cfg.reference), trainer.module.device)
-    ours, theirs = trainer.module.model_cfg, found.model_cfg
-    if ours.vocab_size != theirs.vocab_size:
-        raise ConfigError(
-            f"reweight.reference: {found.path} has a vocabulary of {theirs.vocab_size} tokens and "
-            f"the model of {ours.vocab_size}; take a reference trained with the same tokenizer"
-        )
-    longest = theirs.max_seq_len or 0
-    if longest < trainer.cfg.data.seq_len:
-        raise ConfigError(
-            f"reweight.reference: {found.path} reads at most {longest} tokens and data.seq_len is "
-            f"{trainer.cfg.data.seq_len}; take another reference or shorten the samples"
-        )
-    return found
+    return load_reference(Path(cfg.reference), trainer, "reweight.reference")
+
+
+def _open_losses(file: str, trainer: Trainer) -> tuple[TokenLosses, list[str]]:
+    """The file of reference losses and the names of the plan's sources in it, by source index.
+
+    Raises DataError where it does not fit the data.
+    """
+    losses, plan = TokenLosses(Path(file)), trainer.plan
+    names = list(plan.names)
+    total = plan.counts(plan.mixture.total)
+    for label, source in enumerate(plan.sources):
+        if total[label]:
+            where = f"reweight.losses: {file}"
+            facts = (source.name, source.fingerprint, plan.cfg.data.seq_len)
+            names[label] = check_scores(where, losses.header, *facts)
+    return losses, names
+
+
+def _read_losses(
+    losses: TokenLosses, names: Sequence[str], trainer: Trainer, batch: Batch
+) -> Tensor:
+    """The reference's losses of this rank's tokens, [b, s] float32, where the batch lies."""
+    first = int(batch.sample_ids[0])
+    labels, numbers, _ = trainer.plan.samples(first, first + len(batch))
+    rows = [
+        losses.read(names[label], number)
+        for label, number in zip(labels.tolist(), numbers.tolist(), strict=True)
+    ]
+    table = torch.from_numpy(np.stack(rows))
+    context = trainer.module.context
+    if context is not None:
+        table = table[:, context.positions(table.shape[1])]
+    return table.to(batch.weights)
 
 
 @torch.no_grad()
 def _reference_losses(reference: Trained, module: TrainModule, batch: Batch) -> Tensor:
     """``token_losses`` of the reference, which this rank holds whole."""
-    data = module.cfg.data
-    parts = []
-    for micro in module.micro_batches(batch):
-
-        def head_fn(hidden: Tensor, head: Head, micro: Batch = micro) -> LossOutput:
-            return head_loss(hidden, head, micro.targets, micro.weights, reference.cfg.loss, 1.0)
-
-        output = reference.model(
-            micro.tokens,
-            positions=micro.positions if data.reset_positions else None,
-            doc_ids=micro.doc_ids if data.document_mask else None,
-            head_fn=head_fn,
-        )
-        parts.append(output.nll)
-    return torch.cat(parts)
+    return torch.cat([losses_of(reference, module, m) for m in module.micro_batches(batch)])

@@ -5,7 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
-from llmtrain.model.adapters import ADAPTER, adapter_scale, row_pattern
+from llmtrain.model.adapters import ADAPTER, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -37,6 +37,7 @@ __all__ = [
     "Decoder",
     "Head",
     "activation_bytes",
+    "adapted_parts",
     "adapter_scale",
     "apply_formats",
     "apply_recompute",

@@ -59,11 +59,10 @@ def row_pattern(cfg: ModelConfig, layer: str) -> list[int]:
 def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:
     """Give the layers that ``cfg.adapters.targets`` names an adapter and freeze all else.
 
-    model: a decoder on the meta device. Raises ConfigError naming a target that is no layer.
+    model: a decoder on the meta device. Raises ConfigError for a layer that cannot have one.
     """
     section = cfg.adapters
     assert section is not None
-    _check_targets(cfg)
     for param in model.parameters():
         param.requires_grad_(False)
     scale = adapter_scale(section)
@@ -78,7 +77,8 @@ def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:
             layer.adapter = LowRank(layer, section.rank, scale, row_pattern(cfg, name))
 
 
-def _check_targets(cfg: ModelConfig) -> None:
+def check_targets(cfg: ModelConfig) -> None:
+    """Raise ConfigError for one of ``cfg.adapters.targets`` that names no layer of the model."""
     assert cfg.adapters is not None
     layers = [f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in PARTS]
     known = {part for parts in PARTS.values() for part in parts} | GROUPS.keys()

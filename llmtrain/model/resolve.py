@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
+from llmtrain.model.adapters import check_targets
 from llmtrain.model.scaling import resolve_scaling
 
 
@@ -50,6 +51,8 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
         raise ConfigError(
             f"model.n_kv_heads: n_heads {cfg.n_heads} is not a multiple of {kv}; choose a divisor"
         )
+    if cfg.adapters is not None:
+        check_targets(cfg)
     d_ff = cfg.d_ff
     if d_ff is None:
         gated = -(-(8 * cfg.d_model) // (3 * 64)) * 64

@@ -1,9 +1,15 @@
 """Optimizers, learning-rate schedules, parameter groups and gradient clipping."""
 
-from llmtrain.optim.clip import clip_gradients, clipped_step, counts_part, gradient_norm
+from llmtrain.config.lr_curve import Schedule
+from llmtrain.optim.clip import (
+    clip_gradients,
+    clipped_step,
+    counts_part,
+    gradient_norm,
+    sum_over_parts,
+)
 from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
-from llmtrain.optim.schedule import Schedule
 from llmtrain.optim.state import create_state, state_tensors
 
 __all__ = [
@@ -19,4 +25,5 @@ __all__ = [
     "groups_table",
     "set_learning_rate",
     "state_tensors",
+    "sum_over_parts",
 ]

@@ -50,6 +50,22 @@ def counts_part(tensor: Tensor) -> bool:
     )
 
 
+def sum_over_parts(values: Tensor, params: Iterable[Tensor], layout: Layout) -> Tensor:
+    """Sums over all elements of each parameter from sums over each rank's part.
+
+    values: float64 [number of parameters, ...] on the device. Every element counts once. Under
+    pipeline parallelism the parameters are those of the rank's own stages.
+    """
+    if layout.state is None:
+        return values
+    for i, param in enumerate(params):
+        if not counts_part(param):
+            values[i] = 0
+    for dim in ("shard", "tensor"):
+        dist.all_reduce(values, group=layout.state.get_group(dim))
+    return values
+
+
 def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 

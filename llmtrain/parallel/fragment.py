@@ -68,11 +68,13 @@ class Fragment(torch.Tensor):
 
     run: 1-D, the live elements. local_shape, offset: when the run is cut from a box of the tensor
     and not from the tensor itself (a tensor-parallel shard), that box; elements count within it.
-    Only shape, dtype and device can be asked of it, and ``pieces`` give the values; other
+    Only shape, dtype and device can be asked of it, ``pieces`` and ``run`` give the values; other
     operations raise NotImplementedError.
     """
 
     pieces: list[Piece]
+    run: Tensor
+    _cut: tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...]]
 
     @staticmethod
     def __new__(
@@ -90,6 +92,7 @@ class Fragment(torch.Tensor):
             cls, torch.Size(whole), dtype=run.dtype, device=run.device
         )
         made.pieces = []
+        made.run, made._cut = run, (whole, start, box, corner)
         done = 0
         for place, size in boxes_of_run(box, start, start + run.numel()):
             count = math.prod(size)
@@ -98,6 +101,11 @@ class Fragment(torch.Tensor):
             made.pieces.append(Piece(at, values))
             done += count
         return made
+
+    def around(self, run: Tensor) -> Fragment:
+        """The same elements of another tensor of this shape, whose values are ``run``."""
+        whole, start, box, corner = self._cut
+        return Fragment(run, whole, start, box, corner)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -208,6 +208,15 @@ class ZeroState:
             # Left standing by DeepSpeed where the optimizer is offloaded in bfloat16.
             optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
+    def sum_over_parts(self, values: Tensor) -> Tensor:
+        """Sums over whole parameters from sums over this rank's elements: float64 [params, ...]."""
+        for i, name in enumerate(self.places):
+            if not self._boxes[name].split and self._layout.tensor_rank > 0:
+                values[i] = 0
+        for group in self._groups:
+            dist.all_reduce(values, group=group)
+        return values
+
     def publish(self) -> None:
         """Bring the parameters up to date after the float32 state was written in place."""
         self._shards.publish()

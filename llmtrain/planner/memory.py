@@ -119,14 +119,18 @@ def _elements(parts: Iterable[Part]) -> int:
 
 
 def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
-    """float32 weights and moments of the stored shards (AdamW: and a step count for each), and
-    without FSDP2 the copies of the matrices in the compute dtype."""
+    """float32 weights and moments of the stored shards (AdamW: and a step count for each), a
+    penalty's anchor and Fisher information, and without FSDP2 the copies of the matrices in the
+    compute dtype."""
     weights = FLOAT * _stored(setting, parts)
     lion = setting.cfg.optim.name == "lion"
     found = {
         "weights (fp32)": weights,
         "optimizer state": weights if lion else 2 * weights + FLOAT * len(parts),
     }
+    penalty = setting.cfg.penalty
+    if penalty is not None and not penalty.offload:
+        found["penalty"] = weights * (2 if penalty.kind == "ewc" else 1)
     if setting.item != FLOAT and setting.data_ranks == 1:
         tied = setting.model.tie_embeddings
         cast = [p for p in parts if p.role in ("hidden", "head") or (tied and _is_table(p))]

@@ -37,10 +37,11 @@ def _trials(scale: str) -> list[Trial]:
         keep = {"every": None, "keep_at": _points()}
         trunk = mini_run(300, data=data, checkpoint=keep)
         return [Trial(TRUNK, trunk), *_tails(MINI_UPSAMPLED)]
-    return [Trial(TRUNK, _large(scale)), *_tails(UPSAMPLED)]
+    return [Trial(TRUNK, large_trunk(scale)), *_tails(UPSAMPLED)]
 
 
-def _large(scale: str) -> dict[str, Any]:
+def large_trunk(scale: str) -> dict[str, Any]:
+    """The trunk at the scales small and paper."""
     paper = scale == "paper"
     width, depth, heads = (4096, 32, 32) if paper else (1024, 24, 16)
     return {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llmtrain.recipes.sweep import Sweep
 
 SCALES = ("mini", "small", "paper")
 MINI_SOURCES = ("code", "docs", "math")
@@ -25,7 +27,9 @@ class Scoring:
 class Trial:
     """One run of an experiment. label: its row in the table. A run of its own has ``config``
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
-    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores."""
+    leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
+    A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
+    an earlier trial of the seed has made in the same way, with that trial's label."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -33,6 +37,7 @@ class Trial:
     at: str = ""
     overrides: Sequence[str] = ()
     scoring: Scoring | None = None
+    shares: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Claim:
     """A paper's claim as a comparison of held-out losses, seed by seed.
 
     The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``;
-    with ``within``, at most that share above it. decides: whether it is part of the verdict, or
-    shown beside it (a cost, say).
+    with ``within``, at most that share above it. also: the comparison is with the mean of ``than``
+    and this one. decides: whether it is part of the verdict, or shown beside it (a cost, say).
     """
 
     text: str
@@ -49,13 +54,16 @@ class Claim:
     than: str
     domains: Sequence[str] = ()
     decides: bool = True
+    also: str | None = None
     within: float = 0.0
 
 
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
-    own numbers and where they are from."""
+    own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
+    of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
+    is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
 
     name: str
     title: str
@@ -64,6 +72,9 @@ class Experiment:
     claims: Sequence[Claim]
     baseline: str
     seeds: int = 3
+    costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
+    sweep: Sweep | None = None
+    corpus: Callable[[Path], dict[str, Any]] | None = None
 
 
 def slug(label: str) -> str:
@@ -81,6 +92,19 @@ def mini_corpus(out: Path) -> dict[str, Any]:
             "code": {"kind": "builtin", "domain": "code", "max_bytes": 3_000_000},
             "docs": {"kind": "builtin", "domain": "docs", "max_bytes": 1_500_000},
             "math": {"kind": "builtin", "domain": "math", "max_bytes": 1_000_000},
+        },
+    }
+
+
+def byte_corpus(out: Path) -> dict[str, Any]:
+    """A smaller one of bytes, for sweeps of many short runs: a vocabulary of 257."""
+    return {
+        "out": str(out / "bytes"),
+        "heldout_fraction": 0.08,
+        "tokenizer": {"kind": "byte"},
+        "sources": {
+            domain: {"kind": "builtin", "domain": domain, "max_bytes": 600_000}
+            for domain in MINI_SOURCES
         },
     }
 

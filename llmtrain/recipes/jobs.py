@@ -93,9 +93,11 @@ def _command(
         wait = _name(experiment, trial.scoring.method, seed)
         select = {**data["data"]["select"], "scores": f"runs/{wait}.parquet"}
         data["data"] = {**data["data"], "select": select}
-    config.write_text(to_yaml(from_dict(data, for_training=True)), encoding="utf-8")
+    sequence = "continual" in data
+    cfg = from_dict(data, for_training=not sequence)
+    config.write_text(to_yaml(cfg), encoding="utf-8")
     files.append(config)
-    return ["train", config.name], wait
+    return ["continual" if sequence else "train", config.name], wait
 
 
 def _name(experiment: Experiment, label: str, seed: int) -> str:

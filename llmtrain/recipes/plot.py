@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from llmtrain.recipes.results import Losses
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 320, 70, 20, 40, 60
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, SLOT = 720, 320, 70, 20, 40, 60, 104
 COLORS = ("#2a78d6", "#d9641a", "#12936a", "#c2860a", "#6a4fc4", "#d43b3a", "#2f9fb3", "#c64f86")
 
 
@@ -25,14 +25,16 @@ def svg(title: str, losses: Losses, baseline: str) -> str:
     room = 0.08 * (high - low) or 0.01
     low, high = low - room, high + room
 
+    width = max(WIDTH, LEFT + RIGHT + SLOT * len(labels))
+
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    slot = (WIDTH - LEFT - RIGHT) / max(len(labels), 1)
+    slot = (width - LEFT - RIGHT) / max(len(labels), 1)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<rect width="{width}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="16" font-weight="bold">{html.escape(title)}</text>',
         f'<text x="{LEFT}" y="31" fill="#5d626c">held-out loss minus that of '
         f"{html.escape(baseline)}, nats per token; below 0 is better</text>",
@@ -43,7 +45,7 @@ def svg(title: str, losses: Losses, baseline: str) -> str:
             f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:+.3f}</text>'
         )
     parts.append(
-        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="#888"/>'
+        f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="#888"/>'
     )
     for i, label in enumerate(labels):
         x = LEFT + slot * (i + 0.5)

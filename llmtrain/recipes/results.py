@@ -45,9 +45,13 @@ def findings(experiment: Experiment, losses: Losses) -> list[Finding]:
     """Each claim with its paired differences over seeds; two seeds or more."""
     out = []
     for claim in experiment.claims:
-        pairs = zip(losses[claim.better], losses[claim.than], strict=True)
+        others = [losses[label] for label in (claim.than, claim.also) if label is not None]
         room = 1 + claim.within
-        gaps = [room * _mean(b, claim.domains) - _mean(a, claim.domains) for a, b in pairs]
+        gaps = [
+            room * mean(_mean(other[i], claim.domains) for other in others)
+            - _mean(own, claim.domains)
+            for i, own in enumerate(losses[claim.better])
+        ]
         n = len(gaps)
         t = _T95[n - 2] if n - 2 < len(_T95) else _NORMAL95
         out.append(Finding(claim, mean(gaps), t * stdev(gaps) / math.sqrt(n)))
@@ -74,12 +78,14 @@ def loss_table(losses: Losses) -> list[str]:
     return table(rows)
 
 
-def report_lines(experiment: Experiment, losses: Losses, scale: str) -> list[str]:
-    """Everything that is printed and written at the end."""
+def report_lines(
+    experiment: Experiment, losses: Losses, scale: str, costs: Sequence[str] = ()
+) -> list[str]:
+    """Everything that is printed and written at the end. costs: lines of the table of costs."""
     seeds = len(next(iter(losses.values())))
     found = findings(experiment, losses)
     lines = [f"{experiment.title} ({scale}, {seeds} seeds, ± standard deviation over seeds)"]
-    lines += loss_table(losses)
+    lines += [*loss_table(losses), *costs]
     lines.append("claims (nats per token, mean over seeds; bound: 95% one-sided, paired by seed):")
     rows = []
     for f in found:

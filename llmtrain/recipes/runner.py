@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from llmtrain.config.diff import diff_configs
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import ConfigError
 from llmtrain.eval.scoring import Request, score
+from llmtrain.finetune.plan import plan_sequence
+from llmtrain.finetune.sequence import RESULT, run_sequence
 from llmtrain.parallel import World, close_world, init_world
 from llmtrain.recipes.experiment import Experiment, Scoring, Trial, mini_corpus, slug
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, report_lines
+from llmtrain.recipes.sweep import sweep_lines, sweep_svg
 from llmtrain.report.read import read_run
 from llmtrain.report.summary import domain_results
 from llmtrain.train.branch import find_point, plan_branch, start
@@ -30,13 +34,14 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2:
+    if seeds < 2 and experiment.sweep is None:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
-    corpus = mini_corpus(out)
+    corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
     assert section is not None
     prepare(section, say=say)
     losses: Losses = {}
+    made: dict[str, list[Path]] = {}
     world = init_world("cpu")
     try:
         for seed in range(1, seeds + 1):
@@ -46,14 +51,25 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
                 where = (out, seed, corpus["out"])
                 folders[trial.label] = _make(experiment, trial, where, folders, world)
                 losses.setdefault(trial.label, []).append(_losses(folders[trial.label]))
+                made.setdefault(trial.label, []).append(folders[trial.label])
     finally:
         close_world()
-    lines = report_lines(experiment, losses, "mini")
+    costs = experiment.costs(made) if experiment.costs is not None else ()
+    lines, drawing = _result(experiment, losses, costs)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
-    drawing = svg(experiment.title, losses, experiment.baseline)
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
     return lines
+
+
+def _result(experiment: Experiment, losses: Losses, costs: Sequence[str]) -> tuple[list[str], str]:
+    """The lines and the drawing of finished runs."""
+    sweep = experiment.sweep
+    if sweep is None:
+        drawing = svg(experiment.title, losses, experiment.baseline)
+        return report_lines(experiment, losses, "mini", costs), drawing
+    lines = sweep_lines(experiment.title, sweep, losses, experiment.paper)
+    return lines, sweep_svg(experiment.title, sweep, losses)
 
 
 def _make(
@@ -74,6 +90,8 @@ def _make(
             _score(trial.scoring, folders, file, world)
             select = {**data["data"]["select"], "scores": str(file)}
             data["data"] = {**data["data"], "select": select}
+        if "continual" in data:
+            return _sequence(trial, data, folders, world)
         cfg = from_dict(data, for_training=True)
         if not done(cfg, out / name):
             train(cfg, world)
@@ -83,6 +101,18 @@ def _make(
     if not done(branch.cfg, branch.folder):
         start(branch, world)
     return branch.folder
+
+
+def _sequence(trial: Trial, data: dict[str, Any], folders: dict[str, Path], world: World) -> Path:
+    """Run a sequence of tasks, as far as it is not done; shared runs are links to the others'."""
+    sequence = plan_sequence(from_dict(data))
+    sequence.folder.mkdir(parents=True, exist_ok=True)
+    for name, label in trial.shares.items():
+        link = sequence.folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(folders[label] / name, sequence.folder))
+    run_sequence(sequence, lambda line: None, world)
+    return sequence.folder
 
 
 def _score(scoring: Scoring, folders: dict[str, Path], file: Path, world: World) -> None:
@@ -111,4 +141,8 @@ def done(cfg: RunConfig, folder: Path) -> bool:
 
 
 def _losses(folder: Path) -> dict[str, float]:
+    result = folder / RESULT
+    if result.exists():
+        rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+        return dict(rows[-1]["losses"])
     return {d.name: d.loss for d in domain_results(read_run(folder))}

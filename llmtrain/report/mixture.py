@@ -137,6 +137,7 @@ def _fraction(value: object) -> float:
 def _phase_edges(run: Run, schedule: _Schedule | None, seen: float) -> list[float]:
     """Samples where phases begin and end: the config's, as a ramp has many stretches."""
     from llmtrain.config import load_config
+    from llmtrain.config.phase_ends import phase_end
 
     if schedule is None:
         return [0.0, seen]
@@ -146,10 +147,7 @@ def _phase_edges(run: Run, schedule: _Schedule | None, seen: float) -> list[floa
     except LlmtrainError:
         return [0.0, total]
     batch = cfg.train.global_batch_size
-    ends = [
-        phase.until.samples(cfg.data.seq_len, batch, int(total) // batch)
-        for phase in cfg.data.phases[:-1]
-    ]
+    ends = [phase_end(cfg, phase, int(total) // batch) for phase in cfg.data.phases[:-1]]
     return sorted({0.0, *(float(end) for end in ends if 0 < end < total), total})
 
 

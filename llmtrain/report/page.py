@@ -28,25 +28,29 @@ def render(runs: Sequence[Run]) -> str:
     mixes = [(run, mix) for run in runs if (mix := mixture(run)) is not None]
     parts = [
         _header(runs),
-        _section("Result", _tiles(runs[0]) if len(runs) == 1 else _comparison(runs)),
-        _section("Held-out text", _domain_table(runs)),
+        section("Result", _tiles(runs[0]) if len(runs) == 1 else _comparison(runs)),
+        section("Held-out text", _domain_table(runs)),
         _charts("Loss", _losses(runs), numbers),
         _charts("Optimizer", curves.optimizer_charts(runs), numbers),
         _charts("Speed and memory", curves.speed_charts(runs), numbers),
-        _section("Range of FP8", _numerics(runs)),
+        section("Range of FP8", _numerics(runs)),
         _mixture_section(mixes, len(runs), numbers),
-        _section("Branches", draw_trees(runs)),
-        _section("Samples", _samples(runs)),
-        _section("Events", _events(runs)),
-        _section("Config", _config(runs)),
+        section("Branches", draw_trees(runs)),
+        section("Samples", _samples(runs)),
+        section("Events", _events(runs)),
+        section("Config", _config(runs)),
     ]
-    title = "llmtrain: " + ", ".join(run.name for run in runs)
+    return page("llmtrain: " + ", ".join(run.name for run in runs), "".join(parts))
+
+
+def page(title: str, main: str) -> str:
+    """One HTML file with style and script inside. main: HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(title)}</title><style>{_asset('report.css')}</style></head><body>"
-        f"<main>{''.join(parts)}</main><div id='tip' hidden></div>"
+        f"<main>{main}</main><div id='tip' hidden></div>"
         f"<script>{_asset('report.js')}</script></body></html>\n"
     )
 
@@ -55,7 +59,8 @@ def _asset(name: str) -> str:
     return files("llmtrain.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A section under a heading, nothing where ``body`` is empty. body: HTML."""
     if not body:
         return ""
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
@@ -95,7 +100,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     columns = [facts(run) for run in runs]
     head = ["", *(run.name for run in runs)]
     rows = [[row[0][0], *(cell for _, cell in row)] for row in zip(*columns, strict=True)]
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def _domain_table(runs: Sequence[Run]) -> str:
@@ -118,7 +123,7 @@ def _domain_table(runs: Sequence[Run]) -> str:
         "<p class='note'>Unigram: what token frequencies alone give, without context; entropy: "
         "those of the held-out text itself, loss: those of the training text.</p>"
     )
-    table = _table(head, rows, 2 if len(runs) > 1 else 1)
+    table = html_table(head, rows, 2 if len(runs) > 1 else 1)
     return table + (note if head[-1].startswith("unigram") else "")
 
 
@@ -142,7 +147,7 @@ def _charts(title: str, charts: Sequence[Chart], numbers: Iterator[int]) -> str:
             f"<details><summary>{len(drawn) - SHOWN} more charts</summary>"
             f"<div class='grid2'>{''.join(drawn[SHOWN:])}</div></details>"
         )
-    return _section(title, body)
+    return section(title, body)
 
 
 def _mixture_section(
@@ -157,7 +162,7 @@ def _mixture_section(
         "<p class='note'>Each phase is measured between the logged steps nearest inside its "
         "ends; planned and realised over the same steps.</p>"
     )
-    return _section("Mixture: realised against planned", body + note) if body else ""
+    return section("Mixture: realised against planned", body + note) if body else ""
 
 
 def _phase_table(mix: Mixture) -> str:
@@ -176,7 +181,7 @@ def _phase_table(mix: Mixture) -> str:
                 ]
             )
     head = ["phase", "source", "planned", "realised", "points", "tokens"]
-    return _table(head, rows, 2) if rows else "<p class='empty'>no phase has begun</p>"
+    return html_table(head, rows, 2) if rows else "<p class='empty'>no phase has begun</p>"
 
 
 def _samples(runs: Sequence[Run]) -> str:
@@ -203,7 +208,7 @@ def _numerics(runs: Sequence[Run]) -> str:
         f"<p>Step {steps}. Shares of elements that a cast with static scales makes zero or clips: "
         "inputs and weights to e4m3, gradients (times quantization.gradient_scale) to e5m2.</p>"
     )
-    return note + _table([*names, *HEAD], rows, len(names) + 2)
+    return note + table([*names, *HEAD], rows, len(names) + 2)
 
 
 def _events(runs: Sequence[Run]) -> str:
@@ -219,11 +224,11 @@ def _events(runs: Sequence[Run]) -> str:
     head = [*(["run"] if len(runs) > 1 else []), "step", "tokens", "what happened"]
     shown = [row for kind, row in rows if "checkpoint" not in kind][-200:]
     saved = [row for kind, row in rows if "checkpoint" in kind]
-    body = _table(head, shown, len(head)) if shown else ""
+    body = html_table(head, shown, len(head)) if shown else ""
     if saved:
         body += (
             f"<details><summary>{len(saved)} checkpoints</summary>"
-            f"{_table(head, saved[-200:], len(head))}</details>"
+            f"{html_table(head, saved[-200:], len(head))}</details>"
         )
     return body
 
@@ -239,7 +244,7 @@ def _config(runs: Sequence[Run]) -> str:
             if any(tree.get(key, NOTHING) != trees[0].get(key, NOTHING) for tree in trees)
         ]
         head = ["key that differs", *(run.name for run in runs)]
-        body = _table(head, rows, len(head)) if rows else "<p>The configs are the same.</p>"
+        body = html_table(head, rows, len(head)) if rows else "<p>The configs are the same.</p>"
     for run in runs:
         if run.config:
             body += (
@@ -259,7 +264,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     """A table whose first ``texts`` columns are words and the others numbers."""
 
     def cells(row: Sequence[str], tag: str) -> str:

@@ -124,6 +124,11 @@ def read_run(path: Path) -> Run:
     metrics, config = path / "metrics.jsonl", path / "config.yaml"
     if not path.is_dir():
         raise DataError(f"{path}: no such run folder; give the folder that training printed")
+    if (path / "sequence.json").is_file():
+        raise DataError(
+            f"{path}: a sequence of tasks, whose report is {path / 'report.html'}; for those of "
+            "its runs give their folders below it"
+        )
     if not metrics.is_file() and not config.is_file():
         raise DataError(
             f"{path}: neither metrics.jsonl nor config.yaml is there, so this is not the folder "

@@ -25,8 +25,8 @@ from llmtrain.report.tree import BRANCH, read_branch, write_branch
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.run import run_folder, train
 
-# Keys that may differ when the same branch is started again.
-_FREE = (
+# Keys that may differ when the same branch, or task of a sequence, is started again.
+FREE = (
     "parallel.", "log.", "device", "checkpoint.", "eval.", "out", "train.micro_batch_size",
     "train.recompute", "train.compile", "train.stop_after", "train.gc_every", "data.prefetch",
 )  # fmt: skip
@@ -200,4 +200,4 @@ def _check_folder(branch: Branch) -> None:
 
 def _binding(changes: Sequence[str]) -> set[str]:
     """The changes that make a branch another one."""
-    return {line for line in changes if not line.startswith(_FREE)}
+    return {line for line in changes if not line.startswith(FREE)}

@@ -7,7 +7,7 @@ so checkpoints are the same files whichever engine wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,10 @@ class DeepSpeedModule(TrainModule):
 
     ``params`` are the parameters that forward reads: compute dtype, this rank's tensor-parallel
     part, and empty between forwards under ZeRO 3. The float32 masters are in ``tensors``; who
-    writes these calls ``restore``.
+    writes these calls ``restore``, or ``weights_changed`` after writing to ``weights``.
     """
+
+    begins = False
 
     def __init__(
         self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
@@ -117,6 +119,18 @@ class DeepSpeedModule(TrainModule):
     def drop_gradients(self) -> None:
         """Forget the gradients of this step."""
         self.zero.drop()
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 masters of this rank: live fragments."""
+        return self.zero.named(self.zero.masters)
+
+    def weights_changed(self) -> None:
+        """Cast the masters into the parameters of all ranks."""
+        self.zero.publish()
+
+    def sum_over_parts(self, values: Tensor) -> Tensor:
+        """Sums over whole weights from sums over this rank's fragments."""
+        return self.zero.sum_over_parts(values)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name: ``model.<parameter>`` and ``optim.<parameter>.<key>``.

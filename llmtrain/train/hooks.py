@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.schema import HookConfig, RunConfig
@@ -64,6 +65,12 @@ class Hook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise CheckpointError when ``load_state_dict`` could not take ``state``.
+
+        Called before a resumed run writes anything, for hooks of sections.
+        """
+
     def tensors(self, trainer: Trainer) -> dict[str, Tensor]:
         """Tensors a resumed run needs besides, by name; saved in every checkpoint.
 
@@ -72,6 +79,13 @@ class Hook:
         whatever layout that was saved.
         """
         return {}
+
+
+def check_states(hooks: Sequence[Hook], states: Mapping[str, dict[str, Any]]) -> None:
+    """Let the hooks of sections look at the states that a resumed run will give them."""
+    for hook in hooks:
+        if hook.section is not None and hook.section in states:
+            hook.check_state(states[hook.section])
 
 
 def load_hooks(cfg: RunConfig) -> list[Hook]:

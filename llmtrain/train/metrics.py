@@ -88,6 +88,8 @@ def scalars(record: Record) -> dict[str, float]:
             for key, value in source.items():
                 if value is not None:
                     out[f"source/{name}/{key}"] = float(value)
+    elif record["kind"] == "mixture":
+        out.update({f"mixture/{name}": float(w) for name, w in record["weights"].items()})
     elif record["kind"] in ("eval", "eval_of"):
         group = f"eval_{record['weights']}" if record["kind"] == "eval_of" else "eval"
         for name, domain in record["domains"].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,14 @@ from llmtrain.optim import (
     gradient_norm,
     set_learning_rate,
     state_tensors,
+    sum_over_parts,
 )
 from llmtrain.parallel import (
     Layout,
     SplitSequence,
     apply_fsdp,
     finish_gradients,
+    release_gathered,
     set_gradient_sync,
     split_batch,
 )
@@ -59,6 +61,16 @@ class StepSums:
     loss: Tensor
     nll: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The forward of a step's last micro-batch, done ahead with denominator 1. weights: the batch's
+    when it was done, and version: how often they had been changed."""
+
+    output: LossOutput
+    weights: Tensor
+    version: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,9 @@ class TrainModule:
 
     # Whether backward runs once for inputs and once for weights.
     in_parts = False
+    # Whether ``begin`` works.
+    begins = True
+    _begun: _Begun | None = None
 
     def __init__(
         self,
@@ -161,8 +176,33 @@ class TrainModule:
         """Forward of one micro-batch. denominator: weight of the whole global batch."""
         return self._forward(**self.arguments(batch, denominator))
 
-    def arguments(self, batch: Batch, denominator: float) -> dict[str, Any]:
-        """What the decoder is called with for a micro-batch."""
+    def begin(self, batch: Batch, weigh: Callable[[Tensor], None]) -> None:
+        """Forward of the last micro-batch of ``batch`` now, for the ``forward_backward`` to come.
+
+        weigh(nll) is called inside it with the micro-batch's token losses [b, s], for those who
+        need them to set ``batch.weights`` in place; what goes through the model for that is not
+        computed again. Where the weights are changed once more afterwards, it is in vain.
+        """
+        micro = self.micro_batches(batch)[-1]
+        output = self._forward(**self.arguments(micro, 1.0, weigh))
+        self._begun = _Begun(output, batch.weights, batch.weights._version)
+
+    def _take_begun(self, batch: Batch, denominator: float) -> LossOutput | None:
+        begun, self._begun = self._begun, None
+        if begun is None or begun.weights is not batch.weights:
+            return None
+        if begun.version != batch.weights._version:
+            return None
+        output = begun.output
+        return LossOutput(output.loss / denominator, output.nll, output.z / denominator)
+
+    def arguments(
+        self,
+        batch: Batch,
+        denominator: float,
+        weigh: Callable[[Tensor], None] | None = None,
+    ) -> dict[str, Any]:
+        """What the decoder is called with for a micro-batch. weigh: see ``head_loss``."""
         data = self.cfg.data
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
@@ -174,6 +214,7 @@ class TrainModule:
                 self.cfg.loss,
                 denominator,
                 in_parts=self.in_parts,
+                weigh=weigh,
             )
 
         part = None if self.context is None else SplitSequence(self.context, batch.first)
@@ -205,11 +246,14 @@ class TrainModule:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         nll = torch.zeros(n_sources, dtype=torch.float64, device=self.device)
         weight = torch.zeros_like(nll)
-        micros = self.micro_batches(batch)
+        micros, begun = self.micro_batches(batch), self._take_begun(batch, denominator)
+        if begun is not None:
+            micros = [micros[-1], *micros[:-1]]
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 or self.cfg.parallel.reduce_every_micro_batch
             self._begin_micro_batch(last)
-            output = self.loss(micro, denominator)
+            output = self.loss(micro, denominator) if i or begun is None else begun
+            begun = None  # its graph goes with its backward
             self._backward(output.loss)
             if self.layout.counts_losses:
                 self.add_sums(micro, output, total, nll, weight)
@@ -257,6 +301,19 @@ class TrainModule:
         """The learning-rate schedule of a run of ``total_steps``."""
         tokens = self.cfg.train.global_batch_size * self.cfg.data.seq_len
         return Schedule.from_config(self.cfg.schedule, total_steps, tokens)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The float32 weights as this rank holds them, live; after writing to them call
+        ``weights_changed``."""
+        return self.params
+
+    def weights_changed(self) -> None:
+        """Let forward see what was written to ``weights``."""
+        release_gathered(self.model)
+
+    def sum_over_parts(self, values: Tensor) -> Tensor:
+        """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""
+        return sum_over_parts(values, self.params.values(), self.layout)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""

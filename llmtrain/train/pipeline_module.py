@@ -90,6 +90,8 @@ class PipelineModule(TrainModule):
     the last rank: equal at first, their gradients are summed, and the first one counts.
     """
 
+    begins = False
+
     def __init__(
         self, cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, layout: Layout
     ) -> None:

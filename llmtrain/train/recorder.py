@@ -142,6 +142,21 @@ class Recorder:
         what = "eval" if weights is None else f"eval of {weights}"
         self.console.say(f"{what} at step {step} | mean loss {mean:.4f} | " + " | ".join(parts))
 
+    def mixture(
+        self,
+        step: int,
+        weights: dict[str, float],
+        losses: dict[str, float],
+        mean: dict[str, float],
+    ) -> None:
+        """Record weights that take over after ``step``, what they follow from, and their mean."""
+        record: Record = {"kind": "mixture", **self._position(step)}
+        self._write({**record, "weights": weights, "losses": losses, "mean_weights": mean})
+        parts = [f"{name} {w:.4f} (loss {losses[name]:.4f})" for name, w in weights.items()]
+        self.console.say(f"mixture after step {step} | " + " | ".join(parts))
+        shares = ", ".join(f"{name} {w:.4f}" for name, w in weights.items())
+        self.event(step, f"mixture from here on: {shares}", quiet=True)
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a generated continuation."""
         self._write({"kind": "sample", **self._position(step), "prompt": prompt, "text": text})

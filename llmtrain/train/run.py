@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
-from llmtrain.train.hooks import load_hooks
+from llmtrain.train.hooks import check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
@@ -96,6 +95,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
         hooks = load_hooks(cfg)
         if resume is not None:
+            check_states(hooks, resume.extra["hooks"])
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
             module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
         elif cfg.init is not None:
@@ -243,7 +243,7 @@ def _changes(cfg: RunConfig, resume: ResumePoint) -> list[str]:
 def _write_run_files(cfg: RunConfig, plan: DataPlan) -> None:
     folder = run_folder(cfg)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(plan.state(), indent=1), encoding="utf-8")
+    plan.write(folder / "plan.json")
 
 
 def _say_unigram(trainer: Trainer) -> None:

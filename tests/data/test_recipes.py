@@ -28,6 +28,11 @@ def overrides(tmp_path: Path) -> list[str]:
     return out
 
 
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_a_config(path: Path) -> None:
+    assert load_config(path).name == path.stem
+
+
 def test_domain_upsampling_takes_the_papers_tokens(overrides: list[str]) -> None:
     text = plan_report(load_config(RECIPE, overrides))
     upsampled = text[text.index("phase 2") : text.index("whole run")]

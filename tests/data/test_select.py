@@ -214,12 +214,37 @@ def test_scores_of_other_data_are_refused(tmp_path: Path, corpus: Path) -> None:
     other = make_corpus(tmp_path / "other", documents=40, seed=1)
     with pytest.raises(DataError, match=r"other data than the source .*fingerprint"):
         build_plan(load(tmp_path, other, select), 160)
-    more = {"more": {"path": f"{corpus}/letters/train"}}
+    more = {"more": {"path": f"{other}/letters/train"}}
     weights = {"letters": 0.5, "more": 0.5}
     changes = {"data__sources": more, "data__weights": weights, "data__phases": []}
     with pytest.raises(DataError, match="no scores of the source 'more'"):
         build_plan(load(tmp_path, corpus, select, **changes), 160)
     build_plan(load(tmp_path, corpus, {**select, "sources": ["letters"]}, **changes), 160)
+
+
+def test_a_later_phase_selects_anew_from_the_same_data(tmp_path: Path, corpus: Path) -> None:
+    """As MATES does: train, score, go on with the chosen part of it as a source of another name."""
+    config = tiny_config(tmp_path, corpus, eval__every=None)
+    assert main(["train", str(config), "train.stop_after=10step"]) == 0
+    run, file = tmp_path / "runs" / "tiny", tmp_path / "s.parquet"
+    assert main(["data", "score", str(run), "--method", "el2n", "--out", str(file)]) == 0
+    select = {"scores": str(file), "mode": "gumbel", "keep": 0.3, "sources": ["chosen"]}
+    tail = [
+        f"data.sources.chosen.path={corpus}/letters/train",
+        f"data.select={json.dumps(select)}",
+        "data.weights={chosen: 1}",
+    ]
+    assert main(["branch", str(run), "--at", "0.5dur", *tail, "name=chosen"]) == 0
+    folder, out = tmp_path / "runs" / "chosen", tmp_path / "list.jsonl"
+    words = ["--between", "10step", "20step", "--list", str(out)]
+    assert main(["data", "seen", str(folder), *words]) == 0
+    chosen = list(map(json.loads, out.read_text().splitlines()))
+    scores = read_scores(file, "letters")
+    facts = Facts("chosen", "", len(scores))
+    kept = choose(SelectConfig(**select), 7, facts, scores).kept.tolist()
+    late = [line["number"] for line in chosen if line["source"] == "chosen"]
+    # The mixture's block that the branch leaves in is finished first.
+    assert len(late) == 64 and set(late) == set(kept)
 
 
 @pytest.mark.parametrize("text", [None, "no parquet"])

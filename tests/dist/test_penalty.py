@@ -153,3 +153,23 @@ def test_a_run_resumes_under_another_layout(tmp_path: Path, corpus: Path) -> Non
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
         own, other = ours["method"]["penalty"], theirs["method"]["penalty"]
         assert own == pytest.approx(other, rel=1e-3, abs=1e-9)
+
+
+def test_weights_of_another_run_under_any_engine(tmp_path: Path, corpus: Path) -> None:
+    """``init`` from a run on one process: FSDP2 with tensor parallelism, and DeepSpeed."""
+    pytest.importorskip("deepspeed")
+    config = str(tiny_config(tmp_path, corpus))
+    first = ["train", config, "eval.every=null"]
+    done = llmtrain(*first, "train.duration=6step", "name=first")
+    assert done.returncode == 0, done.stderr
+    runs = []
+    cases = ((1, []), (2, ["parallel.tensor=2"]), (2, ["parallel.engine=deepspeed"]))
+    for i, (ranks, changes) in enumerate(cases):
+        begin = [f"init.path={tmp_path}/runs/first", "train.duration=3step", f"name=run{i}"]
+        done = llmtrain(*first, *begin, *changes, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        runs.append(records(tmp_path / "runs" / f"run{i}"))
+    for others in runs[1:]:
+        for ours, theirs in zip(runs[0], others, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)

@@ -123,6 +123,15 @@ def test_resumed_under_a_penalty_is_bit_identical(
     values = [r["method"]["penalty"] for r in records(halves)]
     assert values == [r["method"]["penalty"] for r in records(straight)]
     assert values[0] == 0 and values[-1] > 0
+    assert main(["report", str(halves)]) == 0
+    assert "<figcaption>Penalty" in (halves / "report.html").read_text()
+
+
+def test_beside_adapters_only_they_are_held(tmp_path: Path, corpus: Path) -> None:
+    found = tensors(run(tmp_path, corpus, EWC, "model.adapters={rank: 2}"))
+    held = part(found, "hook.penalty.anchor.")
+    assert held and all(".adapter." in name for name in held)
+    assert held.keys() == part(found, "hook.penalty.fisher.").keys()
 
 
 def test_a_stronger_penalty_stays_nearer(tmp_path: Path, corpus: Path) -> None:

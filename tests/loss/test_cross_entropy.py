@@ -209,3 +209,31 @@ def test_target_outside_the_vocabulary_is_refused(target: int) -> None:
     targets[1, 2] = target
     with pytest.raises(RuntimeError, match="target outside the vocabulary"):
         head_loss(hidden, _head(), targets, weights, LossConfig(), 3.0)
+
+
+@pytest.mark.parametrize("chunk", [1000, 7])
+def test_weights_may_follow_from_the_losses(kernels: str, chunk: int) -> None:
+    hidden, targets, weights = _inputs()
+    cfg = LossConfig(chunk_tokens=chunk, z_loss=1e-3, label_smoothing=0.1)
+    head, calls = _head(), []
+
+    def gradients(weights: Tensor, **options: object) -> list[Tensor]:
+        x = hidden.clone().requires_grad_()
+        head.weight.grad = None
+        out = head_loss(x, head, targets, weights, cfg, 3.0, **options)  # type: ignore[arg-type]
+        (2 * out.loss).backward()
+        assert x.grad is not None and head.weight.grad is not None
+        return [out.loss.detach(), out.nll, out.z, x.grad, head.weight.grad]
+
+    nll = head_loss(hidden, head, targets, weights, cfg, 3.0).nll
+    expected = gradients(weights * nll.detach())
+    changed = weights.clone()
+
+    def weigh(found: Tensor) -> None:
+        calls.append(found)
+        changed.mul_(found)
+
+    for ours, reference in zip(gradients(changed, weigh=weigh), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+    torch.testing.assert_close(calls[0], nll.detach())

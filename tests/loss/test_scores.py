@@ -18,8 +18,6 @@ from llmtrain.parallel.tensor import TensorParallel
 
 VOCAB, PADDED, WIDTH = 53, 60, 24
 
-SCALE = 0.75  # of the logits, as a parametrisation may have it
-
 
 @dataclass
 class PlainHead:
@@ -29,7 +27,7 @@ class PlainHead:
     vocab_size: int = VOCAB
     tensor: TensorParallel | None = None
     matmul: Matmul = matmul_for(torch.float32)
-    scale: float = SCALE
+    scale: float = 1.0
 
     def operand(self) -> Tensor:
         return self.weight
@@ -46,11 +44,11 @@ def inputs(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def expected(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, constant: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors, nll and gradient norms from the definitions in float64."""
     matrix = weight.double().requires_grad_()
-    logits = SCALE * hidden.double() @ matrix[:VOCAB].T
+    logits = constant * hidden.double() @ matrix[:VOCAB].T
     difference = logits.softmax(-1) - one_hot(targets, VOCAB)
     nll = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     norms = []
@@ -61,15 +59,18 @@ def expected(
 
 
 @pytest.mark.parametrize("chunk", [1000, 7])
-@pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])
-def test_errors_and_norms(scale: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scale", "constant"), [(0.05, 1.0), (1.0, 0.3), (20.0, 1.0)])
+def test_errors_and_norms(
+    scale: float, constant: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scores, "_WORDS", 10)
     hidden, weight, targets, weights = inputs(scale)
-    error, nll, norms = expected(hidden, weight, targets, weights)
-    found = token_errors(hidden, PlainHead(weight), targets, chunk)
+    error, nll, norms = expected(hidden, weight, targets, weights, constant)
+    head = PlainHead(weight, scale=constant)
+    found = token_errors(hidden, head, targets, chunk)
     torch.testing.assert_close(found.error.double(), error, rtol=3e-5, atol=1e-7)
     torch.testing.assert_close(found.nll.double(), nll, rtol=3e-5, atol=1e-5)
-    own = head_gradient_norms(hidden, PlainHead(weight), targets, weights, chunk)
+    own = head_gradient_norms(hidden, head, targets, weights, chunk)
     torch.testing.assert_close(own, norms, rtol=3e-5, atol=1e-8)
 
 
@@ -79,7 +80,7 @@ def test_what_is_nearly_known_keeps_its_digits() -> None:
     for gap in (9.0, 15.0, 30.0):
         weight = torch.tensor([[gap], [0.0], [-1.0]])
         found = token_errors(hidden, PlainHead(weight, 3), targets, 8).error
-        p = torch.softmax(SCALE * weight[:, 0].double(), 0)
+        p = torch.softmax(weight[:, 0].double(), 0)
         exact = (p[1:].sum() ** 2 + (p[1:] ** 2).sum()).sqrt()
         torch.testing.assert_close(found.double().squeeze(), exact, rtol=1e-5, atol=0)
 

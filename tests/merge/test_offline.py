@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from llmtrain.checkpoint import verify
 from llmtrain.cli.main import main
 from llmtrain.eval.loading import load_trained
-from llmtrain.merge import methods
+from llmtrain.merge import blocks, offline
 from llmtrain.merge.methods import _largest
 
 STORED = load_file(Path(__file__).parent / "data" / "mergekit.safetensors")
@@ -82,7 +83,8 @@ def test_blocks_of_any_size_give_the_same(
     tmp_path: Path, models: dict[str, str], case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not case.startswith("dare"):  # whose draws are by block
-        monkeypatch.setattr(methods, "BLOCK", 7)
+        monkeypatch.setattr(blocks, "BLOCK", 7)
+    monkeypatch.setattr(offline, "Workers", partial(blocks.Workers, 3))
     out = tmp_path / "out"
     assert main(["merge", *words(case, models), "shard_bytes=1000", "--out", str(out)]) == 0
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -156,12 +158,61 @@ def test_selection_finds_what_sorting_finds(dtype: torch.dtype) -> None:
     values = torch.rand(999, generator=random, dtype=dtype) ** 9
     values[::3] = values[1]  # many equals
     values[5] = 0
-    parts = lambda: iter(values.split(100))  # noqa: E731
+    each = lambda function: map(function, values.split(100))  # noqa: E731
     ordered = values.sort(descending=True).values
     for count in (1, 2, 100, 500, 700, 999):
-        threshold, equals = _largest(parts, count)
+        threshold, left, equals = _largest(each, count)
         assert threshold == float(ordered[count - 1])
-        assert equals == count - int((values > threshold).sum())
+        assert left == count - int((values > threshold).sum())
+        assert equals == int((values == threshold).sum())
+
+
+def test_ties_keeps_the_first_of_equal_changes(
+    tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 7)
+    monkeypatch.setattr(offline, "Workers", partial(blocks.Workers, 2))
+    names = stored("in.base.")
+    zeros = {k: torch.zeros_like(v) for k, v in names.items()}
+    equal = {k: torch.full_like(v, 0.5) for k, v in names.items()}
+    for value in equal.values():
+        value.view(-1)[9] = -3.0
+    base, model = write(tmp_path / "zeros", zeros), write(tmp_path / "equal", equal)
+    line = ["merge", "ties", model, "--base", base, "density=0.75", "--out"]
+    assert main([*line, str(tmp_path / "out")]) == 0
+    for name, value in read(tmp_path / "out").items():
+        wanted = torch.zeros(value.numel())
+        # The large one stays, and of the others the first.
+        wanted[: int(0.75 * value.numel()) if value.numel() > 12 else 8] = 0.5
+        wanted[9] = -3.0
+        assert torch.equal(value.reshape(-1), wanted), name
+
+
+@pytest.mark.parametrize("stored_head", [(True, True), (True, False), (False, True)])
+def test_tied_and_sharded_folders(tmp_path: Path, stored_head: tuple[bool, bool]) -> None:
+    """A head that is stored beside tied embeddings is left out; shards may differ."""
+    config = {**CONFIG, "tie_word_embeddings": True}
+    parts = []
+    for i, (name, head) in enumerate(zip("ab", stored_head, strict=True)):
+        tensors = {k: v.bfloat16() for k, v in stored(f"in.{name}.").items()}
+        if not head:
+            del tensors["lm_head.weight"]
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        names = sorted(tensors)
+        files = {n: f"part-{j % (2 + i)}.safetensors" for j, n in enumerate(names)}
+        for file in set(files.values()):
+            save_file({n: tensors[n] for n in names if files[n] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        parts.append(tensors)
+    line = ["merge", "soup", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([*line, "--out", str(tmp_path / "out")]) == 0
+    merged = read(tmp_path / "out")
+    assert merged.keys() == parts[0].keys() - {"lm_head.weight"}
+    for name, value in merged.items():
+        wanted = (parts[0][name].float() + parts[1][name].float()) / 2
+        assert torch.equal(value, wanted.bfloat16())
 
 
 def test_bf16_models_are_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:

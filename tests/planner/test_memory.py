@@ -10,6 +10,7 @@ from helpers.memory import allocated
 from helpers.steps import batch_of, build, fake_group, setting_of, small_run, step
 
 from llmtrain import ops
+from llmtrain.merge.copies import empty_copy
 from llmtrain.planner import Setting, draw, memory_estimate
 
 pytestmark = pytest.mark.skipif(
@@ -85,6 +86,18 @@ def test_bf16_copies_are_counted(world: int) -> None:
     estimate = memory_estimate(setting, draw(setting))
     assert estimate.peak == pytest.approx(peak, rel=0.1)
     assert sum(estimate.state.values()) == pytest.approx(state, rel=0.01)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_copies_of_a_penalty_are_counted(world: int) -> None:
+    ewc = {"penalty__kind": "ewc", "penalty__fisher": "some/run"}
+    cases = (({"penalty__kind": "l2"}, 1), (ewc, 2), ({**ewc, "penalty__offload": True}, 0))
+    for section, copies in cases:
+        setting = setting_of(small_run(**DEEP, **section), world)
+        with fake_group(0, setting.degrees.world):
+            params = build(setting, 0).params
+            found = allocated(lambda n=copies, p=params: [empty_copy(p, False) for _ in range(n)])
+        assert memory_estimate(setting, draw(setting)).state.get("penalty", 0) == found.kept
 
 
 def test_the_fullest_moment_moves_with_the_run() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from llmtrain.cli.main import main
 from llmtrain.cli.reproduce import NAMES, _experiment
 from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
+from llmtrain.finetune import sequence
+from llmtrain.finetune.plan import plan_sequence
+from llmtrain.finetune.sequence import RESULT
 from llmtrain.recipes import runner
 from llmtrain.recipes.domain_upsampling import SHARES
 from llmtrain.recipes.experiment import Claim, Experiment, Scoring, Trial, mini_run
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, findings, report_lines, verdict
+from llmtrain.recipes.sfa import costs
 
 CLAIM = Claim("a beats b", "a", "b", ("x",))
 TWO = Experiment("two", "Two runs", ["paper: 1.0"], lambda scale: [], [CLAIM], "b")
@@ -120,7 +125,9 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     for file in [*jobs, out / "submit.sh"]:
         subprocess.run(["bash", "-n", str(file)], check=True)
     for config in out.glob("*.yaml"):
-        load_config(config, for_training=True)
+        cfg = load_config(config, for_training=name != "sfa")
+        if name == "sfa":
+            assert len(plan_sequence(cfg).stages) == 3
     submit = (out / "submit.sh").read_text()
     for word in re.findall(r"\$\{?(job_\w+)", submit):
         assert f"\n{word}=$(sbatch" in submit
@@ -144,7 +151,15 @@ def test_miniatures_are_sound(name: str, tmp_path: Path) -> None:
         own = trials[trial.trunk] if trial.trunk else trial
         corpus = mini_corpus(tmp_path)
         data = {**own.config["data"], "corpus": corpus["out"]}
-        cfg = from_dict({**own.config, "data": data, "prepare": corpus}, for_training=True)
+        plain = {**own.config, "data": data, "prepare": corpus}
+        if "continual" in plain:
+            made = {stage.run.name: stage.cfg for stage in plan_sequence(from_dict(plain)).stages}
+            for run, label in trial.shares.items():
+                theirs = {**trials[label].config, "data": data, "prepare": corpus}
+                others = {s.run.name: s.cfg for s in plan_sequence(from_dict(theirs)).stages}
+                assert made[run] == others[run]
+            continue
+        cfg = from_dict(plain, for_training=True)
         times = Clockwork.from_config(cfg)
         if trial.trunk:
             at = Duration.parse(trial.at).steps(times.tokens_per_step, times.total)
@@ -193,3 +208,66 @@ def test_a_job_gives_every_task_its_rank_and_asks_again_when_preempted(tmp_path:
     assert first.endswith("name=domain-upsampling-d---0.2-s1")
     assert "data.weights={small_cc: 0.3, domain: 0.35, code: 0.35}" in first
     assert second == "requeue 42"
+
+
+def test_sequences_share_runs_and_have_their_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods of the experiment on a tiny corpus; the shared tasks are trained once."""
+    corpus = make_corpus(tmp_path, documents=40)
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 48}
+    tasks = [
+        {"name": "code", "weights": {"letters": 1}},
+        {"name": "docs", "weights": {"digits": 1}},
+    ]
+
+    def config(**method: Any) -> dict[str, Any]:
+        section = {"tasks": tasks, **method}
+        made = mini_run(4, data={"seq_len": 32}, model=shape, continual=section)
+        made["train"]["global_batch_size"] = 4
+        return made
+
+    both = {"1-code": "plain", "2-docs": "plain"}
+    trials = [Trial("plain", config()), Trial("wise", config(method="wise-ft"), shares=both)]
+    claims = [Claim("old", "wise", "plain", ("letters",), also="plain")]
+    experiment = Experiment(
+        "two", "Two", ["paper: none"], lambda scale: trials, claims, "plain", costs=costs_of_two
+    )
+    section = {"out": str(corpus), "sources": {"x": {"kind": "builtin", "domain": "docs"}}}
+    monkeypatch.setattr(runner, "mini_corpus", lambda out: section)
+    monkeypatch.setattr(runner, "prepare", lambda cfg, say: None)
+    trained: list[str] = []
+    real = sequence.train
+    monkeypatch.setattr(sequence, "train", lambda cfg, w: (trained.append(cfg.name), real(cfg, w)))
+    lines = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
+    assert trained == ["1-code", "2-docs"] * 2
+    assert "costs: plain, wise; seeds 2" in lines
+    found = json.loads((tmp_path / "out" / "two.json").read_text())
+    gaps = [p["letters"] - w["letters"] for p, w in zip(found["plain"], found["wise"], strict=True)]
+    assert f"{sum(gaps) / 2:+.4f}" in "\n".join(lines)
+    assert runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None) == lines
+    assert len(trained) == 4
+
+
+def costs_of_two(folders: Mapping[str, Sequence[Path]]) -> list[str]:
+    rows = {
+        label: [json.loads((f / RESULT).read_text()) for f in fs] for label, fs in folders.items()
+    }
+    assert all(one["rows"][1]["stored_bytes"] for one in rows["wise"])
+    return [f"costs: {', '.join(folders)}; seeds {len(folders['plain'])}"]
+
+
+def test_a_claim_may_be_against_the_middle_of_two() -> None:
+    claim = replace(CLAIM, also="c")
+    experiment = replace(TWO, claims=[claim])
+    three = {**losses([1.0, 1.1], [2.0, 2.2]), "c": [{"x": 1.2, "y": 0.0}, {"x": 1.0, "y": 0.0}]}
+    (found,) = findings(experiment, three)
+    assert found.gain == pytest.approx(((1.6 - 1.0) + (1.6 - 1.1)) / 2)
+
+
+def test_costs_of_the_experiment_are_read_from_the_sequences(tmp_path: Path) -> None:
+    row = {"kept_bytes": 10, "stored_bytes": 100, "replayed_tokens": 7, "seconds": 1.5}
+    row |= {"beside_seconds": 0.25, "losses": {"code": 3.0, "docs": 4.0, "math": 1.0}}
+    (tmp_path / "sequence.json").write_text(json.dumps({"rows": [row, row], "forgetting": 0.5}))
+    line = costs({"sfa": [tmp_path, tmp_path]})[-1]
+    assert " ".join(line.split()) == "sfa 3.5000 1.0000 +0.5000 10B 200B 14 tokens 3.0 s 0.5 s"

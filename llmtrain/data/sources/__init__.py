@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmtrain.config.schema import TextSourceConfig
-from llmtrain.data.sources.base import Bad, BadTally, Document, TextSource, documents
+from llmtrain.data.sources.base import Bad, BadTally, Document, Dropped, TextSource, documents
 
-__all__ = ["Bad", "BadTally", "Document", "TextSource", "documents", "open_text_source"]
+__all__ = ["Bad", "BadTally", "Document", "Dropped", "TextSource", "documents", "open_text_source"]
 
 
 def open_text_source(name: str, cfg: TextSourceConfig) -> TextSource:

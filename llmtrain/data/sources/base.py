@@ -36,6 +36,12 @@ class Bad(NamedTuple):
     detail: str = ""
 
 
+class Dropped(NamedTuple):
+    """One record that a filter keeps out; nothing is wrong with it. ``why``: the filter's field."""
+
+    why: str
+
+
 class TextSource(ABC):
     """A named source of documents, read part by part in a fixed order.
 
@@ -54,7 +60,7 @@ class TextSource(ABC):
         """Names of the pieces (files) in reading order."""
 
     @abstractmethod
-    def records(self, part: str) -> Iterator[Document | Bad]:
+    def records(self, part: str) -> Iterator[Document | Bad | Dropped]:
         """The records of one part; raises DataError where the part as a whole is unreadable."""
 
     @abstractmethod
@@ -66,7 +72,8 @@ class TextSource(ABC):
 class BadTally:
     """Counts records and bad records of one source and stops past the allowed share.
 
-    ``limit`` is ``prepare.max_bad_fraction``; ``report`` prints the first examples.
+    dropped: records that filters kept out, by filter. ``limit`` is ``prepare.max_bad_fraction``;
+    ``report`` prints the first examples.
     """
 
     source: str
@@ -74,6 +81,7 @@ class BadTally:
     report: Callable[[str], None]
     records: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def bad(self) -> int:
@@ -90,6 +98,10 @@ class BadTally:
             self.report(f"{self.source}: further bad records are counted, not printed")
         if self.records >= RECORDS_BEFORE_STOP:
             self.check(bad)
+
+    def drop(self, record: Dropped) -> None:
+        """Count one record that a filter keeps out."""
+        self.dropped[record.why] = self.dropped.get(record.why, 0) + 1
 
     def check(self, last: Bad | None = None) -> None:
         """Raise DataError if more than the allowed share of the records seen so far is bad."""
@@ -120,6 +132,9 @@ def documents(source: TextSource, tally: BadTally) -> Iterator[Document]:
                 last = good
                 tally.add(good)
                 continue
+            if isinstance(good, Dropped):
+                tally.drop(good)
+                continue
             yield good
             seen += 1
             if cfg.max_bytes is not None:
@@ -130,9 +145,9 @@ def documents(source: TextSource, tally: BadTally) -> Iterator[Document]:
     tally.check(last)
 
 
-def check_text(record: Document | Bad) -> Document | Bad:
+def check_text(record: Document | Bad | Dropped) -> Document | Bad | Dropped:
     """Bad instead of a document that is blank or holds characters no encoding can write."""
-    if isinstance(record, Bad):
+    if isinstance(record, Bad | Dropped):
         return record
     text = record.text
     if not text or text.isspace():

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmtrain.config.schema import TextSourceConfig
-from llmtrain.data.sources.base import Bad, Document, TextSource
+from llmtrain.data.sources.base import Bad, Document, Dropped, TextSource
 from llmtrain.data.sources.files import find_files, listing
+from llmtrain.data.sources.filters import columns as filter_columns
+from llmtrain.data.sources.filters import judge
 from llmtrain.data.sources.records import from_field
 from llmtrain.errors import DataError, EnvironmentFault
 
@@ -40,7 +42,7 @@ class HuggingFaceSource(TextSource):
             return dict(listing(find_files(self.name, [self._path], ())))
         return {}
 
-    def records(self, part: str) -> Iterator[Document | Bad]:
+    def records(self, part: str) -> Iterator[Document | Bad | Dropped]:
         rows = self._open()
         columns = getattr(rows, "column_names", None)
         if columns and self.cfg.field not in columns:
@@ -50,7 +52,8 @@ class HuggingFaceSource(TextSource):
                 " set its field"
             )
         if columns:
-            rows = rows.select_columns([self.cfg.field])
+            read = filter_columns(self.cfg.keep, list(columns))
+            rows = rows.select_columns(list(dict.fromkeys([self.cfg.field, *read])))
         number = 0
         iterator = iter(rows)
         while True:
@@ -61,7 +64,8 @@ class HuggingFaceSource(TextSource):
             except Exception as error:
                 raise self._fault(error, f"after row {number}") from error
             number += 1
-            yield from_field(row, self.cfg.field, part, number)
+            verdict = judge(row, self.cfg.keep, part, number)
+            yield verdict or from_field(row, self.cfg.field, part, number)
 
     def _open(self) -> Any:
         """The rows of the wanted split, or a DataError that says what is in the way."""

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from llmtrain.config.schema import TextSourceConfig
-from llmtrain.data.sources.base import Bad, Document, TextSource, decode
+from llmtrain.data.sources.base import Bad, Document, Dropped, TextSource, decode
 from llmtrain.data.sources.files import PACKED, find_files, listing, open_bytes
+from llmtrain.data.sources.filters import columns, judge
 from llmtrain.errors import DataError
 
 PARQUET_ROWS = 1024
@@ -54,13 +55,13 @@ class JsonLines(FileSource):
 
     endings = (".jsonl", ".json", ".ndjson")
 
-    def records(self, part: str) -> Iterator[Document | Bad]:
+    def records(self, part: str) -> Iterator[Document | Bad | Dropped]:
         with open_bytes(part, self._count) as file:
             for number, raw in enumerate(file, 1):
                 if not raw.isspace():
                     yield self._parse(raw, part, number)
 
-    def _parse(self, raw: bytes, path: str, number: int) -> Document | Bad:
+    def _parse(self, raw: bytes, path: str, number: int) -> Document | Bad | Dropped:
         line = decode(raw, path, number)
         if isinstance(line, Bad):
             return line
@@ -70,7 +71,8 @@ class JsonLines(FileSource):
             return Bad("not JSON", path, number, str(error))
         if not isinstance(record, dict):
             return Bad("not a JSON object", path, number, f"a {type(record).__name__}")
-        return from_field(record, self.cfg.field, path, number)
+        verdict = judge(record, self.cfg.keep, path, number)
+        return verdict or from_field(record, self.cfg.field, path, number)
 
 
 def from_field(record: dict[str, Any], field: str, path: str, number: int) -> Document | Bad:
@@ -89,7 +91,7 @@ class ParquetFiles(FileSource):
 
     endings = (".parquet",)
 
-    def records(self, part: str) -> Iterator[Document | Bad]:
+    def records(self, part: str) -> Iterator[Document | Bad | Dropped]:
         import pyarrow
 
         with self._seekable(part) as plain:
@@ -114,7 +116,7 @@ class ParquetFiles(FileSource):
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
-    def _rows(self, plain: IO[bytes], path: str) -> Iterator[Document | Bad]:
+    def _rows(self, plain: IO[bytes], path: str) -> Iterator[Document | Bad | Dropped]:
         import pyarrow
         import pyarrow.parquet
 
@@ -128,17 +130,32 @@ class ParquetFiles(FileSource):
         kind = file.schema_arrow.field(field).type
         if not _is_text(kind):
             raise DataError(f"source {self.name!r}: column {field!r} of {path} is {kind}, not text")
+        self._check_columns(file.schema_arrow.names, path)
         before, size = self.bytes_read, os.path.getsize(path)
         rows = max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-            column = batch.column(0)
+        read = columns(self.cfg.keep, list(file.schema_arrow.names))
+        wanted = list(dict.fromkeys([field, *read]))
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+            column = batch.column(field)
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            for raw in column.cast(pyarrow.large_binary()).to_pylist():
+            others = batch.select(read).to_pylist() if read else [{}] * len(column)
+            cells = column.cast(pyarrow.large_binary()).to_pylist()
+            for raw, record in zip(cells, others, strict=True):
                 row += 1
-                yield _from_cell(raw, path, row, field)
+                verdict = judge(record, self.cfg.keep, path, row)
+                yield verdict or _from_cell(raw, path, row, field)
             if not path.endswith(PACKED):
                 self.bytes_read = before + size * row // rows
+
+    def _check_columns(self, have: list[str], path: str) -> None:
+        """A filter that must have its column and has none would drop everything."""
+        for name, rule in self.cfg.keep.items():
+            if rule.missing == "drop" and not columns({name: rule}, have):
+                raise DataError(
+                    f"source {self.name!r}: {path} has no column {name!r} for its filter but "
+                    f"{', '.join(have)}; correct its keep"
+                )
 
 
 def _from_cell(raw: bytes | None, path: str, row: int, field: str) -> Document | Bad:

@@ -1,0 +1,409 @@
+"""Sequences of tasks: identities between methods, the matrix, kills at any point, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmtrain.cli.main import main
+from llmtrain.config import load_config
+from llmtrain.errors import ConfigError
+from llmtrain.finetune import sequence as sequences
+from llmtrain.finetune.outcome import numbers
+from llmtrain.finetune.plan import mixture, plan_sequence
+
+STEPS = 12
+Weights = dict[str, Tensor]
+TASKS: list[dict[str, Any]] = [
+    {"name": "a", "weights": {"letters": 1}},
+    {"name": "b", "weights": {"digits": 1}},
+]
+THREE = [*TASKS, {"name": "c", "weights": {"letters": 1, "digits": 1}, "domains": ["letters"]}]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
+
+
+def config(folder: Path, corpus: Path, tasks: list[dict[str, Any]], **method: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = tiny_config(folder, corpus, train__duration=f"{STEPS}step", name="seq")
+    text = yaml.safe_load(file.read_text())
+    del text["data"]["phases"]
+    text["continual"] = {"tasks": tasks, **method}
+    file.write_text(yaml.safe_dump(text))
+    return file
+
+
+def run(folder: Path, corpus: Path, tasks: list[dict[str, Any]], **method: Any) -> Path:
+    """Run a sequence in this process; returns its folder."""
+    assert main(["continual", str(config(folder, corpus, tasks, **method))]) == 0
+    return folder / "runs" / "seq"
+
+
+def tensors(folder: Path) -> Weights:
+    """The model tensors of a merged folder, or of a run's last checkpoint."""
+    at = folder
+    if (folder / "checkpoints").is_dir():
+        at = folder / "checkpoints" / f"step-{STEPS:08d}"
+    out: Weights = {}
+    for file in at.glob("*.safetensors"):
+        out.update(load_file(file))
+    return {k: v for k, v in out.items() if k.startswith("model.")}
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "sequence.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """Three tasks in sequence, nothing against forgetting."""
+    return run(tmp_path_factory.mktemp("plain"), corpus, THREE)
+
+
+def test_the_matrix_is_what_the_runs_measured(plain: Path) -> None:
+    found = result(plain)
+    for i, name in enumerate(("1-a", "2-b", "3-c")):
+        last = records(plain / name, "eval")[-1]
+        assert last["step"] == STEPS
+        losses = {k: v["loss"] for k, v in last["domains"].items()}
+        assert found["rows"][i]["losses"] == losses
+        assert found["matrix"][i] == [losses["letters"], losses["digits"], losses["letters"]]
+    text = (plain / "table.txt").read_text()
+    assert f"{found['matrix'][1][0]:.4f}" in text and "backward transfer" in text
+    page = (plain / "report.html").read_text()
+    assert page.count("<rect") == 9 and f"{found['matrix'][2][1]:.4f}" in page
+
+
+def test_numbers_are_those_of_the_papers() -> None:
+    matrix = [[2.0, 5.0, 6.0], [2.5, 3.0, 6.0], [2.3, 3.6, 1.0]]
+    found = numbers(matrix)
+    assert found["average_loss"] == pytest.approx((2.3 + 3.6 + 1.0) / 3)
+    assert found["forgetting"] == pytest.approx(((2.3 - 2.0) + (3.6 - 3.0)) / 2)
+    assert found["backward_transfer"] == pytest.approx(((2.0 - 2.3) + (3.0 - 3.6)) / 2)
+    # Forgetting looks back to the best loss, transfer to the one right after the task.
+    better = numbers([[2.0, 5.0, 6.0], [1.5, 3.0, 6.0], [1.8, 3.6, 1.0]])
+    assert better["forgetting"] == pytest.approx(((1.8 - 1.5) + 0.6) / 2)
+    assert better["backward_transfer"] == pytest.approx(((2.0 - 1.8) - 0.6) / 2)
+    assert numbers([[2.0]]) == {"average_loss": 2.0, "forgetting": 0.0, "backward_transfer": 0.0}
+
+
+def test_a_task_begins_with_the_model_of_the_one_before(plain: Path, corpus: Path) -> None:
+    """The second task alone, from the first one's checkpoint."""
+    again = plain.parent / "alone"
+    words = ["train", str(plain / "2-b" / "config.yaml"), f"out={again}"]
+    assert main(words) == 0
+    assert same(tensors(again / "2-b"), tensors(plain / "2-b"))
+    assert not same(tensors(plain / "1-a"), tensors(plain / "2-b"))
+
+
+def test_beta_0_is_sequential_bit_for_bit(tmp_path: Path, corpus: Path, plain: Path) -> None:
+    sfa = run(tmp_path, corpus, THREE, method="sfa", beta=0.0)
+    assert load_config(sfa / "2-b" / "config.yaml").average is not None
+    assert same(tensors(sfa / "3-c"), tensors(plain / "3-c"))
+    assert result(sfa)["matrix"] == result(plain)["matrix"]
+
+
+def test_beta_1_stays_at_the_first_task(tmp_path: Path, corpus: Path, plain: Path) -> None:
+    sfa = run(tmp_path, corpus, TASKS, method="sfa", beta=1.0)
+    assert same(tensors(sfa / "2-b"), tensors(plain / "1-a"))
+    assert result(sfa)["forgetting"] == 0
+
+
+def test_p_1_is_wise_ft(tmp_path: Path, corpus: Path, plain: Path) -> None:
+    sfa = run(tmp_path / "sfa", corpus, THREE, method="sfa", p=1.0, beta=0.3)
+    wise = run(tmp_path / "wise", corpus, THREE, method="wise-ft", beta=0.3)
+    for name, value in tensors(sfa / "3-c").items():
+        torch.testing.assert_close(tensors(wise / "3-c-merged")[name], value, rtol=1e-5, atol=1e-7)
+    assert same(tensors(wise / "2-b"), tensors(plain / "2-b"))
+    for ours, theirs in zip(result(sfa)["matrix"], result(wise)["matrix"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert result(wise)["rows"][1]["stored_bytes"] == 2 * sum(
+        4 * v.numel() for v in tensors(wise / "2-b").values()
+    )
+
+
+def test_experts_leave_the_first_model_and_are_merged(
+    tmp_path: Path, corpus: Path, plain: Path
+) -> None:
+    found = run(tmp_path, corpus, THREE, method="task-arithmetic", scale=0.4)
+    base, one = tensors(plain / "1-a"), tensors(found / "2-b")
+    two, merged = tensors(found / "3-c"), tensors(found / "3-c-merged")
+    assert same(one, tensors(plain / "2-b"))
+    for name, value in base.items():
+        moved = (one[name].double() - value) + (two[name].double() - value)
+        wanted = value.double() + 0.4 * moved
+        torch.testing.assert_close(merged[name].double(), wanted, rtol=1e-5, atol=1e-7)
+    alone = load_config(found / "3-c" / "config.yaml").init
+    assert alone is not None and alone.path.endswith("1-a")
+
+
+METHODS = {
+    "ewc": {"method": "ewc", "strength": 1e-4, "samples": 3},
+    "l2": {"method": "l2", "strength": 0.3},
+    "ties": {"method": "ties", "density": 0.5},
+    "model-stock": {"method": "model-stock"},
+    "latest": {"method": "latest", "p": 0.25, "keep": 2},
+    "ema": {"method": "ema", "decay": 0.5, "optimizer": "keep"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_broken_off_anywhere_it_goes_on_to_the_same_end(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Killed after a task's training, and between a merge and its record; nothing runs twice."""
+    straight = run(tmp_path / "a", corpus, THREE, **METHODS[name])
+    trained: list[str] = []
+    real = sequences.train
+
+    class Kill(BaseException):
+        pass
+
+    def train(cfg: Any, world: Any) -> int:
+        trained.append(cfg.name)
+        code = real(cfg, world)
+        if trained == ["1-a", "2-b"]:
+            raise Kill
+        return code
+
+    monkeypatch.setattr(sequences, "train", train)
+    file = config(tmp_path / "b", corpus, THREE, **METHODS[name])
+    with pytest.raises(Kill):
+        main(["continual", str(file)])
+    write = sequences._write
+
+    def stop(*arguments: Any) -> None:
+        monkeypatch.setattr(sequences, "_write", write)
+        raise Kill
+
+    monkeypatch.setattr(sequences, "_write", stop)
+    with pytest.raises(Kill):
+        main(["continual", str(file)])
+    assert main(["continual", str(file)]) == 0
+    assert trained == ["1-a", "2-b", "3-c"]
+    broken = tmp_path / "b" / "runs" / "seq"
+    assert result(broken)["matrix"] == result(straight)["matrix"]
+    model = "3-c-merged" if (straight / "3-c-merged").exists() else "3-c"
+    assert same(tensors(broken / model), tensors(straight / model))
+
+
+def test_a_killed_process_goes_on_across_a_merge(tmp_path: Path, corpus: Path) -> None:
+    """SIGKILL in the middle of a task, after a merge of SFA; the end is the same, bit for bit."""
+    method = {"method": "sfa", "p": 0.25, "beta": 0.4}
+    slow = [dict(task, overrides={"checkpoint": {"every": "1step"}}) for task in TASKS]
+    straight = run(tmp_path / "a", corpus, slow, **method)
+    file = config(tmp_path / "b", corpus, slow, **method)
+    broken = tmp_path / "b" / "runs" / "seq"
+    process = subprocess.Popen(
+        command("continual", str(file)), env=environment(), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list((broken / "2-b" / "checkpoints").glob("step-0000000[4-9]")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert main(["continual", str(file)]) == 0
+    assert same(tensors(broken / "2-b"), tensors(straight / "2-b"))
+    merges = [r["step"] for r in records(broken / "2-b", "event") if "merged" in r["text"]]
+    assert merges == [3, 6, 9, 12]
+    assert any("resumed" in r["text"] for r in records(broken / "2-b", "event"))
+
+
+@pytest.mark.dist
+def test_two_ranks_measure_the_same(tmp_path: Path, corpus: Path) -> None:
+    method = {"method": "wise-ft", "beta": 0.4}
+    alone = run(tmp_path / "a", corpus, TASKS, **method)
+    file = config(tmp_path / "b", corpus, TASKS, **method)
+    done = llmtrain("continual", str(file), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(
+        result(tmp_path / "b" / "runs" / "seq")["matrix"], result(alone)["matrix"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    assert done.stdout.count("report: ") == 1
+    again = llmtrain("continual", str(file), ranks=2)
+    assert again.returncode == 0 and "task 2 of 2, b: done" in again.stdout
+    wrong = llmtrain("continual", str(file), "optim.lr=1e-5", ranks=2)
+    assert "other settings (optim.lr" in wrong.stderr
+
+
+def test_tasks_may_be_added_and_nothing_else_changed(
+    tmp_path: Path, corpus: Path, plain: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, corpus, TASKS)
+    more = run(tmp_path, corpus, THREE)
+    assert "task 2 of 3, b: done" in capfd.readouterr().out
+    assert result(more)["matrix"] == result(plain)["matrix"]
+    assert main(["continual", str(config(tmp_path, corpus, THREE)), "log.every=5"]) == 0
+    assert main(["continual", str(config(tmp_path, corpus, THREE, replay=0.5))]) == 2
+    assert "continual.replay: 0.0 -> 0.5" in capfd.readouterr().err
+
+
+def test_replay_is_a_share_of_the_mixture(tmp_path: Path, corpus: Path) -> None:
+    tasks = [*TASKS, {"name": "c", "weights": {"letters": 3, "digits": 1}}]
+    planned = plan_sequence(load_config(config(tmp_path, corpus, tasks, replay=0.2)))
+    wanted = [{"letters": 1.0}, {"digits": 0.8, "letters": 0.2}, {"letters": 0.7, "digits": 0.3}]
+    for i, (stage, shares) in enumerate(zip(planned.stages, wanted, strict=True)):
+        assert stage.cfg.data.weights == pytest.approx(shares)
+        assert mixture(planned.section, i) == stage.cfg.data.weights
+
+
+def test_ewc_carries_information_from_task_to_task(tmp_path: Path, corpus: Path) -> None:
+    planned = plan_sequence(load_config(config(tmp_path, corpus, THREE, method="ewc")))
+    first, second, third = (stage.cfg.penalty for stage in planned.stages)
+    assert first is None and second is not None and third is not None
+    assert (second.data, second.fisher) == ({"letters": 1.0}, None)
+    assert (third.data, third.fisher) == ({"digits": 1.0}, str(planned.stages[1].run))
+
+
+def test_a_pretrained_model_is_kept_from_the_first_task_on(tmp_path: Path, corpus: Path) -> None:
+    file = config(tmp_path, corpus, TASKS, method="sfa")
+    for given, acts in ((["init.path=some/run"], True), ([], False)):
+        planned = plan_sequence(load_config(file, given))
+        assert (planned.stages[0].cfg.average is not None) == acts
+        assert planned.stages[1].cfg.average is not None
+
+
+@pytest.mark.parametrize("method", ["sequential", "task-arithmetic"])
+def test_the_first_task_may_be_trained_already(
+    tmp_path: Path, corpus: Path, plain: Path, method: str
+) -> None:
+    """The same matrix, without training the first task again."""
+    given = [{**THREE[0], "trained": str(plain / "1-a")}, *THREE[1:]]
+    found = run(tmp_path / "a", corpus, given, method=method)
+    whole = plain
+    if method != "sequential":
+        whole = run(tmp_path / "b", corpus, THREE, method=method)
+    for ours, theirs in zip(result(found)["matrix"], result(whole)["matrix"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    assert not (found / "1-a").exists()
+    assert same(tensors(found / "3-c"), tensors(whole / "3-c"))
+
+
+def test_an_infinite_schedule_stays_constant_between_tasks(tmp_path: Path, corpus: Path) -> None:
+    file = config(tmp_path, corpus, THREE)
+    schedule = "schedule={name: infinite, warmup: 2step, cooldown: 4step, decay: 3step}"
+    planned = plan_sequence(load_config(file, [schedule]))
+    from llmtrain.optim import Schedule
+
+    factors = [
+        [Schedule.from_config(s.cfg.schedule, STEPS, 1).factor(i) for i in range(STEPS)]
+        for s in planned.stages
+    ]
+    assert factors[0][:2] == [0.5, 1.0] and factors[0][6:] == [0.55] * 6
+    assert factors[1] == [0.55] * STEPS
+    assert factors[2][:9] == [0.55] * 9 and factors[2][11] == pytest.approx(0.1)
+
+
+def test_overrides_of_a_task(tmp_path: Path, corpus: Path) -> None:
+    own = {"optim.lr": 1e-5, "schedule": {"name": "constant"}, "schedule.warmup": "3step"}
+    tasks = [TASKS[0], {**TASKS[1], "overrides": own, "duration": "7step"}]
+    cfg = plan_sequence(load_config(config(tmp_path, corpus, tasks))).stages[1].cfg
+    assert (cfg.optim.lr, cfg.schedule.name) == (1e-5, "constant")
+    assert str(cfg.schedule.warmup) == "3step" and str(cfg.train.duration) == "7step"
+
+
+def test_dry_run_says_everything_and_writes_nothing(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tmp_path, corpus, THREE, method="wise-ft", replay=0.25)
+    assert main(["continual", str(file), "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert "2-b: 12 steps, 4,608 tokens" in out and "digits 0.75, letters 0.25" in out
+    assert "then wise-ft of" in out and "3-c-merged" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"tasks": []}, "continual.tasks: is empty"),
+        ({"tasks": [TASKS[0], TASKS[0]]}, "continual.tasks.1.name: 'a' comes twice"),
+        ({"tasks": [{"name": "a/b", "weights": {"letters": 1}}]}, "cannot name a folder"),
+        ({"tasks": [{"name": "a"}]}, "continual.tasks.0.weights: is missing"),
+        ({"tasks": [{"name": "a", "weights": {"latters": 1}}]}, "latters"),
+        ({"tasks": [{**TASKS[0], "domains": ["prose"]}]}, "no held-out 'prose'"),
+        ({"tasks": [{**TASKS[0], "overrides": {"optm": {"lr": 1}}}]}, "did you mean 'optim'"),
+        ({"tasks": [{**TASKS[0], "overrides": {"init": {}}}]}, "is set by the sequence"),
+        ({"tasks": [{**TASKS[0], "overrides": {"data.weights": {}}}]}, "overrides.data.weights"),
+        ({"tasks": [TASKS[0], {**TASKS[1], "trained": "x/y"}]}, "is for the first task only"),
+        ({"tasks": [{**TASKS[0], "trained": "no/where"}, TASKS[1]]}, "no/where is not a folder"),
+        ({"tasks": TASKS, "method": "sfaa"}, "sfa"),
+        ({"tasks": TASKS, "beta": 1.5}, "continual.beta: must be at most 1"),
+        ({"tasks": TASKS, "p": 0}, "continual.p: must be more than 0"),
+        ({"tasks": TASKS, "replay": 1}, "continual.replay: must be less than 1"),
+        ({"tasks": TASKS, "method": "ties", "optimizer": "keep"}, "continual.optimizer: keep"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path,
+    corpus: Path,
+    section: dict[str, Any],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["continual", str(config(tmp_path, corpus, **section))]) == 2
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_without_tasks_is_refused(tmp_path: Path, corpus: Path) -> None:
+    plain = load_config(tiny_config(tmp_path, corpus))
+    with pytest.raises(ConfigError, match="continual: is missing"):
+        plan_sequence(plain)
+
+
+def test_a_sequence_is_not_a_run(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = str(config(tmp_path, corpus, TASKS))
+    assert main(["train", file]) == 2
+    assert "llmtrain continual" in capfd.readouterr().err
+    for given, says in (
+        (["average={beta: 0.5}"], "average: stands beside continual.method"),
+        (["checkpoint.resume=never"], "checkpoint.resume: never does not go"),
+        (["init.path=nowhere/x"], "init.path: nowhere"),
+    ):
+        assert main(["continual", file, *given]) == 2
+        assert says in capfd.readouterr().err
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("continual*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipes_have_a_plan(file: Path) -> None:
+    planned = plan_sequence(load_config(file))
+    assert len(planned.stages) >= 2
+    assert planned.stages[1].cfg.init is not None
+
+
+def test_report_of_a_sequence_points_to_its_own(
+    plain: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (plain / "report.html").read_text()
+    assert main(["report", str(plain)]) == 2
+    assert "a sequence of tasks" in capfd.readouterr().err
+    assert (plain / "report.html").read_text() == before
+    assert main(["report", str(plain / "2-b")]) == 0
