@@ -94,6 +94,7 @@ def to_huggingface(
     """
     opened = open_checkpoint(src, architecture)
     found, cfg, kind = opened.path, opened.cfg, opened.architecture
+    plain = folded(cfg)
     layout = {
         key.removeprefix(MODEL_PREFIX): value
         for key, value in read_layout(found).items()
@@ -104,7 +105,7 @@ def to_huggingface(
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
-        config = kind.write(folded(cfg)) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
+        config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         carried = {name: data for name, data in opened.files.items() if name in CARRIED}
         for name, data in {CONFIG: text, **carried}.items():
