@@ -110,6 +110,15 @@ def test_grids_have_equal_factors_and_labels_of_their_own(module: object, scale:
         assert all(b / a == pytest.approx(2) for a, b in pairwise(grid))
 
 
+def test_decays_are_swept_at_the_rate_of_the_papers_rule() -> None:
+    runs = {t.label: t.config["optim"] for t in mus_transfer.EXPERIMENT.trials("paper")}
+    at = 2.0**-13
+    wide, narrow = (runs[Point("standard decay", w, at).label] for w in (1024, 256))
+    assert narrow["lr"] == 4 * wide["lr"] and wide["weight_decay"] == at
+    assert runs[Point("mus decay", 8192, at).label]["lr"] == mus_transfer.DECAY_RATES["mus"]
+    assert not any("decay" in p.kind for p in mus_transfer.points("mini"))
+
+
 @pytest.mark.parametrize(
     ("name", "params", "tokens"),
     [
