@@ -31,7 +31,7 @@ def _run(scale: str, name: str, fp8: bool) -> dict[str, Any]:
         data = {"seq_len": 128, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
         run = mini_run(200, data=data, **sections)
         run["model"] = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512, **shape}
-        run["optim"] = {"lr": 3.0e-2 if name == "mus" else 3.0e-3}
+        run["optim"] = {"lr": 0.1 if name == "mus" else 3.0e-3}
         return run
     # Table 4 of the paper: 1B and 7B.
     width, layers, heads, batch, steps = (
