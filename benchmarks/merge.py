@@ -232,7 +232,8 @@ def warm(models: list[Path]) -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Readings of all cases, and their ratios."""
-    models = make_models(folder, args.dtype, 4)
+    names = args.only.split(",") if args.only else list(CASES)
+    models = make_models(folder, args.dtype, max(CASES[name].count for name in names))
     threads = str(args.threads or common.usable_cores())
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -246,7 +247,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         sides["mergekit"] = lambda case, out: their_command(case, models, out, args.mergekit)
         environments["mergekit"] = {k: v for k, v in plain.items() if k != "PYTHONPATH"}
     found: dict[str, Any] = {}
-    for name in args.only.split(",") if args.only else CASES:
+    for name in names:
         case = CASES[name]
         readings: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
