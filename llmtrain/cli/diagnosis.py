@@ -61,6 +61,7 @@ def diagnose() -> Iterator[Check]:
         ("NCCL", _nccl, False),
         ("C++ compiler", _compiler, False),
         ("CPU kernels", _kernels, False),
+        ("CUDA kernels", _cuda_kernels, False),
         ("streaming", _streaming, False),
         *((name, _optional(name, why), False) for name, why in OPTIONAL.items()),
         ("disk", _disk, False),
@@ -184,6 +185,18 @@ def _kernels() -> str:
     if not native_loaded():
         raise Broken(line)
     return line
+
+
+def _cuda_kernels() -> str:
+    from llmtrain.ops.cuda import HELP, built_for, load_fault
+
+    architectures = built_for()
+    if architectures is None:
+        raise Broken(f"not built; FP8 on a GPU runs on torch's own casts. {HELP}")
+    fault = load_fault()
+    if fault is not None:
+        raise Broken(f"built for {architectures}; {fault}")
+    return f"built for {architectures}"
 
 
 def _streaming() -> str:

@@ -20,6 +20,9 @@ NAMES = (
     "skill-it",
     "data-ablation",
     "sfa",
+    "mus-transfer",
+    "mus-depth",
+    "mus-fp8",
 )
 
 
@@ -33,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mini trains here, on the built-in corpus; small and paper write configs and SLURM "
         "jobs",
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each kind (default: 3)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of each kind (default: 3; sweeps: 1)"
+    )
     parser.add_argument(
         "--out", metavar="FOLDER", help="where runs and results go (default: runs/reproduce)"
     )

@@ -1,7 +1,8 @@
-"""Rules of the ``quantization`` section."""
+"""Rules of the ``quantization`` and ``numerics`` sections."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from llmtrain.config.faults import Collector
@@ -29,7 +30,10 @@ def is_number_format(text: str) -> bool:
 
 
 def check_formats(cfg: RunConfig, faults: Collector) -> None:
-    """What no single key of the section can be blamed for."""
+    """What no single key of the sections can be blamed for."""
+    if cfg.numerics is not None and cfg.train.compile:
+        message = "cannot look into compiled blocks; set train.compile to false"
+        faults.add("numerics", message, "train.compile")
     section = cfg.quantization
     if section is None:
         return
@@ -48,6 +52,10 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
             "fake changes nothing; set quantization.weights, inputs or gradients",
             *(f"quantization.{name}" for name in OPERANDS),
         )
+    scale = section.gradient_scale
+    if scale is not None and math.frexp(scale)[0] != 0.5:
+        message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
+        faults.add("quantization.gradient_scale", message)
     if used == {"none"}:
         faults.add("quantization", "changes nothing; choose a format, or take the section away")
     for i, rule in enumerate(section.rules):

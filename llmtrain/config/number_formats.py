@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtrain.config.duration import Duration
-from llmtrain.config.fields import key
+from llmtrain.config.fields import dur, key
 
 FORMATS = ("none", "mus_fp8", "fp8_current", "fake")
 
@@ -35,6 +35,20 @@ class QuantizationConfig:
     until: Duration | None = key(
         None, "from here on all products are in the compute dtype; null: never", gt=0
     )
+    gradient_scale: float | None = key(
+        None,
+        "mus_fp8: power of two, factor on gradients while they are in FP8; null: the power of two "
+        "nearest to the tokens of a step over the head's multiplier",
+        gt=0,
+    )
     weights: str = key("none", "fake: int3 to int16, ternary, a float such as e4m3, or none")
     inputs: str = key("none", "fake: the same of the layers' inputs")
     gradients: str = key("none", "fake: the same of the gradients of their outputs")
+
+
+@dataclass(frozen=True)
+class NumericsConfig:
+    """Measuring how the hidden layers' tensors lie in the range of FP8, in whatever format they
+    compute."""
+
+    every: Duration = key(lambda: dur("0.1dur"), "time between measurements", gt=0)

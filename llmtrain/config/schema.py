@@ -16,7 +16,7 @@ from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.filters import FilterConfig
 from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
-from llmtrain.config.number_formats import QuantizationConfig
+from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
@@ -149,14 +149,17 @@ class PhaseConfig:
     """A stretch of the mixture schedule."""
 
     until: Duration = key(lambda: dur("1dur"), "where the phase ends", gt=0)
-    until_lr: float | None = key(
-        None, "instead: where the learning rate has fallen to this part of the peak", gt=0, lt=1
-    )
     weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1", ge=0)
     ramp: str = key(
         "step",
         "step: constant weights; linear: from the previous phase's weights",
         choices=("step", "linear"),
+    )
+    until_lr: float | None = key(
+        None,
+        "in place of until: the learning rate has fallen to this part",
+        gt=0,
+        lt=1,
     )
 
 
@@ -366,5 +369,8 @@ class RunConfig:
         None,
         "number formats of the hidden linear layers",
         hook="llmtrain.methods.quantization:QuantizationSwitch",
+    )
+    numerics: NumericsConfig | None = key(
+        None, "measurements of FP8's range", hook="llmtrain.methods.numerics:Numerics"
     )
     hooks: list[HookConfig] = key(list, "hooks by import path")

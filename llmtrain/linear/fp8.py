@@ -2,7 +2,10 @@
 
 ``mus_fp8`` (Narayan et al. 2025, 2502.05967, section 2.4): inputs and weights are clipped and cast
 to e4m3, gradients to e5m2, all with scale 1. What keeps numbers in range is the parametrisation:
-``Plan.scale``, its 1/sqrt(fan_in), multiplies the float32 sums of each product once.
+``Plan.scale``, its 1/sqrt(fan_in), multiplies the float32 sums of each product once. Gradients here
+are those of a loss that is divided by the weight of the whole global batch, 1e-6 and below, where
+e5m2 ends at 1.5e-5: they are multiplied by a constant before the cast, which the products divide
+out again (``gradient_scale``; the paper does not say how its loss is normalised).
 
 ``fp8_current``: each tensor is divided by its largest magnitude over the format's first, so that
 it fills the range whatever its own scale is (TransformerEngine's current scaling). The largest
@@ -39,13 +42,17 @@ from llmtrain.ops import (
 class Fp8Matmul:
     """Products of FP8 operands, results in ``dtype``, float32 or bfloat16 (wgrad: float32).
 
-    dynamic: one scale per tensor, taken from its largest magnitude; else scale 1.
+    dynamic: one scale per tensor, taken from its largest magnitude; else scale 1, and
+    ``gradient_scale`` for gradients.
     """
 
     packs = True
 
-    def __init__(self, name: str, dtype: torch.dtype, dynamic: bool) -> None:
+    def __init__(
+        self, name: str, dtype: torch.dtype, dynamic: bool, gradient_scale: float = 1.0
+    ) -> None:
         self.name, self.dtype, self.dynamic = name, dtype, dynamic
+        self.gradient_scale = gradient_scale
         self.plain: Matmul = matmul_for(dtype)
 
     def __repr__(self) -> str:
@@ -59,9 +66,11 @@ class Fp8Matmul:
         return self._pack(x, E4M3, reach, turned)
 
     def pack_grad(self, grad: Tensor, reach: Reach = ALONE, turned: bool = False) -> Packed:
-        return self._pack(grad, E5M2, reach, turned)
+        return self._pack(grad, E5M2, reach, turned, self.gradient_scale)
 
-    def _pack(self, x: Tensor, dtype: torch.dtype, reach: Reach, turned: bool) -> Packed:
+    def _pack(
+        self, x: Tensor, dtype: torch.dtype, reach: Reach, turned: bool, factor: float = 1.0
+    ) -> Packed:
         scale = None
         if self.dynamic:
             # Of zeros or of a tensor with infinities nothing is scaled; NaN stays NaN either way.
@@ -70,9 +79,9 @@ class Fp8Matmul:
             scale = torch.where(usual, largest / FP8_MAX[dtype], 1.0)
             x = x.float() / scale
         if turned and x.device.type == "cuda":
-            values, across = fp8_cast_transpose(x, dtype)
+            values, across = fp8_cast_transpose(x, dtype, factor)
             return Packed(values, scale, across)
-        return Packed(fp8_cast(x, dtype), scale)
+        return Packed(fp8_cast(x, dtype, factor), scale)
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         a, b = _packed(x), _packed(weight)
@@ -84,6 +93,7 @@ class Fp8Matmul:
         return y if bias is None or inside else y.add_(bias)
 
     def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
+        scale /= self.gradient_scale
         a, b = _packed(grad), _packed(weight)
         if _rows(a).device.type != "cuda":
             return self.plain.dgrad(self._number(a), self._number(b), scale * _factor(a, b))
@@ -92,6 +102,7 @@ class Fp8Matmul:
     def wgrad(
         self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
+        scale /= self.gradient_scale
         a, b = _packed(grad), _packed(x)
         if _rows(a).device.type != "cuda":
             factor = scale * _factor(a, b)
@@ -169,6 +180,10 @@ def _product(
 
 
 @cache
-def fp8_matmul(name: str, dtype: torch.dtype) -> Matmul:
-    """The FP8 format ``mus_fp8`` or ``fp8_current`` with results in ``dtype``."""
-    return Fp8Matmul(name, dtype, {"mus_fp8": False, "fp8_current": True}[name])
+def fp8_matmul(name: str, dtype: torch.dtype, gradient_scale: float = 1.0) -> Matmul:
+    """The FP8 format ``mus_fp8`` or ``fp8_current`` with results in ``dtype``.
+
+    gradient_scale: of mus_fp8; a power of two.
+    """
+    dynamic = {"mus_fp8": False, "fp8_current": True}[name]
+    return Fp8Matmul(name, dtype, dynamic, 1.0 if dynamic else gradient_scale)

@@ -15,12 +15,13 @@ from llmtrain.model.formats import (
     assign_formats,
     check_fp8_tokens,
     format_lines,
+    gradient_scale,
     hidden_layers,
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
-from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
+from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -50,9 +51,11 @@ __all__ = [
     "decay_factor",
     "flops_per_token",
     "format_lines",
+    "gradient_scale",
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
+    "multiplier",
     "padded_vocab",
     "param_counts",
     "param_roles",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError, EnvironmentFault
 from llmtrain.linear import Linear, Matmul, Numbers, Placement, fake_matmul, fp8_matmul, matmul_for
+from llmtrain.model.scaling import multiplier
 
 FP8_FORMATS = ("mus_fp8", "fp8_current")
 # What FP8 products on CUDA need every dimension to be a multiple of.
@@ -78,14 +80,31 @@ def _assign(name: str, layer: Linear, section: QuantizationConfig) -> Assignment
     return Assignment(name, shape, chosen, reason)
 
 
-def format_matmul(name: str, section: QuantizationConfig, dtype: torch.dtype) -> Matmul:
-    """The matmul of a format; results are of ``dtype``."""
+def gradient_scale(cfg: RunConfig, model_cfg: ModelConfig) -> float:
+    """The constant factor on gradients while they are in FP8 with static scales.
+
+    A token's gradient in the residual stream is about the head's multiplier over the tokens of a
+    step, since the loss is a mean over the global batch; its inverse makes it about 1, whatever
+    batch, width and layout are.
+    """
+    assert cfg.quantization is not None
+    if cfg.quantization.gradient_scale is not None:
+        return cfg.quantization.gradient_scale
+    tokens = cfg.train.global_batch_size * cfg.data.seq_len
+    head = multiplier(model_cfg, "head", model_cfg.d_model)
+    return 2.0 ** round(math.log2(tokens / head))
+
+
+def format_matmul(
+    name: str, section: QuantizationConfig, dtype: torch.dtype, scale: float = 1.0
+) -> Matmul:
+    """The matmul of a format; results are of ``dtype``. scale: see ``gradient_scale``."""
     if name == "none":
         return matmul_for(dtype)
     if name == "fake":
         numbers = Numbers(section.weights, section.inputs, section.gradients)
         return fake_matmul(numbers, dtype)
-    return fp8_matmul(name, dtype)
+    return fp8_matmul(name, dtype, scale)
 
 
 def switch_step(cfg: RunConfig) -> int | None:
@@ -109,13 +128,13 @@ def apply_formats(
     section, end = cfg.quantization, switch_step(cfg)
     if section is None or (end is not None and step >= end):
         return
-    layers = dict(hidden_layers(model))
+    layers, scale = dict(hidden_layers(model)), gradient_scale(cfg, model_cfg)
     for found in assign_formats(model, model_cfg, section):
         layer = layers[found.name]
         if found.format in FP8_FORMATS and device.type == "cuda":
             check_fp8_device(found.format, torch.cuda.get_device_capability(device))
             check_fp8_shape(found, layer)
-        layer.set_matmul(format_matmul(found.format, section, layer.matmul.dtype))
+        layer.set_matmul(format_matmul(found.format, section, layer.matmul.dtype, scale))
 
 
 def check_fp8_device(name: str, capability: tuple[int, int]) -> None:
@@ -157,10 +176,10 @@ def check_fp8_shape(found: Assignment, layer: Linear) -> None:
         )
 
 
-def format_lines(
-    model: nn.Module, model_cfg: ModelConfig, section: QuantizationConfig
-) -> list[str]:
+def format_lines(model: nn.Module, model_cfg: ModelConfig, cfg: RunConfig) -> list[str]:
     """What each kind of layer computes in, for ``--dry-run``: rows of equal words are merged."""
+    section = cfg.quantization
+    assert section is not None
     seen: dict[tuple[str, tuple[int, int], str, str], list[int]] = {}
     for found in assign_formats(model, model_cfg, section):
         _, block, kind = found.name.split(".", 2)
@@ -172,6 +191,8 @@ def format_lines(
         what = "the compute dtype" if name == "none" else what
         why = f" ({reason})" if reason else ""
         lines.append(f"  {_ranges(blocks)} {kind} [{shape[0]}, {shape[1]}]: {what}{why}")
+    if any(name == "mus_fp8" for _, _, name, _ in seen):
+        lines.append(f"  gradients times {gradient_scale(cfg, model_cfg):,g} while in static FP8")
     return [*lines, "  embedding and head: the compute dtype"]
 
 

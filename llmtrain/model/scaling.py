@@ -103,14 +103,14 @@ def tau_by_depth(n_layers: int) -> float:
 
 
 def resolve_scaling(cfg: ModelConfig) -> ScalingConfig:
-    """``cfg.scaling`` with its residual and tau filled in. Raises ConfigError for a missing tau."""
+    """``cfg.scaling`` with its tau filled in. Raises ConfigError for a missing one."""
     scaling = cfg.scaling
-    kind, tau = residual_kind(scaling), scaling.tau
-    if kind == "fixed":
-        tau = tau_by_depth(cfg.n_layers) if scaling.tau_by_depth else tau
-        if tau is None:
-            raise ConfigError("model.scaling.tau: residual: fixed needs it, or tau_by_depth: true")
-    return replace(scaling, residual=kind, tau=tau, tau_by_depth=False)
+    if residual_kind(scaling) != "fixed":
+        return scaling
+    tau = tau_by_depth(cfg.n_layers) if scaling.tau_by_depth else scaling.tau
+    if tau is None:
+        raise ConfigError("model.scaling.tau: residual: fixed needs it, or tau_by_depth: true")
+    return replace(scaling, tau=tau, tau_by_depth=False)
 
 
 def residual_weights(cfg: ModelConfig, branch: int) -> tuple[float, float]:
@@ -120,11 +120,11 @@ def residual_weights(cfg: ModelConfig, branch: int) -> tuple[float, float]:
     (2502.05967, section 2.3): with l = branch + 1, (sqrt(l / (l + 1)), sqrt(1 / (l + 1))).
     In both a^2 + b^2 = 1, so that branches of unit variance keep a stream of unit variance.
     """
-    scaling = cfg.scaling
-    if scaling.residual == "fixed":
-        assert scaling.tau is not None
-        return math.sqrt(1 - scaling.tau), math.sqrt(scaling.tau)
-    if scaling.residual == "running_mean":
+    tau, kind = cfg.scaling.tau, residual_kind(cfg.scaling)
+    if kind == "fixed":
+        assert tau is not None
+        return math.sqrt(1 - tau), math.sqrt(tau)
+    if kind == "running_mean":
         count = branch + 1
         return math.sqrt(count / (count + 1)), math.sqrt(1 / (count + 1))
     return 1.0, 1.0

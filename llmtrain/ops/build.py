@@ -50,7 +50,8 @@ OBJECTS = {
 }
 
 
-def _run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
+    """Run a compiler. Raises EnvironmentFault with what it said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -89,12 +90,12 @@ def build(target: Path = LIBRARY) -> Path:
             for name, (source, flags) in objects.items()
         ]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(run_command, commands))
         library = f"{folder}/{target.name}"
         torch_libraries = str(Path(torch.__file__).parent / "lib")
         parts = [f"{folder}/{name}.o" for name in objects]
         links = [f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"]
-        _run([*compiler, "-shared", "-o", library, *parts, *links])
+        run_command([*compiler, "-shared", "-o", library, *parts, *links])
         os.replace(library, target)
     return target
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain.ops.cuda import cuda_kernels, cuda_usable
 from llmtrain.ops.native import kernels, usable
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -35,21 +36,33 @@ def fp8_transpose_reference(x: Tensor) -> Tensor:
     return x.view(torch.uint8).t().contiguous().view(x.dtype)
 
 
-def fp8_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` [...] of float32 or bfloat16 in ``dtype``, E4M3 or E5M2; contiguous."""
+def fp8_cast(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """``factor`` times ``x`` [...] of float32 or bfloat16 in ``dtype``, E4M3 or E5M2; contiguous.
+
+    factor: a power of two, so that the product is not rounded.
+    """
+    if cuda_usable(x):
+        y: Tensor = cuda_kernels().fp8_cast(x.contiguous(), dtype == E5M2, factor)
+        return y
+    x = x if factor == 1.0 else x * factor
     if not usable(x):
         return fp8_cast_reference(x, dtype)
     out: Tensor = kernels().fp8_cast(x.contiguous(), dtype == E5M2)
     return out
 
 
-def fp8_cast_transpose(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x`` [n, m] in ``dtype``, and that transposed, [m, n]; both contiguous, x read once."""
+def fp8_cast_transpose(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``fp8_cast`` of ``x`` [n, m], and that transposed, [m, n]; both contiguous, x read once."""
+    pair: tuple[Tensor, Tensor]
+    if cuda_usable(x):
+        pair = cuda_kernels().fp8_cast_transpose(x.contiguous(), dtype == E5M2, factor)
+        return pair
+    x = x if factor == 1.0 else x * factor
     if not usable(x):
         y = fp8_cast_reference(x, dtype)
         return y, fp8_transpose_reference(y)
-    out: tuple[Tensor, Tensor] = kernels().fp8_cast_transpose(x.contiguous(), dtype == E5M2)
-    return out
+    pair = kernels().fp8_cast_transpose(x.contiguous(), dtype == E5M2)
+    return pair
 
 
 def _takes_bytes(x: Tensor) -> bool:
@@ -66,6 +79,9 @@ def fp8_uncast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fp8_transpose(x: Tensor) -> Tensor:
     """FP8 ``x`` [n, m] transposed, [m, n] contiguous."""
+    if x.is_cuda and cuda_usable(x.new_empty(0, dtype=torch.float32)):
+        y: Tensor = cuda_kernels().fp8_transpose(x.contiguous())
+        return y
     if not _takes_bytes(x):
         return fp8_transpose_reference(x)
     out: Tensor = kernels().fp8_transpose(x.contiguous())

@@ -14,9 +14,11 @@ LIBRARY = Path(__file__).with_name("_cpu.so")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
 
 
-def sources_stamp() -> str | None:
-    """A hash of the sources as they are now; None in an installation without them."""
-    files = [path for path in sorted(SOURCES.glob("*")) if path.suffix in (".cpp", ".h")]
+def sources_stamp(folder: Path | None = None) -> str | None:
+    """A hash of the sources in ``folder`` (csrc/cpu) as they are now; None in an installation
+    without them."""
+    kinds = (".cpp", ".h", ".cu")
+    files = [path for path in sorted((folder or SOURCES).glob("*")) if path.suffix in kinds]
     if not files:
         return None
     digest = hashlib.sha256()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmtrain.recipes.sweep import Sweep
+
 SCALES = ("mini", "small", "paper")
 MINI_SOURCES = ("code", "docs", "math")
 
@@ -42,9 +44,9 @@ class Trial:
 class Claim:
     """A paper's claim as a comparison of held-out losses, seed by seed.
 
-    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``.
-    also: the comparison is with the mean of ``than`` and this one. decides: whether it is part of
-    the verdict, or shown beside it (a cost, say).
+    The mean loss of ``domains`` (all when empty) should be lower for ``better`` than for ``than``;
+    with ``within``, at most that share above it. also: the comparison is with the mean of ``than``
+    and this one. decides: whether it is part of the verdict, or shown beside it (a cost, say).
     """
 
     text: str
@@ -53,13 +55,15 @@ class Claim:
     domains: Sequence[str] = ()
     decides: bool = True
     also: str | None = None
+    within: float = 0.0
 
 
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
-    of what each trial costs."""
+    of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
+    is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
 
     name: str
     title: str
@@ -69,6 +73,8 @@ class Experiment:
     baseline: str
     seeds: int = 3
     costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
+    sweep: Sweep | None = None
+    corpus: Callable[[Path], dict[str, Any]] | None = None
 
 
 def slug(label: str) -> str:
@@ -86,6 +92,19 @@ def mini_corpus(out: Path) -> dict[str, Any]:
             "code": {"kind": "builtin", "domain": "code", "max_bytes": 3_000_000},
             "docs": {"kind": "builtin", "domain": "docs", "max_bytes": 1_500_000},
             "math": {"kind": "builtin", "domain": "math", "max_bytes": 1_000_000},
+        },
+    }
+
+
+def byte_corpus(out: Path) -> dict[str, Any]:
+    """A smaller one of bytes, for sweeps of many short runs: a vocabulary of 257."""
+    return {
+        "out": str(out / "bytes"),
+        "heldout_fraction": 0.08,
+        "tokenizer": {"kind": "byte"},
+        "sources": {
+            domain: {"kind": "builtin", "domain": domain, "max_bytes": 600_000}
+            for domain in MINI_SOURCES
         },
     }
 

@@ -19,7 +19,8 @@ _NORMAL95 = 1.645
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim against the numbers. gain: mean over seeds of (than - better), nats per token;
+    """A claim against the numbers. gain: mean over seeds of (than (1 + within) - better), in nats
+    per token;
     bound: 95% one-sided bound of its error over seeds. holds: gain > bound; reversed: the
     opposite is beyond the noise."""
 
@@ -45,8 +46,10 @@ def findings(experiment: Experiment, losses: Losses) -> list[Finding]:
     out = []
     for claim in experiment.claims:
         others = [losses[label] for label in (claim.than, claim.also) if label is not None]
+        room = 1 + claim.within
         gaps = [
-            mean(_mean(other[i], claim.domains) for other in others) - _mean(own, claim.domains)
+            room * mean(_mean(other[i], claim.domains) for other in others)
+            - _mean(own, claim.domains)
             for i, own in enumerate(losses[claim.better])
         ]
         n = len(gaps)

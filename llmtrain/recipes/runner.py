@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmtrain.parallel import World, close_world, init_world
 from llmtrain.recipes.experiment import Experiment, Scoring, Trial, mini_corpus, slug
 from llmtrain.recipes.plot import svg
 from llmtrain.recipes.results import Losses, report_lines
+from llmtrain.recipes.sweep import sweep_lines, sweep_svg
 from llmtrain.report.read import read_run
 from llmtrain.report.summary import domain_results
 from llmtrain.train.branch import find_point, plan_branch, start
@@ -33,9 +34,9 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2:
+    if seeds < 2 and experiment.sweep is None:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
-    corpus = mini_corpus(out)
+    corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
     assert section is not None
     prepare(section, say=say)
@@ -54,12 +55,23 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     finally:
         close_world()
     costs = experiment.costs(made) if experiment.costs is not None else ()
-    lines = report_lines(experiment, losses, "mini", costs)
+    lines, drawing = _result(experiment, losses, costs)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
-    drawing = svg(experiment.title, losses, experiment.baseline)
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
     return lines
+
+
+def _result(
+    experiment: Experiment, losses: Losses, costs: Sequence[str] = ()
+) -> tuple[list[str], str]:
+    """The lines and the drawing of finished runs."""
+    sweep = experiment.sweep
+    if sweep is None:
+        drawing = svg(experiment.title, losses, experiment.baseline)
+        return report_lines(experiment, losses, "mini", costs), drawing
+    lines = sweep_lines(experiment.title, sweep, losses, experiment.paper)
+    return lines, sweep_svg(experiment.title, sweep, losses)
 
 
 def _make(

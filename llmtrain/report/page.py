@@ -14,6 +14,7 @@ from llmtrain.report import curves
 from llmtrain.report.chart import Chart, draw
 from llmtrain.report.mixture import Mixture, mixture
 from llmtrain.report.numbers import NOTHING, fixed, percent, short
+from llmtrain.report.numerics import HEAD, numerics_rows
 from llmtrain.report.read import Run, parse_config
 from llmtrain.report.summary import domain_results, facts
 from llmtrain.report.tree import draw_trees
@@ -32,6 +33,7 @@ def render(runs: Sequence[Run]) -> str:
         _charts("Loss", _losses(runs), numbers),
         _charts("Optimizer", curves.optimizer_charts(runs), numbers),
         _charts("Speed and memory", curves.speed_charts(runs), numbers),
+        section("Range of FP8", _numerics(runs)),
         _mixture_section(mixes, len(runs), numbers),
         section("Branches", draw_trees(runs)),
         section("Samples", _samples(runs)),
@@ -194,6 +196,19 @@ def _samples(runs: Sequence[Run]) -> str:
                 f"{html.escape(text)}</pre></figure>"
             )
     return f"<div class='grid2'>{body}</div>" if body else ""
+
+
+def _numerics(runs: Sequence[Run]) -> str:
+    rows = list(numerics_rows(runs))
+    if not rows:
+        return ""
+    names = ["run"] if len(runs) > 1 else []
+    steps = ", ".join(f"{run.numerics[-1]['step']}" for run in runs if run.numerics)
+    note = (
+        f"<p>Step {steps}. Shares of elements that a cast with static scales makes zero or clips: "
+        "inputs and weights to e4m3, gradients (times quantization.gradient_scale) to e5m2.</p>"
+    )
+    return note + html_table([*names, *HEAD], rows, len(names) + 2)
 
 
 def _events(runs: Sequence[Run]) -> str:

@@ -37,8 +37,8 @@ class Series:
 class Run:
     """What a run's folder says.
 
-    steps, evals: records in order of their step, one per step. samples, events: records as
-    written. config: the YAML text. plan: ``plan.json``. unigram, unigram_loss: domain -> nats
+    steps, evals, numerics: records in order of their step, one per step. samples, events: records
+    as written. config: the YAML text. plan: ``plan.json``. unigram, unigram_loss: domain -> nats
     per token of its held-out text by token frequencies alone, its own (the entropy, which no
     model without context goes below) or the training text's. unreadable: lines left out.
     """
@@ -49,6 +49,7 @@ class Run:
     evals: list[Record] = field(default_factory=list)
     samples: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
+    numerics: list[Record] = field(default_factory=list)
     config: str = ""
     plan: Record = field(default_factory=dict)
     unigram: dict[str, float] = field(default_factory=dict)
@@ -138,7 +139,7 @@ def read_run(path: Path) -> Run:
     manifest = _manifest(path, text)
     kinds: dict[str, list[Record]] = {
         kind: [r for r in records if r.get("kind") == kind]
-        for kind in ("step", "eval", "eval_of", "sample", "event")
+        for kind in ("step", "eval", "eval_of", "sample", "event", "numerics")
     }
     return Run(
         path=path,
@@ -147,6 +148,7 @@ def read_run(path: Path) -> Run:
         evals=_with_averages(_in_order(kinds["eval"]), kinds["eval_of"]),
         samples=kinds["sample"],
         events=kinds["event"],
+        numerics=_in_order(kinds["numerics"]),
         config=text,
         plan=_read_json(path / "plan.json"),
         unigram=_by_domain(manifest, "unigram_entropy_nats"),

@@ -7,6 +7,7 @@ import os
 import torch
 
 from llmtrain.config import check_world
+from llmtrain.config.scaling import residual_kind
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import build_plan
 from llmtrain.model import (
@@ -91,7 +92,7 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         end = switch_step(cfg)
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
-        lines += format_lines(model, model_cfg, cfg.quantization)
+        lines += format_lines(model, model_cfg, cfg)
     return lines
 
 
@@ -101,10 +102,11 @@ def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
     if scaling.parametrization != "standard":
         lines.append(f"scaling ({scaling.parametrization}, base width {scaling.base_width}):")
         lines += table(scaling_table(model_cfg, cfg.optim))
-    if scaling.residual != "sum":
+    residual = residual_kind(scaling)
+    if residual != "sum":
         share = f", tau {scaling.tau:.4g}" if scaling.tau is not None else ""
         interpolated = " (our interpolation by depth)" if cfg.model.scaling.tau_by_depth else ""
-        lines.append(f"residual stream: {scaling.residual}{share}{interpolated}")
+        lines.append(f"residual stream: {residual}{share}{interpolated}")
     return lines
 
 

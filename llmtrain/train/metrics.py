@@ -97,6 +97,11 @@ def scalars(record: Record) -> dict[str, float]:
                 if domain.get(key) is not None:
                     out[f"{group}/{name}/{key}"] = float(domain[key])
         out[f"{group}/mean_loss"] = float(record["mean_loss"])
+    elif record["kind"] == "numerics":
+        for layer, roles in record["tensors"].items():
+            for role, values in roles.items():
+                for key in ("underflow", "overflow", "rms", "max"):
+                    out[f"numerics_{key}/{layer}/{role}"] = float(values[key])
     return out
 
 

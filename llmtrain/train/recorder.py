@@ -162,6 +162,10 @@ class Recorder:
         self._write({"kind": "sample", **self._position(step), "prompt": prompt, "text": text})
         self.console.say(f"sample | {prompt}[...]{text}")
 
+    def numerics(self, step: int, tensors: dict[str, dict[str, Any]]) -> None:
+        """Record how tensors lie in a number format's range. tensors: layer -> role -> numbers."""
+        self._write({"kind": "numerics", **self._position(step), "tensors": tensors})
+
     def event(self, step: int, text: str, quiet: bool = False) -> None:
         """Record that something happened; printed unless ``quiet``."""
         self._write({"kind": "event", **self._position(step), "text": text})

@@ -20,7 +20,7 @@ from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
 from llmtrain.eval.generation import generate
 from llmtrain.model import flops_per_token, param_counts, resolve_model
-from llmtrain.ops import kernels_line, kernels_warning
+from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
     World,
     build_layout,
@@ -189,6 +189,10 @@ def _preamble(
         if warning := kernels_warning():
             console.warn(warning)
         console.say(kernels_line())
+    elif cfg.quantization is not None and (fault := cuda_fault()):
+        console.warn(
+            f"CUDA kernels: FP8 runs on torch's own casts, slower (the library is {fault})"
+        )
     console.say(
         f"model: {human(counts['total'])} parameters ({human(counts['non_embedding'])} "
         f"without embeddings), {model_cfg.n_layers} layers, d_model {model_cfg.d_model}, "

@@ -120,7 +120,7 @@ def test_residual_weights_keep_unit_variance(scaling: dict[str, Any]) -> None:
     for branch in range(18):
         stay, gain = residual_weights(cfg, branch)
         assert stay**2 + gain**2 == pytest.approx(1)
-        if cfg.scaling.residual == "fixed":
+        if cfg.scaling.tau is not None:
             assert gain == pytest.approx(math.sqrt(0.4))
         else:  # every summand so far, the embedding among them, counts alike
             assert gain == pytest.approx(1 / math.sqrt(branch + 2))

@@ -115,6 +115,7 @@ def test_dry_run_says_what_every_layer_computes_in_and_why(
         (["quantization.format=fake", "quantization.inputs=e8m7"], "'e8m7' is no number format"),
         (["quantization.weights=int8"], "is read with format: fake only"),
         (["quantization.format=none"], "changes nothing"),
+        (["quantization.gradient_scale=1000"], "1000 is no power of two"),
         (["quantization.until=30step"], "after the end of the run"),
         (["quantization.rules=[{layers: [head], format: none}]"], "matches no hidden linear layer"),
         (["quantization.rules=[{layers: [], format: none}]"], "is empty"),

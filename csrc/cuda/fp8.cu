@@ -1,0 +1,206 @@
+// Clip, cast and transpose to FP8: one read, two writes, 16 bytes an access.
+//
+// A block of 256 threads turns tiles of 128 x 128. A thread casts 16 neighbours of a row, writes
+// them, and puts them into shared memory; then it takes 4 columns of 16 rows from there, turns
+// them in registers, and writes 16 bytes of each column. Shared memory is addressed in words of 4
+// bytes; groups of 4 words are exchanged within a row by the number of the 16 rows it is in, so
+// that neither side has two threads of a warp at one bank (128 bytes are 32 banks; 8 row groups
+// times 4 words are 32).
+#include "fp8.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+namespace llmtrain {
+
+constexpr int kTile = 128, kThreads = 256, kVector = 16;
+
+struct Bf16 {
+  using Type = __nv_bfloat16;
+  static __device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+};
+
+struct Fp32 {
+  using Type = float;
+  static __device__ float number(float x) { return x; }
+};
+
+// FP8 tensors, which are only transposed.
+struct Byte {
+  using Type = uint8_t;
+};
+
+// Saturating, to nearest even; infinities become the largest number; NaN becomes 0x7f, for which
+// the two formats' own conversions have several codes.
+template <bool kE5M2>
+__device__ uint8_t to_fp8(float x) {
+  const auto code = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, kE5M2 ? __NV_E5M2 : __NV_E4M3);
+  return x != x ? uint8_t{0x7f} : static_cast<uint8_t>(code);
+}
+
+// 16 numbers, or as many as `count` says, of which the rest is 0.
+template <class S, bool kE5M2>
+struct Cast {
+  static __device__ void run(const typename S::Type* x, int count, bool whole, float factor,
+                             uint8_t* codes) {
+    using T = typename S::Type;
+    __align__(16) T values[kVector];
+    if (whole) {
+      constexpr int kLoads = kVector * sizeof(T) / 16;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i)
+        reinterpret_cast<uint4*>(values)[i] = __ldg(reinterpret_cast<const uint4*>(x) + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] = i < count ? x[i] : T{};
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) codes[i] = to_fp8<kE5M2>(S::number(values[i]) * factor);
+  }
+};
+
+template <bool kE5M2>
+struct Cast<Byte, kE5M2> {
+  static __device__ void run(const uint8_t* x, int count, bool whole, float, uint8_t* codes) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(codes) = __ldg(reinterpret_cast<const uint4*>(x));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) codes[i] = i < count ? x[i] : uint8_t{0};
+    }
+  }
+};
+
+__device__ void put(uint8_t* to, const uint8_t* codes, int count, bool whole) {
+  if (whole) {
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(codes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (i < count) to[i] = codes[i];
+  }
+}
+
+__device__ int at_most(int64_t left) {
+  return left < 0 ? 0 : left > kVector ? kVector : static_cast<int>(left);
+}
+
+// 4 rows of 4 bytes -> 4 columns of 4 bytes, in place.
+__device__ void turn(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  const uint32_t ab01 = __byte_perm(a, b, 0x5140), ab23 = __byte_perm(a, b, 0x7362);
+  const uint32_t cd01 = __byte_perm(c, d, 0x5140), cd23 = __byte_perm(c, d, 0x7362);
+  a = __byte_perm(ab01, cd01, 0x5410);
+  b = __byte_perm(ab01, cd01, 0x7632);
+  c = __byte_perm(ab23, cd23, 0x5410);
+  d = __byte_perm(ab23, cd23, 0x7632);
+}
+
+// aligned_rows: rows of x and out begin at multiples of 16 elements; aligned_columns: those of
+// `transposed` do. out may be null.
+template <class S, bool kE5M2>
+__global__ void __launch_bounds__(kThreads)
+    cast_transpose_kernel(const typename S::Type* __restrict__ x, uint8_t* __restrict__ out,
+                          uint8_t* __restrict__ transposed, int64_t rows, int64_t columns,
+                          float factor, bool aligned_rows, bool aligned_columns) {
+  __shared__ __align__(16) uint32_t tile[kTile * kTile / 4];
+  const int64_t across = (columns + kTile - 1) / kTile;
+  const int64_t row0 = blockIdx.x / across * kTile, column0 = blockIdx.x % across * kTile;
+  const int group = threadIdx.x % 8;  // of 16 columns
+#pragma unroll
+  for (int pass = 0; pass < 4; ++pass) {
+    const int r = pass * 32 + threadIdx.x / 8;
+    const int64_t row = row0 + r, column = column0 + group * kVector;
+    const int count = row < rows ? at_most(columns - column) : 0;
+    const bool whole = aligned_rows && count == kVector;
+    __align__(16) uint8_t codes[kVector];
+    Cast<S, kE5M2>::run(x + row * columns + column, count, whole, factor, codes);
+    if (out != nullptr) put(out + row * columns + column, codes, count, whole);
+    reinterpret_cast<uint4*>(tile)[r * 8 + (group ^ (r / 16))] =
+        *reinterpret_cast<const uint4*>(codes);
+  }
+  __syncthreads();
+  // 8 neighbours write 128 bytes of a column.
+  const int rows16 = threadIdx.x % 8, word = threadIdx.x / 8;
+  uint32_t bytes[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    bytes[i] = tile[(rows16 * 16 + i) * 32 + (word ^ (rows16 * 4))];
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) turn(bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]);
+  const int64_t row = row0 + rows16 * kVector;
+  const int count = at_most(rows - row);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t column = column0 + word * 4 + j;
+    if (column >= columns) break;
+    __align__(16) uint32_t codes[4] = {bytes[j], bytes[4 + j], bytes[8 + j], bytes[12 + j]};
+    put(transposed + column * rows + row, reinterpret_cast<const uint8_t*>(codes), count,
+        aligned_columns && count == kVector);
+  }
+}
+
+template <class S, bool kE5M2>
+__global__ void __launch_bounds__(kThreads)
+    cast_kernel(const typename S::Type* __restrict__ x, uint8_t* __restrict__ out, int64_t n,
+                float factor, bool aligned) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < n;
+       i += step) {
+    const int count = at_most(n - i);
+    const bool whole = aligned && count == kVector;
+    __align__(16) uint8_t codes[kVector];
+    Cast<S, kE5M2>::run(x + i, count, whole, factor, codes);
+    put(out + i, codes, count, whole);
+  }
+}
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class S, bool kE5M2>
+cudaError_t launch(const Source& x, uint8_t* out, uint8_t* transposed, int64_t rows,
+                   int64_t columns, cudaStream_t stream) {
+  if (rows == 0 || columns == 0) return cudaSuccess;
+  const int64_t tiles = ((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);
+  if (tiles > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const bool by_rows = columns % kVector == 0 && aligned16(x.data) && aligned16(out);
+  const bool by_columns = rows % kVector == 0 && aligned16(transposed);
+  cast_transpose_kernel<S, kE5M2><<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(
+      static_cast<const typename S::Type*>(x.data), out, transposed, rows, columns, x.factor,
+      by_rows, by_columns);
+  return cudaGetLastError();
+}
+
+template <class S, bool kE5M2>
+cudaError_t launch_cast(const Source& x, uint8_t* out, int64_t n, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const int64_t blocks = (n + kThreads * kVector - 1) / (kThreads * kVector);
+  const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20);
+  cast_kernel<S, kE5M2><<<grid, kThreads, 0, stream>>>(
+      static_cast<const typename S::Type*>(x.data), out, n, x.factor,
+      aligned16(x.data) && aligned16(out));
+  return cudaGetLastError();
+}
+
+cudaError_t cast(const Source& x, uint8_t* out, int64_t n, bool e5m2, cudaStream_t stream) {
+  if (x.bfloat16)
+    return e5m2 ? launch_cast<Bf16, true>(x, out, n, stream)
+                : launch_cast<Bf16, false>(x, out, n, stream);
+  return e5m2 ? launch_cast<Fp32, true>(x, out, n, stream)
+              : launch_cast<Fp32, false>(x, out, n, stream);
+}
+
+cudaError_t cast_transpose(const Source& x, uint8_t* out, uint8_t* transposed, int64_t rows,
+                           int64_t columns, bool e5m2, cudaStream_t stream) {
+  if (x.bfloat16)
+    return e5m2 ? launch<Bf16, true>(x, out, transposed, rows, columns, stream)
+                : launch<Bf16, false>(x, out, transposed, rows, columns, stream);
+  return e5m2 ? launch<Fp32, true>(x, out, transposed, rows, columns, stream)
+              : launch<Fp32, false>(x, out, transposed, rows, columns, stream);
+}
+
+cudaError_t transpose(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns,
+                      cudaStream_t stream) {
+  return launch<Byte, false>({x, false, 1.0f}, nullptr, out, rows, columns, stream);
+}
+
+}  // namespace llmtrain

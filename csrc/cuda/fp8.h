@@ -1,0 +1,28 @@
+// Launchers of the FP8 kernels on CUDA.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace llmtrain {
+
+// What is cast: float32 or bfloat16 as it lies in memory, times a power of two.
+struct Source {
+  const void* data;
+  bool bfloat16;
+  float factor;
+};
+
+// x [n] -> out [n].
+cudaError_t cast(const Source& x, uint8_t* out, int64_t n, bool e5m2, cudaStream_t stream);
+
+// x [rows, columns] -> out [rows, columns] and transposed [columns, rows]; x is read once.
+cudaError_t cast_transpose(const Source& x, uint8_t* out, uint8_t* transposed, int64_t rows,
+                           int64_t columns, bool e5m2, cudaStream_t stream);
+
+// Bytes x [rows, columns] -> out [columns, rows].
+cudaError_t transpose(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns,
+                      cudaStream_t stream);
+
+}  // namespace llmtrain

@@ -1,0 +1,90 @@
+"""The compiled CUDA library: found, loaded once where there is CUDA, and asked what it holds.
+
+A library of its own, apart from the CPU's: it does not load where torch has no CUDA. Its
+operators have fake kernels, so torch.compile traces through them without a break.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.ops.native import sources_stamp
+
+LIBRARY = Path(__file__).with_name("_cuda.so")
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+HELP = "run: python -m llmtrain.ops.build_cuda"
+
+
+def _format(e5m2: bool) -> torch.dtype:
+    return torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+
+
+def _cast(x: Tensor, e5m2: bool, factor: float) -> Tensor:
+    return torch.empty(x.shape, dtype=_format(e5m2), device=x.device)
+
+
+def _cast_transpose(x: Tensor, e5m2: bool, factor: float) -> tuple[Tensor, Tensor]:
+    return _cast(x, e5m2, factor), _cast(x.t(), e5m2, factor)
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return torch.empty((x.shape[1], x.shape[0]), dtype=x.dtype, device=x.device)
+
+
+# Shapes and dtypes of the operators' results, for torch.compile.
+FAKES: dict[str, Callable[..., object]] = {
+    "fp8_cast": _cast,
+    "fp8_cast_transpose": _cast_transpose,
+    "fp8_transpose": _transpose,
+}
+
+
+@cache
+def load_fault() -> str | None:
+    """Load the library. Returns None, or one clause that says why it is not in use."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if not LIBRARY.exists():
+        return f"not built; {HELP}"
+    try:
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"damaged or of another machine ({error}); {HELP}"
+    wanted = sources_stamp(SOURCES)
+    if wanted is not None and torch.ops.llmtrain_cuda.sources() != wanted:
+        return f"out of date, built from other sources than csrc/cuda has now; {HELP}"
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"llmtrain_cuda::{name}", fake)
+    return None
+
+
+def cuda_usable(x: Tensor) -> bool:
+    """Whether the CUDA kernels take ``x``: float32 or bfloat16 on a GPU."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and load_fault() is None
+
+
+def cuda_kernels() -> Any:
+    """The loaded operators, ``torch.ops.llmtrain_cuda``."""
+    return torch.ops.llmtrain_cuda
+
+
+def built_for() -> str | None:
+    """Architectures in the library, such as "sm_89 sm_90a"; None where it is not built.
+
+    Works without CUDA: undefined symbols stay so until they are called.
+    """
+    if not LIBRARY.exists():
+        return None
+    library = ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY)
+    ask = library.llmtrain_cuda_architectures
+    ask.restype = ctypes.c_char_p
+    answer: bytes = ask()
+    return answer.decode()
