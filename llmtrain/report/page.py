@@ -208,7 +208,7 @@ def _numerics(runs: Sequence[Run]) -> str:
         f"<p>Step {steps}. Shares of elements that a cast with static scales makes zero or clips: "
         "inputs and weights to e4m3, gradients (times quantization.gradient_scale) to e5m2.</p>"
     )
-    return note + table([*names, *HEAD], rows, len(names) + 2)
+    return note + html_table([*names, *HEAD], rows, len(names) + 2)
 
 
 def _events(runs: Sequence[Run]) -> str:
