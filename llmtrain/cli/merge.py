@@ -1,4 +1,4 @@
-"""``llmtrain merge METHOD MODEL [MODEL ...] --out DST``."""
+"""``llmtrain merge METHOD MODEL [MODEL ...] --out DST`` and ``merge path A B``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 HELP = "merge models into one: soups, task vectors, TIES, Model Stock, ..."
 METHODS = (
-    "linear, soup, slerp, wise-ft, task-arithmetic, ties, dare, model-stock, fisher, greedy-soup"
+    "linear, soup, slerp, wise-ft, task-arithmetic, ties, dare, model-stock, fisher, "
+    "greedy-soup; path: losses between two checkpoints"
 )
 
 
@@ -42,6 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="held-out domain that greedy-soup and --search look at (default: the mean of all)",
     )
+    parser.add_argument(
+        "--align",
+        action="store_true",
+        help="first permute hidden units and heads of the models to match the base or first one",
+    )
+    parser.add_argument(
+        "--points",
+        type=int,
+        default=11,
+        metavar="N",
+        help="path: places on the line between the two checkpoints (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -51,10 +64,12 @@ def run(args: argparse.Namespace) -> int:
     from llmtrain.merge.offline import RECIPE, merge_models
     from llmtrain.merge.recipe import read_recipe
 
-    file, given, changes = _recipe_words(args)
     out = Path(args.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} exists and is not empty; choose another folder")
+    if args.method == "path":
+        return _path(args, out)
+    file, given, changes = _recipe_words(args)
     recipe = read_recipe(file, given, changes)
     if args.search is None and recipe.method not in ("greedy-soup", "fisher"):
         merged = merge_models(recipe, out)
@@ -64,6 +79,28 @@ def run(args: argparse.Namespace) -> int:
     for path in merged.files:
         print(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
     print(f"  {RECIPE}: the recipe; llmtrain merge {merged.path / RECIPE} --out ... repeats it")
+    return 0
+
+
+def _path(args: argparse.Namespace, out: Path) -> int:
+    """``llmtrain merge path A B``: losses between two checkpoints."""
+    from llmtrain.merge.path import interpolate, write_curve
+
+    if len(args.overrides) != 2 or args.base is not None or args.search or args.domain:
+        raise ConfigError("path takes two checkpoints and --points, --align, --device, --out")
+    if args.points < 3:
+        raise ConfigError(f"--points: {args.points} is too few; give at least 3, ends included")
+    first, second = (Path(word) for word in args.overrides)
+
+    def say(t: float, loss: float) -> None:
+        print(f"t {t:.3f}: held-out loss {loss:.4f}", flush=True)
+
+    curve = interpolate(first, second, args.points, device=args.device, aligned=args.align, say=say)
+    written = write_curve(curve, out)
+    for name, value in curve.barriers.items():
+        print(f"barrier of {name}: {value:.4f}")
+    for file in written:
+        print(file)
     return 0
 
 
@@ -88,6 +125,8 @@ def _recipe_words(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any]
     changes = [w for w in args.overrides if _is_change(w)]
     models = [{"path": w} for w in args.overrides if not _is_change(w)]
     given: dict[str, Any] = {}
+    if args.align:
+        changes.append("align=true")
     if args.base is not None:
         given["base_model"] = args.base
     if args.method in known:

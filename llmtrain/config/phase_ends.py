@@ -27,6 +27,9 @@ def lr_step(cfg: RunConfig, level: float, total: int) -> int:
         cfg.schedule, total, cfg.train.global_batch_size * cfg.data.seq_len
     )
     low, high = min(curve.warmup, total), total
+    if curve.restarts:  # the curve rises again
+        reached = (at for at in range(low, total) if curve.factor(at) <= level * (1 + _SLACK))
+        return next(reached, total)
     while low < high:  # the curve never rises after the warmup
         middle = (low + high) // 2
         if curve.factor(middle) <= level * (1 + _SLACK):

@@ -149,14 +149,17 @@ class PhaseConfig:
     """A stretch of the mixture schedule."""
 
     until: Duration = key(lambda: dur("1dur"), "where the phase ends", gt=0)
-    until_lr: float | None = key(
-        None, "instead: where the learning rate has fallen to this part of the peak", gt=0, lt=1
-    )
     weights: dict[str, float] = key(dict, "source: share of the tokens; normalised to sum 1", ge=0)
     ramp: str = key(
         "step",
         "step: constant weights; linear: from the previous phase's weights",
         choices=("step", "linear"),
+    )
+    until_lr: float | None = key(
+        None,
+        "in place of until: the learning rate has fallen to this part",
+        gt=0,
+        lt=1,
     )
 
 

@@ -23,6 +23,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
+from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
     SHARD_BYTES,
     Converted,
@@ -69,8 +70,9 @@ def open_checkpoint(src: Path, architecture: str | None = None) -> OpenedCheckpo
     run = load_config(found / "config.yaml")
     cfg = complete(run.model, json.loads(files["data.json"])["vocab_size"], run.data.seq_len)
     origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
-    kind = _chosen(cfg, architecture, origin)
-    return OpenedCheckpoint(found, cfg, kind, rules_for(kind.name, cfg), files, origin, notes)
+    plain = folded(cfg)
+    kind = _chosen(plain, architecture, origin)
+    return OpenedCheckpoint(found, cfg, kind, rules_for(kind.name, plain), files, origin, notes)
 
 
 def to_huggingface(
@@ -88,10 +90,11 @@ def to_huggingface(
     architecture: by name; None: what it was converted from, or the one that computes the same.
     dtype: None: the one it was converted from, or that of the checkpoint. Raises
     CheckpointError when no architecture fits, naming the settings that stand in the way; then
-    nothing is written.
+    nothing is written. Multipliers of ``model.scaling`` are folded into the weights.
     """
     opened = open_checkpoint(src, architecture)
     found, cfg, kind = opened.path, opened.cfg, opened.architecture
+    plain = folded(cfg)
     layout = {
         key.removeprefix(MODEL_PREFIX): value
         for key, value in read_layout(found).items()
@@ -102,7 +105,7 @@ def to_huggingface(
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
-        config = kind.write(cfg) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
+        config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         carried = {name: data for name, data in opened.files.items() if name in CARRIED}
         for name, data in {CONFIG: text, **carried}.items():
@@ -199,6 +202,9 @@ class _Writer:
         for rule in rules:
             key = MODEL_PREFIX + rule.ours
             whole = read_tensor(self._found, key, self._layout[rule.ours])
+            factor = fold_factor(self._cfg, rule.ours)
+            if factor != 1.0:
+                whole = whole.float().mul_(factor)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
                 whole = whole.float().add_(self._change(layer))

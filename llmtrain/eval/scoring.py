@@ -158,8 +158,9 @@ class _Scoring:
 
     def _scorer(self, number: int) -> Scorer:
         path = self.paths[number]
-        # A step's effect on the loss would drown in bf16's rounding.
-        exact = ["precision.compute=fp32"] if self.request.method == "influence" else []
+        # A step's effect on the loss would drown in the rounding of bf16 and FP8.
+        plain = ["precision.compute=fp32", "quantization=null"]
+        exact = plain if self.request.method == "influence" else []
         trained = load_trained(path, self.world.device, exact, self.layout)
         self.say(f"{self.request.method} by {path} (step {trained.step})")
         _check_fit(self.cfg, self.catalogue, trained)

@@ -68,6 +68,9 @@ class MergeRecipe:
     seed: int = key(0, "dare: draws the changes that are dropped", ge=0)
     fisher_floor: float = key(1e-6, "fisher: least information of a weight", gt=0)
     fisher_samples: int = key(64, "fisher: sequences of each model's training data", ge=1)
+    align: bool = key(
+        False, "first permute hidden units and heads of the models to match the base (or first) one"
+    )
     dtype: str | None = key(
         None, "of the result; null: as the first", choices=("fp32", "bf16", "fp16", None)
     )
@@ -120,6 +123,8 @@ def check_recipe(recipe: MergeRecipe, faults: Collector) -> None:
         faults.add("models", f"{recipe.method} merges one model with the base, not {count}")
     elif count < least:
         faults.add("models", f"{recipe.method} needs at least {least}, not {count}; name more")
+    if recipe.align and recipe.method == "fisher":
+        faults.add("align", "does not go together with fisher, whose information is not permuted")
     for i, model in enumerate(recipe.models):
         if not model.path.strip():
             faults.add(f"models.{i}.path", "is empty; name a checkpoint, a run or a folder")

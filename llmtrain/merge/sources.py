@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,16 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
+# Along which dimension of a tensor, and which old place comes to each new one.
+Move = tuple[int, Tensor]
+
+
 @dataclass
 class Source:
     """An opened model: dtype and shape of every tensor, and its small files.
 
-    ours: a checkpoint of llmtrain (names without their ``model.`` prefix).
+    ours: a checkpoint of llmtrain (names without their ``model.`` prefix). moves: tensors that are
+    permuted when they are read (see ``align``).
     """
 
     path: Path
@@ -44,23 +50,38 @@ class Source:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     files: dict[str, bytes]
+    moves: dict[str, Move] = field(default_factory=dict)
     _stored: dict[str, TensorLayout] = field(default_factory=dict)
     _entries: dict[str, tuple[Path, Entry]] = field(default_factory=dict)
 
+    def whole(self, name: str) -> Tensor:
+        """All of a tensor as it is stored."""
+        reader = self._stored_reader(name)
+        try:
+            return reader.block(0, math.prod(self.shapes[name])).view(self.shapes[name])
+        finally:
+            reader.close()
+
     def reader(self, name: str) -> Reader:
-        """Reads one tensor."""
+        """Reads one tensor; one that is permuted is held whole."""
+        if name in self.moves:
+            return Reader(self.path, None, self.whole(name).index_select(*self.moves[name]))
+        return self._stored_reader(name)
+
+    def _stored_reader(self, name: str) -> Reader:
         if name in self._entries:
             file, entry = self._entries[name]
             return Reader(file, entry)
         whole = read_tensor(self.path, MODEL_PREFIX + name, self._stored[name])
-        return Reader(self.path, None, whole.reshape(-1))
+        return Reader(self.path, None, whole)
 
 
 class Reader:
     """The values of a tensor in row-major order, block by block; threads may share it."""
 
     def __init__(self, file: Path, entry: Entry | None, whole: Tensor | None = None) -> None:
-        self._path, self._entry, self._whole = file, entry, whole
+        self._path, self._entry = file, entry
+        self._whole = None if whole is None else whole.reshape(-1)
         self._file = None if entry is None else file.open("rb", buffering=0)
 
     def block(self, begin: int, end: int) -> Tensor:

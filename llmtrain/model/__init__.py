@@ -21,7 +21,7 @@ from llmtrain.model.formats import (
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
-from llmtrain.model.scaling import decay_factor, rate_factors, scaling_table
+from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
 from llmtrain.model.sharding import (
     check_tensor_degree,
     keep_own_parts,
@@ -55,6 +55,7 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
+    "multiplier",
     "padded_vocab",
     "param_counts",
     "param_roles",

@@ -10,7 +10,7 @@ from llmtrain.recipes.sweep import Expectation, Point, Sweep
 MUS, STANDARD = "mus", "standard"
 # (widths, powers of two of the learning rate for each kind).
 GRIDS: dict[str, tuple[tuple[int, ...], dict[str, range]]] = {
-    "mini": ((16, 32, 64, 128), {MUS: range(-8, -2), STANDARD: range(-11, -4)}),
+    "mini": ((16, 32, 64, 128), {MUS: range(-6, 0), STANDARD: range(-11, -4)}),
     "small": ((256, 512, 1024, 2048), {MUS: range(-12, -5), STANDARD: range(-15, -7)}),
     "paper": (
         (256, 512, 1024, 2048, 4096, 8192),
@@ -65,7 +65,7 @@ def _run(scale: str, point: Point) -> dict[str, Any]:
         model = shape(point.kind, point.size, 2, 16)
         if point.kind == MUS:
             model["scaling"]["base_width"] = 16
-        return short_run(100, model, optim) | {"guard": guard}
+        return short_run(60, model, optim) | {"guard": guard}
     model = shape(point.kind, point.size, 4, 128) | {"vocab_size": 100352}
     return {
         "model": model,
