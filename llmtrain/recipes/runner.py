@@ -62,7 +62,9 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     return lines
 
 
-def _result(experiment: Experiment, losses: Losses, costs: Sequence[str]) -> tuple[list[str], str]:
+def _result(
+    experiment: Experiment, losses: Losses, costs: Sequence[str] = ()
+) -> tuple[list[str], str]:
     """The lines and the drawing of finished runs."""
     sweep = experiment.sweep
     if sweep is None:

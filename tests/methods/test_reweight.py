@@ -134,6 +134,21 @@ def test_the_last_forward_is_not_made_twice(
     assert made == [micro] * passes
 
 
+def test_two_passes_come_to_the_same(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pipelines and DeepSpeed do it; dropout is that of the sample, in whatever pass."""
+    section = {"samples": "extremes", "temperature": 0.3, "warmup": "0step", "tokens": "focal"}
+    cfg = load(tmp_path, corpus, section, train__micro_batch_size=4, model__dropout=0.2)
+    once, batch, _ = one_step(cfg)
+    monkeypatch.setattr(TrainModule, "begins", False)
+    twice, again, _ = one_step(cfg)
+    torch.testing.assert_close(batch.weights, again.weights, rtol=1e-6, atol=0)
+    assert len(set(once.hook.last.tolist())) == 7  # the lowest and the highest weigh alike
+    for name, p in once.module.params.items():
+        torch.testing.assert_close(p.grad, twice.module.params[name].grad, rtol=1e-4, atol=1e-6)
+
+
 def test_weights_changed_by_a_later_hook_count(tmp_path: Path, corpus: Path) -> None:
     """What was computed ahead with other weights is then not used."""
     section = {"samples": "linupper", "warmup": "0step"}
