@@ -136,6 +136,8 @@ def scaling_table(cfg: ModelConfig, optim: OptimConfig) -> list[tuple[str, ...]]
     constant = {"norm": "1 (constant)", "bias": "0 (constant)"}
     products = {"hidden": (cfg.d_model, cfg.d_ff), "head": (cfg.d_model,)}
     for role, rate in rate_factors(cfg).items():
+        if role == "adapter":
+            continue
         widths = dict.fromkeys(w for w in products.get(role, ()) if w is not None)
         factors = [f"{multiplier(cfg, role, w):.4g} (of {w})" for w in widths]
         std = constant.get(role) or f"{init_std(cfg, role):.4g}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 
@@ -54,7 +55,7 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     """
     stages = setting.stages(stage)
     blocks = sum(len(part.blocks) for part in stages)
-    found = tensor_layers(setting, blocks)
+    found = tensor_layers(setting, blocks, _run_twice(setting, stages))
     found += shared_heads(setting, blocks)
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
@@ -66,7 +67,15 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     return [t for t in found if t.ranks > 1 and t.calls > 0]
 
 
-def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
+def _run_twice(setting: Setting, stages: Iterable[Stage]) -> int:
+    """Blocks whose backward runs in two passes: those of a zero-bubble pipeline, but not of its
+    first stage, which has no input's gradient."""
+    if setting.cfg.parallel.pipeline_schedule != "zero_bubble" or setting.degrees.pipeline == 1:
+        return 0
+    return sum(len(part.blocks) for part in stages if not part.first)
+
+
+def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic]:
     """Tensor parallelism in the blocks (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022).
 
     A block has two column-parallel products (q k v; up) and two row-parallel ones (out; down).
@@ -77,7 +86,8 @@ def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
     reduce-scatter and an all-gather of the same payload: forward 2 all-gathers (column) and 2
     reduce-scatters (row); backward 2 all-gathers (row) and 2 reduce-scatters (column), and 2
     more all-gathers of the column inputs unless ``keep_gathered``. ``recompute: full`` repeats
-    the forward's.
+    the forward's. twice: layers whose backward runs in two passes, each of which gathers the
+    gradients of the row-parallel products.
     """
     calls = layers * setting.micro_batches
     forwards = 2 if setting.cfg.train.recompute == "full" else 1
@@ -88,6 +98,7 @@ def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
     payload = setting.padded_tokens * setting.model.d_model * setting.item
     again = 0 if setting.cfg.parallel.keep_gathered else 1
     gathers, scatters = 2 * calls * (forwards + 1 + again), 2 * calls * (forwards + 1)
+    gathers += 2 * twice * setting.micro_batches
     return [
         _tensor(setting, "blocks", ALL_GATHER, gathers, payload),
         _tensor(setting, "blocks", REDUCE_SCATTER, scatters, payload),

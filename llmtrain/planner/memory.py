@@ -96,7 +96,8 @@ def _in_flight(setting: Setting, rank: int) -> float:
 
     gpipe: all; 1f1b: as many as ranks from here on (Narayanan et al. 2019); with v stages on a
     rank 2 (p - 1 - r) + (v - 1) p + 1 forwards of one stage come before the first backward ends
-    (Narayanan et al. 2021).
+    (Narayanan et al. 2021). zero_bubble begins backward p - 1 - r forwards earlier, and the
+    weights' gradients, which free what was kept, lag r of them behind: v p on every rank.
     """
     p, m, v = setting.degrees.pipeline, setting.micro_batches, len(setting.stages(rank))
     schedule = setting.cfg.parallel.pipeline_schedule
@@ -106,6 +107,8 @@ def _in_flight(setting: Setting, rank: int) -> float:
         return m
     if schedule == "1f1b":
         return min(m, p - rank)
+    if schedule == "zero_bubble":
+        return min(m, p)
     return min(m * v, 2 * (p - 1 - rank) + (v - 1) * p + 1) / v
 
 

@@ -10,7 +10,7 @@ from llmtrain.recipes.sweep import Expectation, Point, Sweep
 
 # (depths, values of tau, width).
 GRIDS: dict[str, tuple[tuple[int, ...], tuple[float, ...], int]] = {
-    "mini": ((2, 4, 8, 16), (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4), 32),
+    "mini": ((2, 4, 8, 16), (0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2), 32),
     "small": ((4, 8, 16, 32), (0.05, 0.1, 0.2, 0.4, 0.8), 512),
     "paper": ((20, 40, 60, 80, 100), (0.05, 0.1, 0.2, 0.4, 0.8), 1024),
 }

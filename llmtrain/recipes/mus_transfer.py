@@ -20,10 +20,24 @@ GRIDS: dict[str, tuple[tuple[int, ...], dict[str, range]]] = {
 DECAY = {"mini": 2.0**-10, "small": 2.0**-13, "paper": 2.0**-13}
 
 
+# Beside the learning rates, at the scales that make jobs: powers of two of the weight decay, at one
+# rate a width (standard: by the paper's rule for it). Too short for a miniature, where a decay that
+# matters in a run of 60 steps would be none that anybody uses.
+DECAYS = range(-16, -9)
+DECAY_RATES = {MUS: 2.0**-9, STANDARD: 2.0**-11}
+
+
 def points(scale: str) -> list[Point]:
-    """Every width at every learning rate of its kind."""
+    """Every width at every learning rate of its kind, and at every decay of ``DECAYS``."""
     widths, powers = GRIDS[scale]
-    return [Point(k, w, 2.0**p) for k in powers for w in widths for p in powers[k]]
+    found = [Point(k, w, 2.0**p) for k in powers for w in widths for p in powers[k]]
+    if scale != "mini":
+        found += [Point(_decay(k), w, 2.0**p) for k in powers for w in widths for p in DECAYS]
+    return found
+
+
+def _decay(kind: str) -> str:
+    return f"{kind} decay"
 
 
 def shape(kind: str, width: int, layers: int, d_head: int) -> dict[str, Any]:
@@ -53,20 +67,20 @@ def short_run(steps: int, model: dict[str, Any], optim: dict[str, Any]) -> dict[
 
 def _run(scale: str, point: Point) -> dict[str, Any]:
     mini = scale == "mini"
-    optim = {
-        "name": "lion",
-        "lr": point.value,
-        "weight_decay": DECAY[scale],
-        "decoupled": "fully",
-    }
+    kind, _, decays = point.kind.partition(" ")
+    rate, decay = point.value, DECAY[scale]
+    if decays:
+        transfer = 256 / point.size if kind == STANDARD else 1.0
+        rate, decay = DECAY_RATES[kind] * transfer, point.value
+    optim = {"name": "lion", "lr": rate, "weight_decay": decay, "decoupled": "fully"}
     # A rate that is too high shall end with a bad loss, not end the sweep.
     guard = {"nonfinite": "skip", "max_skips": 1_000_000, "spike": "ignore"}
     if mini:
-        model = shape(point.kind, point.size, 2, 16)
-        if point.kind == MUS:
+        model = shape(kind, point.size, 2, 16)
+        if kind == MUS:
             model["scaling"]["base_width"] = 16
         return short_run(60, model, optim) | {"guard": guard}
-    model = shape(point.kind, point.size, 4, 128) | {"vocab_size": 100352}
+    model = shape(kind, point.size, 4, 128) | {"vocab_size": 100352}
     return {
         "model": model,
         "data": {

@@ -91,7 +91,7 @@ def test_result_of_a_sweep_is_a_table_a_verdict_and_a_drawing() -> None:
     experiment = Experiment(
         "s", "A & B", ["paper: 1"], lambda scale: trials, (), trials[0].label, sweep=SWEEP
     )
-    lines, drawing = _result(experiment, _curves(FLAT, LAW))
+    lines, drawing = _result(experiment, _curves(FLAT, LAW), ())
     text = "\n".join(lines)
     assert "verdict: direction holds" in text and "paper: 1" in text and "-1.00" in text
     assert drawing.count("<polyline") == 8 and "A &amp; B" in drawing
@@ -108,6 +108,15 @@ def test_grids_have_equal_factors_and_labels_of_their_own(module: object, scale:
     for kind in experiment.sweep.expects:
         grid = sorted({p.value for p in points if p.kind == kind})
         assert all(b / a == pytest.approx(2) for a, b in pairwise(grid))
+
+
+def test_decays_are_swept_at_the_rate_of_the_papers_rule() -> None:
+    runs = {t.label: t.config["optim"] for t in mus_transfer.EXPERIMENT.trials("paper")}
+    at = 2.0**-13
+    wide, narrow = (runs[Point("standard decay", w, at).label] for w in (1024, 256))
+    assert narrow["lr"] == 4 * wide["lr"] and wide["weight_decay"] == at
+    assert runs[Point("mus decay", 8192, at).label]["lr"] == mus_transfer.DECAY_RATES["mus"]
+    assert not any("decay" in p.kind for p in mus_transfer.points("mini"))
 
 
 @pytest.mark.parametrize(
