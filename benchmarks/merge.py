@@ -12,7 +12,9 @@ element. mergekit is left out without ``--mergekit``.
 
 Then the merge of SFA in training, ``theta <- (1 - beta) theta + beta theta_o`` over the same
 number of bytes, against one pass that reads two tensors and writes one at memory bandwidth
-(``torch.add(a, b, out=a)`` on the whole memory). Medians go to benchmarks/results/merge.json.
+(``torch.add(a, b, out=a)`` on the whole memory), in processor time of one thread, since other work
+on the machine would be counted otherwise. Medians go to benchmarks/results/merge.json and
+merge_training.json.
 """
 
 from __future__ import annotations
@@ -232,7 +234,8 @@ def warm(models: list[Path]) -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Readings of all cases, and their ratios."""
-    models = make_models(folder, args.dtype, 4)
+    names = args.only.split(",") if args.only else list(CASES)
+    models = make_models(folder, args.dtype, max(CASES[name].count for name in names))
     threads = str(args.threads or common.usable_cores())
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -246,7 +249,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         sides["mergekit"] = lambda case, out: their_command(case, models, out, args.mergekit)
         environments["mergekit"] = {k: v for k, v in plain.items() if k != "PYTHONPATH"}
     found: dict[str, Any] = {}
-    for name in args.only.split(",") if args.only else CASES:
+    for name in names:
         case = CASES[name]
         readings: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
@@ -300,15 +303,22 @@ def in_training(megabytes: int, rounds: int) -> dict[str, Any]:
     from llmtrain.merge.copies import move_towards
 
     count = max(1, megabytes // 4)
+    torch.set_num_threads(1)
     params = {str(i): torch.randn(1000, 1000) for i in range(count)}
     anchor = {k: torch.randn(1000, 1000) for k in params}
     one, two = torch.randn(count * 1000 * 1000), torch.randn(count * 1000 * 1000)
     torch.add(one, two, out=one)
     move_towards(params, anchor, 0.5)
+
+    def seconds(work: Callable[[], object]) -> float:
+        begin = time.thread_time()
+        work()
+        return time.thread_time() - begin
+
     readings = common.interleaved(
         {
-            "merge_s": lambda: common.seconds(lambda: move_towards(params, anchor, 0.5)),
-            "pass_s": lambda: common.seconds(lambda: torch.add(one, two, out=one)),
+            "merge_s": lambda: seconds(lambda: move_towards(params, anchor, 0.5)),
+            "pass_s": lambda: seconds(lambda: torch.add(one, two, out=one)),
         },
         rounds,
     )
@@ -322,6 +332,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter that has mergekit")
+    parser.add_argument("--part", choices=("all", "offline", "training"), default="all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, help="of each side (default: usable cores)")
@@ -329,6 +340,11 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
     parser.add_argument("--out", type=Path, help="result file")
     args = parser.parse_args()
+    if args.part != "offline":
+        found = in_training(1000, max(args.rounds, 15))
+        print(common.write_result("merge_training", found))
+    if args.part == "training":
+        return
     folder = Path(tempfile.mkdtemp(prefix="merge-", dir=args.folder))
     try:
         cases = compare(args, folder)
@@ -338,7 +354,6 @@ def main() -> None:
         "dtype": args.dtype,
         "threads": args.threads or common.usable_cores(),
         "offline": cases,
-        "in_training": in_training(1000, max(args.rounds, 5)),
         "mergekit": their_version(args.mergekit) if args.mergekit else None,
     }
     print(common.write_result("merge", result, "safetensors", out=args.out))

@@ -9,6 +9,7 @@ import sys
 from llmtrain.cli.process import prepare_process
 from llmtrain.errors import LlmtrainError
 
+MOST_PROCESSES = 1 << 17
 HELP = "train a model from a YAML file"
 
 
@@ -75,3 +76,7 @@ def _check_world(args: argparse.Namespace) -> None:
         )
     if args.world < 1:
         raise LlmtrainError(f"--world {args.world}: the number of processes is 1 or more")
+    if args.world > MOST_PROCESSES:
+        raise LlmtrainError(
+            f"--world {args.world}: plans go up to {MOST_PROCESSES:,} processes; use fewer"
+        )

@@ -76,6 +76,13 @@ def _check_pipeline(cfg: RunConfig, faults: Collector) -> None:
             f"{schedule} runs several stages a rank; set 2 or more, or pipeline_schedule 1f1b",
             *keys,
         )
+    if schedule == "zero_bubble" and cfg.train.recompute == "full":
+        faults.add(
+            "train.recompute",
+            "full would compute every block again for the inputs' gradients and once more for each "
+            "group of weights of zero_bubble; use selective, or pipeline_schedule interleaved",
+            *keys,
+        )
     stages = parallel.pipeline * per_rank
     if stages > cfg.model.n_layers:
         faults.add(
@@ -129,7 +136,8 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
     named = " x ".join(f"{n} {getattr(parallel, n)}" for n in ("replicate", *more))
     world = f"the run has {world_size} processes"
     if parallel.shard is None and world_size % fixed:
-        key = f"parallel.{more[0] if more else 'replicate'}"
+        misfits = [name for name in more if world_size % getattr(parallel, name)]
+        key = f"parallel.{([*misfits, *more] or ['replicate'])[0]}"
         product = f"{named} = {fixed}" if more else str(fixed)
         faults.add(
             key,

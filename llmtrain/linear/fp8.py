@@ -53,7 +53,7 @@ class Fp8Matmul:
     ) -> None:
         self.name, self.dtype, self.dynamic = name, dtype, dynamic
         self.gradient_scale = gradient_scale
-        self.plain: Matmul = matmul_for(dtype)
+        self.plain, self.wide = matmul_for(dtype), matmul_for(torch.float32)
 
     def __repr__(self) -> str:
         return f"Fp8Matmul({self.name})"
@@ -86,7 +86,8 @@ class Fp8Matmul:
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         a, b = _packed(x), _packed(weight)
         if _rows(a).device.type != "cuda":
-            return self.plain.fprop(self._number(a), self._number(b), bias, scale * _factor(a, b))
+            plain, first, second, factor = self._emulated(a, b, scale)
+            return plain.fprop(first, second, bias, factor).to(self.dtype)
         inside = bias is not None and self.dtype == torch.bfloat16
         add = bias.to(self.dtype) if inside and bias is not None else None
         y = _product((_rows(a), _rows(b)), (a, b), scale, self.dtype, add, fast=True)
@@ -96,7 +97,8 @@ class Fp8Matmul:
         scale /= self.gradient_scale
         a, b = _packed(grad), _packed(weight)
         if _rows(a).device.type != "cuda":
-            return self.plain.dgrad(self._number(a), self._number(b), scale * _factor(a, b))
+            plain, first, second, factor = self._emulated(a, b, scale)
+            return plain.dgrad(first, second, factor).to(self.dtype)
         return _product((_rows(a), _columns(b)), (a, b), scale, self.dtype)
 
     def wgrad(
@@ -105,14 +107,21 @@ class Fp8Matmul:
         scale /= self.gradient_scale
         a, b = _packed(grad), _packed(x)
         if _rows(a).device.type != "cuda":
-            factor = scale * _factor(a, b)
-            return self.plain.wgrad(self._number(a), self._number(b), into, factor)
+            plain, first, second, factor = self._emulated(a, b, scale)
+            return plain.wgrad(first, second, into, factor)
         product = _product((_columns(a), _columns(b)), (a, b), scale, torch.float32)
         return product if into is None else into.add_(product)
 
-    def _number(self, x: Packed) -> Tensor:
-        """The values in the compute dtype, which holds every FP8 number; without the scale."""
-        return fp8_uncast(_rows(x), self.dtype)
+    def _emulated(self, a: Packed, b: Packed, scale: float) -> tuple[Matmul, Tensor, Tensor, float]:
+        """A plain matmul, the operands as it reads them, and the factor on their product."""
+        if self.dynamic and torch.compiler.is_compiling():
+            # A scale that is read as a number would break the graph.
+            assert a.scale is not None and b.scale is not None
+            first, second = fp8_uncast(_rows(a), torch.float32), fp8_uncast(_rows(b), torch.float32)
+            return self.wide, first * a.scale, second * b.scale, scale
+        # The compute dtype holds every FP8 number.
+        first, second = fp8_uncast(_rows(a), self.dtype), fp8_uncast(_rows(b), self.dtype)
+        return self.plain, first, second, scale * _factor(a, b)
 
 
 def _packed(x: Operand) -> Packed:

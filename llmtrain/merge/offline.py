@@ -36,7 +36,6 @@ from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
 from llmtrain.checkpoint.store import explain, sync_folder
 from llmtrain.config.dump import to_dict
 from llmtrain.errors import CheckpointError
-from llmtrain.merge.align import moves
 from llmtrain.merge.blocks import Inputs, Workers
 from llmtrain.merge.methods import RULES, Rule
 from llmtrain.merge.recipe import MergeRecipe
@@ -102,8 +101,12 @@ def _open(recipe: MergeRecipe, fishers: Sequence[Path]) -> _Models:
     models = [open_source(m.path) for m in recipe.models]
     every = [*([base] if base else []), *models]
     check_alike(every)
-    for model in every[1:] if recipe.align else ():
-        model.moves = moves(every[0], model)
+    if recipe.align:
+        # The decoder's modules, which take longer to load than a small merge.
+        from llmtrain.merge.align import moves
+
+        for model in every[1:]:
+            model.moves = moves(every[0], model)
     found: list[Source] = []
     if recipe.method == "fisher":
         paths = [m.fisher or str(f) for m, f in zip(recipe.models, fishers, strict=True)]

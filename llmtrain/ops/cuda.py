@@ -66,9 +66,16 @@ def load_fault() -> str | None:
     return None
 
 
+# torch.compile takes the answer instead of looking into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def ready() -> bool:
+    """Whether the kernels can be called."""
+    return load_fault() is None
+
+
 def cuda_usable(x: Tensor) -> bool:
     """Whether the CUDA kernels take ``x``: float32 or bfloat16 on a GPU."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and load_fault() is None
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and ready()
 
 
 def cuda_kernels() -> Any:

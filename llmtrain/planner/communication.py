@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmtrain.parallel.pipeline import Part as Stage
+from llmtrain.planner.adapters import adapted_blocks
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 
@@ -54,7 +56,10 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     """
     stages = setting.stages(stage)
     blocks = sum(len(part.blocks) for part in stages)
-    found = tensor_layers(setting, blocks)
+    if setting.model.adapters is None:
+        found = tensor_layers(setting, blocks, _run_twice(setting, stages))
+    else:
+        found = _adapted_layers(setting, stages)
     found += shared_heads(setting, blocks)
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
@@ -66,7 +71,15 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     return [t for t in found if t.ranks > 1 and t.calls > 0]
 
 
-def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
+def _run_twice(setting: Setting, stages: Iterable[Stage]) -> int:
+    """Blocks whose backward runs in two passes: those of a zero-bubble pipeline, but not of its
+    first stage, which has no input's gradient."""
+    if setting.cfg.parallel.pipeline_schedule != "zero_bubble" or setting.degrees.pipeline == 1:
+        return 0
+    return sum(len(part.blocks) for part in stages if not part.first)
+
+
+def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic]:
     """Tensor parallelism in the blocks (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022).
 
     A block has two column-parallel products (q k v; up) and two row-parallel ones (out; down).
@@ -77,7 +90,8 @@ def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
     reduce-scatter and an all-gather of the same payload: forward 2 all-gathers (column) and 2
     reduce-scatters (row); backward 2 all-gathers (row) and 2 reduce-scatters (column), and 2
     more all-gathers of the column inputs unless ``keep_gathered``. ``recompute: full`` repeats
-    the forward's.
+    the forward's. twice: layers whose backward runs in two passes, each of which gathers the
+    gradients of the row-parallel products.
     """
     calls = layers * setting.micro_batches
     forwards = 2 if setting.cfg.train.recompute == "full" else 1
@@ -88,9 +102,18 @@ def tensor_layers(setting: Setting, layers: int) -> list[Traffic]:
     payload = setting.padded_tokens * setting.model.d_model * setting.item
     again = 0 if setting.cfg.parallel.keep_gathered else 1
     gathers, scatters = 2 * calls * (forwards + 1 + again), 2 * calls * (forwards + 1)
+    gathers += 2 * twice * setting.micro_batches
     return [
         _tensor(setting, "blocks", ALL_GATHER, gathers, payload),
         _tensor(setting, "blocks", REDUCE_SCATTER, scatters, payload),
+    ]
+
+
+def _adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+    m, t = setting.micro_batches, setting.degrees.tensor
+    return [
+        Traffic("blocks", kind, "tensor", t, m * calls, m * values * setting.item)
+        for kind, (calls, values) in adapted_blocks(setting, stages).items()
     ]
 
 
@@ -146,7 +169,9 @@ def tensor_ends(setting: Setting, first: bool, last: bool) -> list[Traffic]:
             continue
         if setting.sequence:
             payload = setting.padded_tokens * width
-            found.append(_tensor(setting, what, ALL_GATHER, m, payload))
+            # A frozen embedding has no backward.
+            if what == "head" or setting.model.adapters is None:
+                found.append(_tensor(setting, what, ALL_GATHER, m, payload))
             found.append(_tensor(setting, what, REDUCE_SCATTER, m, payload))
         else:
             found.append(_tensor(setting, what, ALL_REDUCE, m, setting.tokens * width))
@@ -165,7 +190,7 @@ def tensor_gradients(setting: Setting, parts: Iterable[Part]) -> list[Traffic]:
     each when it reduces the gradients: in the compute dtype, or in ``precision.reduce`` where
     they were accumulated over micro-batches.
     """
-    sizes = [part.elements for part in parts if part.partial]
+    sizes = [part.elements for part in parts if part.partial and part.trained]
     if not sizes:
         return []
     if setting.data_ranks == 1:
@@ -200,8 +225,9 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
         else:
             times = setting.micro_batches * (2 if again else 1)
         gathers, gathered = gathers + times, gathered + times * size * setting.item
-        reductions += setting.reductions
-        reduced += setting.reductions * size * reduce
+        trained = shards * sum(part.stored(shards) for part in unit if part.trained)
+        reductions += setting.reductions if trained else 0
+        reduced += setting.reductions * trained * reduce
     return [
         Traffic("parameters", ALL_GATHER, "shard", shards, gathers, gathered),
         Traffic("gradients", REDUCE_SCATTER, "shard", shards, reductions, reduced),

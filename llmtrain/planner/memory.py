@@ -96,7 +96,8 @@ def _in_flight(setting: Setting, rank: int) -> float:
 
     gpipe: all; 1f1b: as many as ranks from here on (Narayanan et al. 2019); with v stages on a
     rank 2 (p - 1 - r) + (v - 1) p + 1 forwards of one stage come before the first backward ends
-    (Narayanan et al. 2021).
+    (Narayanan et al. 2021). zero_bubble begins backward p - 1 - r forwards earlier, and the
+    weights' gradients, which free what was kept, lag r of them behind: v p on every rank.
     """
     p, m, v = setting.degrees.pipeline, setting.micro_batches, len(setting.stages(rank))
     schedule = setting.cfg.parallel.pipeline_schedule
@@ -106,6 +107,8 @@ def _in_flight(setting: Setting, rank: int) -> float:
         return m
     if schedule == "1f1b":
         return min(m, p - rank)
+    if schedule == "zero_bubble":
+        return min(m, p)
     return min(m * v, 2 * (p - 1 - rank) + (v - 1) * p + 1) / v
 
 
@@ -124,9 +127,11 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
     compute dtype."""
     weights = FLOAT * _stored(setting, parts)
     lion = setting.cfg.optim.name == "lion"
+    trained = [part for part in parts if part.trained]
+    moment = FLOAT * _stored(setting, trained)
     found = {
         "weights (fp32)": weights,
-        "optimizer state": weights if lion else 2 * weights + FLOAT * len(parts),
+        "optimizer state": moment if lion else 2 * moment + FLOAT * len(trained),
     }
     penalty = setting.cfg.penalty
     if penalty is not None and not penalty.offload:
@@ -189,6 +194,8 @@ class _Gradients:
         unit's weights, copies its gradients into a buffer in ``precision.reduce``, reduces that
         and keeps the shard. Micro-batches before the last add up whole gradients; where each is
         reduced, what it adds stays beside the sum until the end of its backward."""
+        units = [[part for part in unit if part.trained] for unit in units]
+        units = [unit for unit in units if unit]
         parts = [part for unit in units for part in unit]
         whole, stored = FLOAT * _elements(parts), FLOAT * _stored(setting, parts)
         outside = [part for part in parts if part.block is None]

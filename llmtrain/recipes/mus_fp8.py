@@ -28,7 +28,7 @@ def _run(scale: str, name: str, fp8: bool) -> dict[str, Any]:
     if name == "mus":
         shape["norm_placement"] = "post_branch"
     if scale == "mini":
-        data = {"seq_len": 128, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
+        data = {"seq_len": 64, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
         run = mini_run(200, data=data, **sections)
         run["model"] = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512, **shape}
         run["optim"] = {"lr": 0.1 if name == "mus" else 3.0e-3}

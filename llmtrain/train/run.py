@@ -19,7 +19,7 @@ from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
 from llmtrain.eval.generation import generate
-from llmtrain.model import flops_per_token, param_counts, resolve_model
+from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
     World,
@@ -78,6 +78,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     _set_numerics(cfg)
     plan = build_plan(cfg, times.total * cfg.train.global_batch_size)
     model_cfg = resolve_model(cfg, plan.vocab_size)
+    check_tensor_degree(model_cfg, cfg.parallel.tensor)
     precision = resolve_precision(cfg.precision, world.device)
     folder = run_folder(cfg) / "checkpoints"
     with Checkpointer(folder, cfg.checkpoint, world.cpu_group) as checkpointer:

@@ -176,6 +176,15 @@ ZERO: dict[str, Any] = {"parallel.engine": "deepspeed"}
             "parallel.pipeline_stages",
             "zero_bubble runs several stages a rank",
         ),
+        (
+            {
+                "parallel.pipeline": 2,
+                "parallel.pipeline_schedule": "zero_bubble",
+                "train.recompute": "full",
+            },
+            "train.recompute",
+            "use selective, or pipeline_schedule interleaved",
+        ),
         ({"parallel.pipeline": 5}, "parallel.pipeline", "more than the model's n_layers 4"),
         (
             {"parallel.pipeline": 2, "parallel.reduce_every_micro_batch": True},

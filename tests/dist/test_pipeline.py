@@ -26,7 +26,10 @@ from llmtrain.parallel.pipeline import split_layers
 
 # Five layers over two stages, one key/value head, micro-batches of one sequence.
 TIED = case(n_layers=5, tie_embeddings=True, n_kv_heads=1)
-UNTIED = case(steps=4, n_layers=4, position="learned", dropout=0.1)
+UNTIED = case(
+    steps=4, n_layers=4, position="learned", dropout=0.1, attention_bias=True,
+    attention_out_bias=True, mlp_bias=True, norm="layernorm", norm_bias=True,
+)  # fmt: skip
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
     "PP2": (2, {"pipeline": 2}, TIED),
@@ -80,9 +83,11 @@ def test_every_weight_gradient_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     kind = type(matmul.matmul_for(torch.float32))
     for name in counts:
 
-        def counted(*args: Any, _real: Any = getattr(kind, name), _name: str = name) -> Any:
+        def counted(
+            *args: Any, _real: Any = getattr(kind, name), _name: str = name, **more: Any
+        ) -> Any:
             counts[_name] += 1
-            return _real(*args)
+            return _real(*args, **more)
 
         monkeypatch.setattr(kind, name, counted)
 

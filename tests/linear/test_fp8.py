@@ -156,6 +156,16 @@ def test_weight_is_cast_once_until_it_changes() -> None:
     assert layer.operand() is layer.weight
 
 
+@pytest.mark.parametrize("name", ["mus_fp8", "fp8_current"])
+def test_traced_without_a_break(name: str) -> None:
+    layer = _fill(Linear(32, 48, True, matmul=fp8_matmul(name, torch.float32), scale=SCALE))
+    x, upstream = _draw(24, 32, seed=5), _draw(24, 48, seed=6)
+    eager = [value.clone() for value in _run(layer, x, upstream)]
+    layer.compile(backend="aot_eager", fullgraph=True)
+    for ours, reference in zip(_run(layer, x, upstream), eager, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-5)
+
+
 def _split(
     rank: int, matmul: Matmul, placement: Placement, sequence: bool, keep: bool
 ) -> list[Tensor]:

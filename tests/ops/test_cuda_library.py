@@ -31,6 +31,15 @@ def test_fake_kernels_have_the_shapes_of_the_references() -> None:
             assert (fake.shape, fake.stride()) == (real.shape, real.stride())
 
 
+def test_asking_for_the_library_breaks_no_graph() -> None:
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if cuda.ready() else x + 2
+
+    x = torch.zeros(3)
+    compiled = torch.compile(work, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), work(x))
+
+
 def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build_cuda.shutil, "which", lambda name: None)
     with pytest.raises(EnvironmentFault, match="no nvcc found; install the CUDA toolkit"):
