@@ -106,6 +106,9 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
                 heldout[name] = SourceConfig(path=str(root / name / "heldout"), format="mds")
                 per_token[name] = held["bytes"] / held["tokens"]
     for name, source in data.sources.items():
+        if not source.path and name not in train:
+            hint = did_you_mean(name, train, "give it a path, or remove it")
+            raise DataError(f"data.sources.{name}: has no path, and no source is called so; {hint}")
         path = source.path or train.get(name, source).path
         train[name] = dataclasses.replace(source, path=path)
     heldout.update(data.heldout)
