@@ -33,6 +33,7 @@ class Catalogue:
     tokenizer_path: Path | None
     manifest: dict[str, Any] = field(default_factory=dict)
     replay: Replay | None = None
+    seq_len: int | None = None  # of the run's samples
 
     def require(self, names: Iterable[str]) -> None:
         """Raise DataError for the first name that is no source."""
@@ -79,7 +80,14 @@ class Catalogue:
         return self._open(name, self.heldout[name])
 
     def _open(self, name: str, config: SourceConfig) -> TokenSource:
-        return open_source(name, config, eos_id=self.eos_id)
+        source = open_source(name, config, eos_id=self.eos_id)
+        if source.window and self.seq_len and self.seq_len % source.window:
+            raise DataError(
+                f"source {name!r} keeps its conversations whole in windows of {source.window} "
+                f"tokens, which samples of {self.seq_len} would cut; set data.seq_len to a multiple"
+                " of the window, or prepare it with another chat.window"
+            )
+        return source
 
 
 def open_catalogue(cfg: RunConfig) -> Catalogue:
@@ -104,7 +112,8 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             held = entry["heldout"]
             if held["tokens"]:
                 heldout[name] = SourceConfig(path=str(root / name / "heldout"), format="mds")
-                per_token[name] = held["bytes"] / held["tokens"]
+                if "weights" not in held:  # else the loss is not one per token of the text
+                    per_token[name] = held["bytes"] / held["tokens"]
     for name, source in data.sources.items():
         path = source.path or train.get(name, source).path
         train[name] = dataclasses.replace(source, path=path)
@@ -124,6 +133,7 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             "data.eos_id, or data.tokenizer, or data.corpus"
         )
     found = Catalogue(train, heldout, per_token, eos, vocab, tokenizer, manifest)
+    found.seq_len = data.seq_len
     if data.replay is not None:
         found.replay = open_replay(cfg, found)
     return found

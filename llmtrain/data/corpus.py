@@ -18,7 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.schema import PrepareConfig, TextSourceConfig
+import xxhash
+
+from llmtrain.config.schema import PrepareConfig, TextSourceConfig, TokenizerConfig
+from llmtrain.data.chat import template_text
 from llmtrain.data.mds_writer import MAX_SHARD_BYTES, zstd_level
 from llmtrain.data.sources import TextSource
 from llmtrain.data.tokenizer import CONFIG_FILE, FILE, load_tokenizer
@@ -54,7 +57,7 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
         tokenizer["sha256"] = loaded.sha256
     settings = {
         "sources": {
-            name: {**_source_settings(cfg.sources[name]), **source.identity()}
+            name: {**_source_settings(cfg.sources[name], cfg.tokenizer), **source.identity()}
             for name, source in sources.items()
         },
         "tokenizer": tokenizer,
@@ -66,9 +69,14 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
     return plain
 
 
-def _source_settings(cfg: TextSourceConfig) -> dict[str, Any]:
-    """Without filters none are named: corpora that were made before there were any stay good."""
+def _source_settings(cfg: TextSourceConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """Without filters or chat none are named: corpora made before there were any stay good."""
     settings = asdict(cfg)
+    if cfg.chat is None:
+        del settings["chat"]
+    else:
+        text = template_text(cfg.chat, tokenizer) or ""
+        settings["chat"]["template_xxh64"] = xxhash.xxh64(text.encode()).hexdigest()
     if not settings["keep"]:
         del settings["keep"]
     return settings
