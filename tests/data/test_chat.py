@@ -381,4 +381,7 @@ def test_inspect_shows_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"untrained, {len(asked)} tokens: {asked!r}" in text
     assert "weight 1, 2 tokens: 'b' <|endoftext|>" in text
     assert "verified: 2 files" in text
+    assert main(["data", "inspect", str(out), "--samples", "0", "--duplicates"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("  talks/train"))
+    assert line.split()[1:4] == ["3", "2", "0"]  # documents and copies, padding not counted
     assert load_tokenizer(out).eos_id == 256
