@@ -14,7 +14,7 @@ from llmtrain.data.corpus import read_manifest
 from llmtrain.data.formats import open_source
 from llmtrain.data.replay import Replay, open_replay
 from llmtrain.data.source import TokenSource
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import CONFIG_FILE, TEMPLATE_FILE, load_tokenizer
 from llmtrain.errors import DataError
 
 
@@ -66,9 +66,10 @@ class Catalogue:
                 "data.tokenizer"
             )
         found = {"tokenizer.json": file.read_bytes()}
-        beside = file.with_name("tokenizer_config.json")
-        if beside.is_file():
-            found[beside.name] = beside.read_bytes()
+        for name in (CONFIG_FILE, TEMPLATE_FILE):
+            beside = file.with_name(name)
+            if beside.is_file():
+                found[name] = beside.read_bytes()
         return found
 
     def open_train(self, name: str) -> TokenSource:

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.chat import ChatConfig
-from llmtrain.config.schema import TokenizerConfig
+from llmtrain.config.schema import PrepareConfig, TokenizerConfig
 from llmtrain.data.sources.base import Bad, Document
 from llmtrain.data.sources.conversation import ANSWERS
-from llmtrain.data.tokenizer import CONFIG_FILE, Tokenizer
+from llmtrain.data.tokenizer import CONFIG_FILE, TEMPLATE_FILE, Tokenizer
 from llmtrain.errors import DataError
 
-TEMPLATE_FILE = "chat_template.jinja"
+# What ``plain`` writes, for tools that read templates.
+PLAIN = (
+    "{% for message in messages %}{{ '\\n\\n' if not loop.first }}"
+    "{{ '### ' + message['role'] | capitalize + '\\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n' if messages }}{{ '### Assistant\\n' }}{% endif %}"
+)
 
 Messages = Sequence[dict[str, Any]]
 Write = Callable[[Messages, bool], str]  # messages, whether the opening of an answer follows
@@ -71,14 +77,25 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _special_names(folder: Path, eos_token: str) -> dict[str, str]:
+def special_names(tokenizer: TokenizerConfig, eos_token: str) -> dict[str, str]:
     """bos_token, eos_token and the like, which templates write by name."""
-    found = {"eos_token": eos_token}
-    for name, value in _tokenizer_config(folder).items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
+    found: dict[str, str] = {}
+    if tokenizer.path:
+        folder = Path(tokenizer.path).expanduser()
+        folder = folder if folder.is_dir() else folder.parent
+        for name, value in _tokenizer_config(folder).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
+    return found | {"eos_token": eos_token}
+
+
+def shared_template(cfg: PrepareConfig) -> str | None:
+    """The Jinja text by which all conversations of a corpus are written; None if there are none,
+    or if there are several."""
+    chats = [source.chat for source in cfg.sources.values() if source.chat is not None]
+    texts = {template_text(chat, cfg.tokenizer) or PLAIN for chat in chats}
+    return texts.pop() if len(texts) == 1 else None
 
 
 def _plain(eos_token: str) -> Write:
@@ -150,10 +167,8 @@ class Chat:
         self.cfg = chat
         self.table = weight_table(chat)
         self.specials = tokenizer.special_texts
-        folder = Path(str(wanted.path)).expanduser() if wanted.path else Path()
-        folder = folder if folder.is_dir() else folder.parent
         text = template_text(chat, wanted)
-        names = _special_names(folder, tokenizer.eos_token)
+        names = special_names(wanted, tokenizer.eos_token)
         self._write = _plain(tokenizer.eos_token) if text is None else _jinja(text, names)
         self._eos = tokenizer.eos_token
 

@@ -24,7 +24,7 @@ from llmtrain.config.schema import PrepareConfig, TextSourceConfig, TokenizerCon
 from llmtrain.data.chat import template_text
 from llmtrain.data.mds_writer import MAX_SHARD_BYTES, zstd_level
 from llmtrain.data.sources import TextSource
-from llmtrain.data.tokenizer import CONFIG_FILE, FILE, load_tokenizer
+from llmtrain.data.tokenizer import CONFIG_FILE, FILE, TEMPLATE_FILE, load_tokenizer
 from llmtrain.errors import ConfigError, DataError, EnvironmentFault
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ def check_prepare(cfg: PrepareConfig) -> None:
     if not cfg.sources:
         raise ConfigError("prepare.sources is empty; name at least one source of text")
     for name in cfg.sources:
-        if not _NAME.fullmatch(name) or name in (MANIFEST, FILE, CONFIG_FILE):
+        if not _NAME.fullmatch(name) or name in (MANIFEST, FILE, CONFIG_FILE, TEMPLATE_FILE):
             raise ConfigError(
                 f"prepare.sources: {name!r} becomes a folder; use letters, digits, '.', '_', '-'"
             )
@@ -166,7 +166,9 @@ def publish(out: Path) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         if fresh.exists():
             os.rename(fresh, out / name)
-    for name in (FILE, CONFIG_FILE, MANIFEST):
+    if not (partial / TEMPLATE_FILE).exists() and (partial / FILE).exists():
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)  # of the corpus that is replaced
+    for name in (FILE, CONFIG_FILE, TEMPLATE_FILE, MANIFEST):
         if (partial / name).exists():
             os.replace(partial / name, out / name)
     (partial / "settings.json").unlink(missing_ok=True)  # nothing in it can be continued now

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.config.schema import PrepareConfig
-from llmtrain.data.chat import Chat
+from llmtrain.data.chat import Chat, shared_template, special_names
 from llmtrain.data.corpus import (
     MANIFEST,
     PARTIAL,
@@ -45,6 +45,7 @@ from llmtrain.data.tokenizer import (
     CONFIG_FILE,
     DEFAULT_EOS,
     FILE,
+    TEMPLATE_FILE,
     Tokenizer,
     byte_tokenizer_file,
     load_tokenizer,
@@ -186,7 +187,11 @@ def _tokenizer(cfg: PrepareConfig, partial: Path, say: Say) -> Tokenizer:
             start = time.monotonic()
             content = train_tokenizer(_sample(cfg), want.vocab_size, eos)
             say(f"trained a tokenizer in {time.monotonic() - start:.1f} s")
-        write_file(partial / CONFIG_FILE, tokenizer_config_file(eos))
+        names: dict[str, str] = {}
+        if (template := shared_template(cfg)) is not None:
+            names = special_names(cfg.tokenizer, eos)
+            write_file(partial / TEMPLATE_FILE, template.encode())
+        write_file(partial / CONFIG_FILE, tokenizer_config_file(eos, names))
         write_file(file, content)
     return load_tokenizer(file)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from llmtrain.errors import DataError
 FILE = "tokenizer.json"
 DEFAULT_EOS = "<|endoftext|>"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's file beside it, which names the eos token
+TEMPLATE_FILE = "chat_template.jinja"  # and the one that writes conversations
 _KNOWN_EOS = (DEFAULT_EOS, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 # Words with the character before them, single digits, runs of signs with their line end, indents.
@@ -254,9 +255,13 @@ def byte_tokenizer_file(eos_token: str) -> bytes:
     return (json.dumps({**fields, "eos_token": eos_token}, indent=1) + "\n").encode()
 
 
-def tokenizer_config_file(eos_token: str) -> bytes:
-    """Content of a ``tokenizer_config.json`` with which ``transformers`` opens the same folder."""
+def tokenizer_config_file(eos_token: str, names: Mapping[str, str] | None = None) -> bytes:
+    """Content of a ``tokenizer_config.json`` with which ``transformers`` opens the same folder.
+
+    names: further special tokens by name, such as bos_token.
+    """
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    fields |= names or {}
     return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
 
 

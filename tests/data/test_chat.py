@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from helpers.tiny import tiny_config
 
 from llmtrain.cli.main import main
 from llmtrain.config.chat import ChatConfig
@@ -210,6 +211,57 @@ def test_plain_template_by_bytes(
     assert read_talks(out) == [plain(talk, weights) for talk in talks]
     entry = read_manifest(out)["sources"]["talks"]["train"]  # type: ignore[index]
     assert entry["trained"] == sum(w > 0 for _, ws in read_talks(out) for w in ws)
+
+
+def jinja_of_plain(folder: Path, talk: list[dict[str, str]], opened: bool) -> str:
+    text: str = transformers_tokenizer(folder).apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=opened
+    )
+    return text
+
+
+def test_the_template_goes_with_the_model(tmp_path: Path) -> None:
+    """From the corpus through a checkpoint to what transformers opens, with the names it uses."""
+    folder = make_tokenizer(tmp_path / "tok", MARKED, "<|endoftext|>")
+    talks = conversations(30, seed=8)
+    section = TokenizerConfig(kind="file", path=str(folder))
+    chat = ChatConfig(messages="m", template="tokenizer")
+    out = corpus(tmp_path, [{"m": t} for t in talks], chat, tokenizer=section)
+    run = tiny_config(
+        tmp_path, out, train__duration="1step", data__weights={"talks": 1}, data__phases=[],
+        eval__every=None,
+    )  # fmt: skip
+    assert main(["train", str(run)]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "runs/tiny"), str(tmp_path / "hf")]) == 0
+    given, found = (transformers_tokenizer(f) for f in (folder, tmp_path / "hf"))
+    for talk in talks:
+        options: dict[str, Any] = {"tokenize": True, "return_dict": False}
+        want = given.apply_chat_template(talk, **options)
+        assert found.apply_chat_template(talk, **options) == want
+
+
+def test_plain_as_a_template(tmp_path: Path) -> None:
+    talks = conversations(20, seed=9)
+    section = TokenizerConfig(kind="bpe", vocab_size=300)
+    out = corpus(tmp_path, [{"m": t} for t in talks], ChatConfig(messages="m"), tokenizer=section)
+    ours = load_tokenizer(out)
+    for talk, (tokens, _) in zip(talks, read_talks(out), strict=True):
+        text = jinja_of_plain(out, talk, False)
+        assert text.replace(ours.eos_token, "") == ours.decode(tokens)
+        assert text.count(ours.eos_token) == tokens.count(ours.eos_id)
+        asked = jinja_of_plain(out, talk[:-1], True)
+        assert text.startswith(asked) and asked.endswith("\n\n### Assistant\n")
+
+
+def test_a_corpus_of_text_in_its_place_has_no_template(tmp_path: Path) -> None:
+    out = corpus(tmp_path, [GOOD], ChatConfig(messages="m"))
+    assert (out / "chat_template.jinja").is_file()
+    write_rows(tmp_path / "text.jsonl", [{"text": "red"}] * 3)
+    text = TextSourceConfig(kind="jsonl", paths=[str(tmp_path / "text.jsonl")])
+    cfg = PrepareConfig(out=str(out), sources={"talks": text}, heldout_fraction=0.0, workers=1)
+    prepare(cfg, force=True, say=lambda _: None)
+    assert not (out / "chat_template.jinja").exists()
+    assert not (out / "talks/train/marks").exists()
 
 
 def test_all_trains_every_token_but_the_first(tmp_path: Path) -> None:
