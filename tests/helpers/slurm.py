@@ -48,7 +48,7 @@ JobRequeue=1
 KillWait=20
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=8 \
 Sockets=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:1 State=UNKNOWN
-PartitionName=train Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
+PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -118,7 +118,11 @@ class Cluster:
         while not true():
             if time.monotonic() > end:
                 log = self.folder / "ctld.log"
-                said = log.read_text()[-2000:] if log.exists() else ""
+                said = (
+                    self.run("squeue", check=False) + log.read_text()[-2000:]
+                    if log.exists()
+                    else ""
+                )
                 raise AssertionError(f"no {what} after {seconds} s\n{said}")
             time.sleep(0.5)
 
