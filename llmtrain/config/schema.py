@@ -50,6 +50,10 @@ class ModelConfig:
     position: str = key("rope", "position encoding", choices=("rope", "learned", "none"))
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0)
     rope_scaling: RopeScalingConfig | None = key(None, "stretching of the rotary frequencies")
+    rope_fraction: float = key(1.0, "part of a head that rotary positions turn", gt=0, le=1)
+    parallel_residual: bool = key(
+        False, "attention and MLP both read the stream before the block (GPT-NeoX)"
+    )
     activation: str = key(
         "swiglu",
         "MLP activation; gelu_tanh is GPT-2's approximation",

@@ -193,6 +193,58 @@ def _activation(name: str) -> str:
     return _GELU[name]
 
 
+def _neox_model(c: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width = int(c["num_attention_heads"]), int(c["hidden_size"])
+    bias = bool(c["attention_bias"])
+    # rotary_emb_base and rotary_pct are the older names.
+    given = {**(c.get("rope_parameters") or {})}
+    theta = given.pop("rope_theta", c["rotary_emb_base"])
+    fraction = given.pop("partial_rotary_factor", c["rotary_pct"])
+    return {
+        "vocab_size": int(c["vocab_size"]),
+        "d_model": width,
+        "n_layers": int(c["num_hidden_layers"]),
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "d_head": width // heads,
+        "d_ff": int(c["intermediate_size"]),
+        "max_seq_len": int(c["max_position_embeddings"]),
+        "norm": "layernorm",
+        "norm_bias": True,
+        "norm_eps": float(c["layer_norm_eps"]),
+        "activation": _activation(c["hidden_act"]),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "mlp_bias": True,
+        "tie_embeddings": bool(c["tie_word_embeddings"]),
+        "parallel_residual": bool(c["use_parallel_residual"]),
+        "rope_fraction": float(fraction),
+        **from_rope({**c, "rope_parameters": {**given, "rope_theta": theta}, "rope_theta": theta}),
+    }
+
+
+def _neox_config(cfg: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_act": _THEIR_GELU.get(cfg.activation, cfg.activation),
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "intermediate_size": cfg.d_ff,
+        "max_position_embeddings": cfg.max_seq_len,
+        "layer_norm_eps": cfg.norm_eps,
+        "attention_bias": cfg.attention_bias,
+        "use_parallel_residual": cfg.parallel_residual,
+        "rotary_pct": cfg.rope_fraction,
+        "rotary_emb_base": cfg.rope_theta,
+        "rope_scaling": to_rope(cfg)["rope_scaling"],
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "initializer_range": cfg.init_std,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
 _BASE: dict[str, Any] = {
     "hidden_act": "silu", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
     "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048,
@@ -211,6 +263,12 @@ _GPT2: dict[str, Any] = {
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
 }  # fmt: skip
+_NEOX: dict[str, Any] = {
+    "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
+    "intermediate_size": 24576, "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000,
+    "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "use_parallel_residual": True, "attention_bias": True,
+}  # fmt: skip
 _OLMO2: dict[str, Any] = {**_BASE, "vocab_size": 50304, "rms_norm_eps": 1e-5}
 
 # In the order in which a model of ours is tried: the plain ones first.
@@ -224,6 +282,7 @@ ARCHITECTURES = {
         ),
         Architecture("olmo2", "Olmo2ForCausalLM", _OLMO2, _olmo2_model, _olmo2_config),
         Architecture("gpt2", "GPT2LMHeadModel", _GPT2, _gpt2_model, _gpt2_config),
+        Architecture("gpt_neox", "GPTNeoXForCausalLM", _NEOX, _neox_model, _neox_config),
         Architecture("mistral", "MistralForCausalLM", _MISTRAL, _llama_model, _mistral_config),
     )
 }

@@ -11,6 +11,10 @@ from torch import Tensor
 from llmtrain.config.schema import ModelConfig
 
 VOCABULARY = ("embedding.weight", "head.projection.weight")
+_TABLES = (
+    "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias",
+    "attention.masked_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Rule:
 
     kind: ``same``; ``transposed`` (GPT-2 keeps weights as [in, out]); ``qkv``: queries, keys and
     values, which here lie in one tensor in order of query groups; ``qkv_transposed``: the same
-    from one [in, 3 d] tensor; ``gated``: gate and up, whose rows alternate here.
+    from one [in, 3 d] tensor; ``heads``: one tensor in the order of heads, as here (GPT-NeoX), but
+    with the turned dimensions of a head first; ``gated``: gate and up, whose rows alternate here.
     """
 
     ours: str
@@ -34,6 +39,8 @@ class Rule:
             return parts[0].t().contiguous()
         if self.kind == "gated":
             return torch.stack((parts[0], parts[1]), 1).flatten(0, 1)
+        if self.kind == "heads":
+            return parts[0][_turned_rows(cfg)]
         if self.kind == "qkv_transposed":
             parts = (parts[0].t() if parts[0].dim() > 1 else parts[0]).chunk(3)
         groups, d_head = _groups(cfg)
@@ -48,6 +55,8 @@ class Rule:
             return [whole.t().contiguous()]
         if self.kind == "gated":
             return [whole[0::2].contiguous(), whole[1::2].contiguous()]
+        if self.kind == "heads":
+            return [whole[torch.argsort(_turned_rows(cfg))]]
         groups, d_head = _groups(cfg)
         slots = whole.reshape(groups, -1, d_head, *whole.shape[1:])
         parts = [slots[:, :-2], slots[:, -2:-1], slots[:, -1:]]
@@ -63,16 +72,33 @@ def _groups(cfg: ModelConfig) -> tuple[int, int]:
     return cfg.n_kv_heads, cfg.d_head
 
 
+def _turned_rows(cfg: ModelConfig) -> Tensor:
+    """Which row of GPT-NeoX's q k v weight each row of ours is.
+
+    There a head's first ``rope_fraction`` turns, in pairs (i, i + half of that part). Here pairs
+    are (i, i + d / 2) and the first of them turn, so rows of queries and keys change places.
+    """
+    assert cfg.d_head is not None
+    d = cfg.d_head
+    half = int(d * cfg.rope_fraction) // 2
+    first = [*range(half), *range(2 * half, d // 2 + half)]
+    second = [*range(half, 2 * half), *range(d // 2 + half, d)]
+    turned, plain = torch.tensor(first + second), torch.arange(d)
+    one = torch.cat((turned, d + turned, 2 * d + plain))
+    heads: Tensor = (3 * d * torch.arange(cfg.n_heads)[:, None] + one).flatten()
+    return heads
+
+
 def rules_for(architecture: str, cfg: ModelConfig) -> list[Rule]:
     """All rules of a resolved model; a tied head has none."""
-    return _gpt2(cfg) if architecture == "gpt2" else _llama(cfg)
+    kinds = {"gpt2": _gpt2, "gpt_neox": _neox}
+    return kinds.get(architecture, _llama)(cfg)
 
 
 def ignored(name: str) -> bool:
     """Whether a tensor of theirs is none of the model's weights: tables and masks that old files
     hold, and a head that is tied."""
-    tables = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-    return name.endswith(tables) or name == "lm_head.weight"
+    return name.endswith(_TABLES) or name in ("lm_head.weight", "embed_out.weight")
 
 
 def _llama(cfg: ModelConfig) -> list[Rule]:
@@ -127,4 +153,29 @@ def _gpt2(cfg: ModelConfig) -> list[Rule]:
                 rules.append(Rule(f"{new}{ours}.{leaf}", (f"{old}{theirs}.{leaf}",), turned))
             for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
                 rules.append(Rule(f"{new}{ours}.{leaf}", (f"{old}{theirs}.{leaf}",)))
+    return rules
+
+
+def _neox(cfg: ModelConfig) -> list[Rule]:
+    base = "gpt_neox."
+    rules = [Rule("embedding.weight", (base + "embed_in.weight",))]
+    if not cfg.tie_embeddings:
+        rules.append(Rule("head.projection.weight", ("embed_out.weight",)))
+    pairs = (
+        ("attention.qkv", "attention.query_key_value", "heads"),
+        ("attention.out", "attention.dense", "same"),
+        ("mlp.up", "mlp.dense_h_to_4h", "same"),
+        ("mlp.down", "mlp.dense_4h_to_h", "same"),
+        ("attention_norm", "input_layernorm", "same"),
+        ("mlp_norm", "post_attention_layernorm", "same"),
+    )
+    for leaf in ("weight", "bias"):
+        rules.append(Rule(f"final_norm.{leaf}", (f"{base}final_layer_norm.{leaf}",)))
+        for i in range(cfg.n_layers):
+            for ours, theirs, kind in pairs:
+                attention = ours in ("attention.qkv", "attention.out")
+                if leaf == "bias" and attention and not cfg.attention_bias:
+                    continue
+                name = f"{base}layers.{i}.{theirs}.{leaf}"
+                rules.append(Rule(f"blocks.{i}.{ours}.{leaf}", (name,), kind))
     return rules

@@ -5,7 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
-from llmtrain.model.adapters import ADAPTER, adapted_parts, adapter_scale, row_pattern
+from llmtrain.model.adapters import ADAPTER, PARTS, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -32,6 +32,7 @@ from llmtrain.model.sharding import (
 
 __all__ = [
     "ADAPTER",
+    "PARTS",
     "ActivationSplit",
     "Block",
     "Decoder",

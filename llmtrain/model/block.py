@@ -30,6 +30,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); x: [b, s, d_model], or the token shard
     [n / t, d_model] of this rank under sequence parallelism.
 
+    With ``parallel_residual``: x + attention(norm(x)) + mlp(norm(x)), each with its own norm.
     With ``norm_placement: post_branch`` (OLMo-2): x + norm(attention(x)), x + norm(mlp(x)), or
     a x + b norm(...) with the constants of ``scaling.residual_weights``.
     recompute: what backward computes again instead of keeping, see ``apply_recompute``. index:
@@ -42,7 +43,7 @@ class Block(nn.Module):
         super().__init__()
         partial = tensor is not None and tensor.sequence
         norm = (cfg.d_model, cfg.norm, cfg.norm_eps, cfg.norm_bias)
-        self.pre_norm = cfg.norm_placement == "pre"
+        self.pre_norm, self.parallel = cfg.norm_placement == "pre", cfg.parallel_residual
         # (a, b) of a x + b branch. Only branches that are normed at their end have any but 1.
         self.attention_residual = residual_weights(cfg, 2 * index)
         self.mlp_residual = residual_weights(cfg, 2 * index + 1)
@@ -73,6 +74,8 @@ class Block(nn.Module):
             stay, gain = self.mlp_residual
             branch = self.mlp_norm(self.mlp(x, lean), gain)
             return _join(x, self.mlp_dropout(branch, keys), stay)
+        if self.parallel:
+            return self._run_parallel(x, context, lean)
         x, normed = self.attention_norm.after(x, None)
         with self._forgetting(normed, self.attention_norm, x, lean):
             branch = self.attention_dropout(self.attention(normed, context), keys)
@@ -80,6 +83,13 @@ class Block(nn.Module):
         with self._forgetting(normed, self.mlp_norm, x, lean):
             out = x + self.mlp_dropout(self.mlp(normed, lean), keys)
         return cast(Tensor, out)
+
+    def _run_parallel(self, x: Tensor, context: AttentionContext, lean: bool) -> Tensor:
+        normed, other = self.attention_norm(x), self.mlp_norm(x)
+        with self._forgetting(normed, self.attention_norm, x, lean):
+            out = x + self.attention_dropout(self.attention(normed, context), context.keys)
+        with self._forgetting(other, self.mlp_norm, x, lean):
+            return cast(Tensor, out + self.mlp_dropout(self.mlp(other, lean), context.keys))
 
     @staticmethod
     def _forgetting(

@@ -165,7 +165,9 @@ class Decoder(nn.Module):
             return None
         assert self.cfg.d_head is not None and self.cfg.max_seq_len is not None
         length = tokens if positions is None else max(tokens, self.cfg.max_seq_len)
-        rotation = Rotation(self.cfg.d_head, self.cfg.rope_theta, self.cfg.rope_scaling)
+        rotation = Rotation(
+            self.cfg.d_head, self.cfg.rope_theta, self.cfg.rope_scaling, self.cfg.rope_fraction
+        )
         return rotary_table(positions, length, rotation, device)
 
 

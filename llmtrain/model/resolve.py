@@ -40,6 +40,16 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
         d_head = cfg.d_model // cfg.n_heads
     if cfg.position == "rope" and d_head % 2:
         raise ConfigError(f"model.d_head: {d_head} is odd, but rotary positions turn pairs")
+    if int(d_head * cfg.rope_fraction) % 2 or int(d_head * cfg.rope_fraction) == 0:
+        raise ConfigError(
+            f"model.rope_fraction: {cfg.rope_fraction:g} of d_head {d_head} is "
+            f"{int(d_head * cfg.rope_fraction)} dimensions; rotary positions turn pairs"
+        )
+    if cfg.parallel_residual and cfg.norm_placement != "pre":
+        raise ConfigError(
+            "model.parallel_residual: both branches read the stream before the block, which needs "
+            "model.norm_placement pre"
+        )
     scaling = cfg.rope_scaling
     if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ConfigError(

@@ -14,20 +14,33 @@ from llmtrain.config.rope import RopeScalingConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """What turns a head: its width d, the base theta, and how the frequencies are stretched."""
+    """What turns a head: its width d, the base theta, how the frequencies are stretched, and the
+    part of the head that turns at all."""
 
     d_head: int
     theta: float
     scaling: RopeScalingConfig | None = None
+    fraction: float = 1.0
+
+    @property
+    def turned(self) -> int:
+        """Dimensions that turn."""
+        return int(self.d_head * self.fraction)
 
     def frequencies(self) -> Tensor:
         """Angle per position of every pair, theta^(-2i / d) before scaling: [d / 2] float64.
 
         llama3 (2407.21783): with n the turns of a frequency in the original length, those of
         n < low_freq_factor are divided by ``factor``, those of n > high_freq_factor kept, and
-        between the two the frequency is interpolated linearly in n.
+        between the two the frequency is interpolated linearly in n. With a fraction the pairs
+        beyond it do not turn (frequency 0), and d is the width that does.
         """
-        plain = self.theta ** (-torch.arange(0, self.d_head, 2, dtype=torch.float64) / self.d_head)
+        width = self.turned
+        plain = self.theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        still = torch.zeros((self.d_head - width) // 2, dtype=torch.float64)
+        return torch.cat((self._stretched(plain), still))
+
+    def _stretched(self, plain: Tensor) -> Tensor:
         scaling = self.scaling
         if scaling is None:
             return plain

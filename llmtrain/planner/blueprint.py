@@ -37,7 +37,8 @@ class Part:
 
     shape: of the whole parameter; split: of the tensor-parallel part that forward reads; local:
     of the shard that this rank stores. block: number of the block it belongs to, None outside.
-    partial: its gradient is a summand that tensor-parallel ranks still have to add up.
+    partial: its gradient is a summand that tensor-parallel ranks still have to add up. trained:
+    it has a gradient at all.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Part:
     local: tuple[int, ...]
     block: int | None
     partial: bool
+    trained: bool = True
 
     def stored(self, shards: int) -> int:
         """Elements in this rank's memory: FSDP2 pads every shard to the largest, which is
@@ -116,6 +118,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
                 _local_shape(param),
                 _block_of(name),
                 name in partial,
+                param.requires_grad,
             )
             for name, param in model.named_parameters()
         )

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmtrain.parallel.pipeline import Part as Stage
+from llmtrain.planner.adapters import adapted_blocks
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 
@@ -55,7 +56,10 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     """
     stages = setting.stages(stage)
     blocks = sum(len(part.blocks) for part in stages)
-    found = tensor_layers(setting, blocks, _run_twice(setting, stages))
+    if setting.model.adapters is None:
+        found = tensor_layers(setting, blocks, _run_twice(setting, stages))
+    else:
+        found = _adapted_layers(setting, stages)
     found += shared_heads(setting, blocks)
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
@@ -102,6 +106,14 @@ def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic
     return [
         _tensor(setting, "blocks", ALL_GATHER, gathers, payload),
         _tensor(setting, "blocks", REDUCE_SCATTER, scatters, payload),
+    ]
+
+
+def _adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+    m, t = setting.micro_batches, setting.degrees.tensor
+    return [
+        Traffic("blocks", kind, "tensor", t, m * calls, m * values * setting.item)
+        for kind, (calls, values) in adapted_blocks(setting, stages).items()
     ]
 
 
@@ -157,7 +169,9 @@ def tensor_ends(setting: Setting, first: bool, last: bool) -> list[Traffic]:
             continue
         if setting.sequence:
             payload = setting.padded_tokens * width
-            found.append(_tensor(setting, what, ALL_GATHER, m, payload))
+            # A frozen embedding has no backward.
+            if what == "head" or setting.model.adapters is None:
+                found.append(_tensor(setting, what, ALL_GATHER, m, payload))
             found.append(_tensor(setting, what, REDUCE_SCATTER, m, payload))
         else:
             found.append(_tensor(setting, what, ALL_REDUCE, m, setting.tokens * width))
@@ -176,7 +190,7 @@ def tensor_gradients(setting: Setting, parts: Iterable[Part]) -> list[Traffic]:
     each when it reduces the gradients: in the compute dtype, or in ``precision.reduce`` where
     they were accumulated over micro-batches.
     """
-    sizes = [part.elements for part in parts if part.partial]
+    sizes = [part.elements for part in parts if part.partial and part.trained]
     if not sizes:
         return []
     if setting.data_ranks == 1:
@@ -211,8 +225,9 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
         else:
             times = setting.micro_batches * (2 if again else 1)
         gathers, gathered = gathers + times, gathered + times * size * setting.item
-        reductions += setting.reductions
-        reduced += setting.reductions * size * reduce
+        trained = shards * sum(part.stored(shards) for part in unit if part.trained)
+        reductions += setting.reductions if trained else 0
+        reduced += setting.reductions * trained * reduce
     return [
         Traffic("parameters", ALL_GATHER, "shard", shards, gathers, gathered),
         Traffic("gradients", REDUCE_SCATTER, "shard", shards, reductions, reduced),

@@ -127,9 +127,11 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
     compute dtype."""
     weights = FLOAT * _stored(setting, parts)
     lion = setting.cfg.optim.name == "lion"
+    trained = [part for part in parts if part.trained]
+    moment = FLOAT * _stored(setting, trained)
     found = {
         "weights (fp32)": weights,
-        "optimizer state": weights if lion else 2 * weights + FLOAT * len(parts),
+        "optimizer state": moment if lion else 2 * moment + FLOAT * len(trained),
     }
     penalty = setting.cfg.penalty
     if penalty is not None and not penalty.offload:
@@ -192,6 +194,8 @@ class _Gradients:
         unit's weights, copies its gradients into a buffer in ``precision.reduce``, reduces that
         and keeps the shard. Micro-batches before the last add up whole gradients; where each is
         reduced, what it adds stays beside the sum until the end of its backward."""
+        units = [[part for part in unit if part.trained] for unit in units]
+        units = [unit for unit in units if unit]
         parts = [part for unit in units for part in unit]
         whole, stored = FLOAT * _elements(parts), FLOAT * _stored(setting, parts)
         outside = [part for part in parts if part.block is None]

@@ -110,6 +110,9 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
     for key, value in ARCHITECTURES[kind].defaults.items():
         if key == "rope_theta":
             assert real.rope_parameters["rope_theta"] == value
+        elif key in ("rotary_emb_base", "rotary_pct"):
+            name = {"rotary_pct": "partial_rotary_factor"}.get(key, "rope_theta")
+            assert real.rope_parameters[name] == value
         elif key == "sliding_window":
             assert value in (4096, real.sliding_window)
         else:

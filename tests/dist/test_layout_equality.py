@@ -54,6 +54,21 @@ def test_ten_steps_with_a_head_of_its_own(layout: str, alone: dict[Case, Outcome
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_parallel_branches_and_heads_that_turn_in_part(recompute: str) -> None:
+    """GPT-NeoX: both branches read the same stream."""
+    what = case(
+        steps=4, parallel_residual=True, rope_fraction=0.5, norm="layernorm", norm_bias=True,
+        mlp_bias=True, dropout=0.1,
+    )  # fmt: skip
+    alone = train_steps(0, 1, what, {})
+    assert alone.losses != train_steps(0, 1, case(steps=4), {}).losses
+    what = dataclasses.replace(what, train=(("micro_batch_size", 1), ("recompute", recompute)))
+    for ours in run_ranks(2, lambda rank: train_steps(rank, 2, what, {"tensor": 2})):
+        assert_same(ours, alone)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_dropout_masks_do_not_depend_on_the_layout(recompute: str) -> None:
     what = case(dropout=0.2, steps=3)

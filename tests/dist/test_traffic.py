@@ -30,6 +30,7 @@ MICRO = {"train__micro_batch_size": 1}
 CONTEXT = {"parallel__context": 2}
 RING = {"parallel__context_method": "ring"}
 PIPELINE = {"parallel__pipeline": 2} | MICRO
+ADAPTERS = {"model__adapters": {"rank": 3}}
 ZERO_BUBBLE = {"parallel__pipeline_schedule": "zero_bubble", "model__n_layers": 5}
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, TENSOR),
@@ -46,6 +47,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, PIPELINE | TENSOR | {"parallel__pipeline_schedule": "gpipe"}),
     (4, PIPELINE | {"parallel__reshard_after_forward": False, "parallel__replicate": 2}),
     (4, PIPELINE | {"parallel__pipeline_schedule": "interleaved", "model__n_layers": 5}),
+    (2, ADAPTERS),
+    (4, ADAPTERS | TENSOR | MICRO),
+    (2, ADAPTERS | TENSOR | PLAIN),
+    (2, {"model__adapters": {"targets": ["blocks.1.*", "blocks.2.mlp.up"]}} | TENSOR),
+    (4, ADAPTERS | TENSOR | PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE | TENSOR),
     (4, PIPELINE | ZERO_BUBBLE | TENSOR | PLAIN),

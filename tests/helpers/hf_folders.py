@@ -27,6 +27,13 @@ MODELS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "qwen3 biased": ("Qwen3", False, {"head_dim": 16, "attention_bias": True}),
     "olmo2": ("Olmo2", False, {}),
     "gpt2": ("GPT2", True, {}),
+    "pythia": ("GPTNeoX", False, {"num_attention_heads": 3}),
+    "neox sequential": (
+        "GPTNeoX",
+        True,
+        {"use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 500},
+    ),
+    "neox without bias": ("GPTNeoX", False, {"attention_bias": False, "rotary_pct": 0.5}),
     "gpt2 untied": ("GPT2", False, {"activation_function": "gelu"}),
 }
 

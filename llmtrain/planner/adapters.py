@@ -1,0 +1,61 @@
+"""Tensor-parallel collectives of blocks with frozen weights and adapters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from llmtrain.model import PARTS, adapted_parts
+from llmtrain.parallel.pipeline import Part as Stage
+from llmtrain.planner.setting import Setting
+
+GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+_COLUMN = ("attention.qkv", "mlp.up")
+
+
+def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple[int, int]]:
+    """Collective -> (calls, values) of a micro-batch in this rank's blocks.
+
+    A frozen product gathers no input again, and its backward runs only where an adapter comes
+    before it. An adapter moves its r values a token (r for each of a fused layer's matrices): a
+    column-parallel layer's B gathers them and reduces their gradient, a row-parallel layer's A
+    the other way. values: elements of all payloads together.
+    """
+    model, parallel = setting.model, setting.cfg.parallel
+    assert model.adapters is not None
+    split = parallel.pipeline_schedule == "zero_bubble" and setting.degrees.pipeline > 1
+    forwards = 2 if setting.cfg.train.recompute == "full" else 1
+    again = 0 if parallel.keep_gathered else 1
+    calls: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    tokens = setting.padded_tokens if setting.sequence else setting.tokens
+
+    def add(kind: str, count: int, width: int) -> None:
+        if not setting.sequence:
+            # Of a pair of conjugate collectives the reduction is left.
+            if kind == GATHER:
+                return
+            kind = REDUCE
+        calls[kind] += count
+        values[kind] += count * tokens * width
+
+    for stage in stages:
+        # A later stage passes the gradient of its input on in any case.
+        before = not stage.first
+        passes = 2 if split and not stage.first else 1
+        for i in stage.blocks:
+            for kind in PARTS:
+                adapted = len(adapted_parts(model, f"blocks.{i}.{kind}"))
+                width = adapted * model.adapters.rank
+                if kind in _COLUMN:
+                    add(GATHER, forwards, model.d_model)
+                    add(SCATTER, int(before), model.d_model)
+                    add(GATHER, (forwards + again) * bool(adapted), width)
+                    add(SCATTER, int(bool(adapted)), width)
+                else:
+                    add(SCATTER, forwards, model.d_model)
+                    add(GATHER, int(before), model.d_model)
+                    add(SCATTER, forwards * bool(adapted), width)
+                    add(GATHER, passes * bool(adapted), width)
+                before = before or adapted > 0
+    return {kind: (count, values[kind]) for kind, count in calls.items() if count}
