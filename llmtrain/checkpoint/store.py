@@ -14,6 +14,8 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmtrain.checkpoint.layout import (
@@ -226,3 +228,22 @@ def reason(error: OSError) -> str:
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG):
         return f"{error.strerror} ({error.filename}); set `out` to a folder that can be created"
     return f"{error.strerror or error}; set `out` to a healthy disk"
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` by one rename at the end, or vanishes."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another folder")
+    temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"
+    with explain(f"{out} cannot be written"):
+        temporary.mkdir(parents=True)
+    try:
+        with explain(f"{out} cannot be written"):
+            yield temporary
+            sync_folder(temporary)
+            temporary.rename(out)
+            sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

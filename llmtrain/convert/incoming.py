@@ -25,6 +25,7 @@ from llmtrain.checkpoint.layout import (
 )
 from llmtrain.checkpoint.safefile import FileSum, write_small
 from llmtrain.checkpoint.storage import dtype_name
+from llmtrain.checkpoint.store import new_folder
 from llmtrain.config import RunConfig, to_yaml
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.architectures import Architecture, architecture_of
@@ -35,7 +36,6 @@ from llmtrain.convert.writing import (
     Converted,
     Target,
     in_blocks,
-    new_folder,
     shards_of,
     write_file,
 )

@@ -18,6 +18,7 @@ from llmtrain.checkpoint.layout import META, TensorLayout, read_layout
 from llmtrain.checkpoint.loading import find
 from llmtrain.checkpoint.safefile import write_small
 from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.checkpoint.store import new_folder
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
@@ -29,7 +30,6 @@ from llmtrain.convert.writing import (
     Converted,
     Target,
     in_blocks,
-    new_folder,
     shards_of,
     write_file,
 )

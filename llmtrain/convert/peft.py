@@ -14,10 +14,11 @@ from llmtrain.checkpoint import MODEL_PREFIX
 from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import TensorLayout, read_layout
 from llmtrain.checkpoint.safefile import write_small
+from llmtrain.checkpoint.store import new_folder
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.names import Rule
 from llmtrain.convert.outgoing import open_checkpoint
-from llmtrain.convert.writing import Converted, Target, in_blocks, new_folder, write_file
+from llmtrain.convert.writing import Converted, Target, in_blocks, write_file
 from llmtrain.errors import CheckpointError
 from llmtrain.model import adapted_parts
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +12,6 @@ from torch import Tensor
 
 from llmtrain.checkpoint.safefile import FileSum, HashingFile, build_header
 from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
-from llmtrain.checkpoint.store import explain, sync_folder
-from llmtrain.errors import CheckpointError
 
 SHARD_BYTES = 5 << 30
 _BLOCK = 1 << 22
@@ -45,25 +40,6 @@ class Target:
     def bytes(self) -> int:
         """Size on disk."""
         return prod(self.shape) * self.dtype.itemsize
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` by one rename at the end, or vanishes."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; choose another folder")
-    temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"
-    with explain(f"{out} cannot be written"):
-        temporary.mkdir(parents=True)
-    try:
-        with explain(f"{out} cannot be written"):
-            yield temporary
-            sync_folder(temporary)
-            temporary.rename(out)
-            sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def shards_of(units: Sequence[Sequence[Target]], limit: int) -> list[list[Sequence[Target]]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +31,7 @@ from llmtrain.checkpoint.layout import (
 )
 from llmtrain.checkpoint.safefile import FileSum, HashingFile, build_header, write_small
 from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
-from llmtrain.checkpoint.store import explain, sync_folder
+from llmtrain.checkpoint.store import new_folder
 from llmtrain.config.dump import to_dict
 from llmtrain.errors import CheckpointError
 from llmtrain.merge.blocks import Inputs, Workers
@@ -78,20 +76,8 @@ def merge_models(recipe: MergeRecipe, out: Path, fishers: Sequence[Path] = ()) -
     written; then nothing is left behind.
     """
     models = _open(recipe, fishers)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; choose another folder")
-    temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"
-    with explain(f"{out} cannot be written"):
-        temporary.mkdir(parents=True)
-    try:
-        with explain(f"{out} cannot be written"), Workers() as workers:
-            sums = _write(recipe, models, temporary, workers)
-            sync_folder(temporary)
-            temporary.rename(out)
-            sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(out) as temporary, Workers() as workers:
+        sums = _write(recipe, models, temporary, workers)
     weights = [s for s in sums if s.name.endswith(".safetensors")]
     return Merged(out, [out / s.name for s in weights], sum(s.bytes for s in weights))
 
