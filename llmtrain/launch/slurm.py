@@ -198,7 +198,7 @@ def status(run: Path) -> tuple[list[JobState], int | None]:
     _need("squeue", "")
     ids = list(dict.fromkeys(file.read_text(encoding="utf-8").split()))
     known = _ask(
-        ["squeue", "--noheader", "--states=all", "--format=%i|%T|%M of %l on %D nodes, %R"]
+        ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%M of %l on %D nodes, %R"]
     )
     if shutil.which("sacct"):
         form = "--format=JobID,State,Elapsed"

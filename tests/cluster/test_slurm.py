@@ -29,6 +29,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """The undisturbed run, by torchrun on two processes."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = llmtrain("train", str(tiny_config(folder, corpus)), ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -60,12 +69,8 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 
 
 def test_past_the_time_limit_on_two_nodes_as_if_undisturbed(
-    cluster: Cluster, corpus: Path, tmp_path: Path
+    cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    straight = llmtrain("train", str(tiny_config(whole, corpus)), ranks=2)
-    assert straight.returncode == 0, straight.stderr
     config = tiny_config(tmp_path, corpus, hooks=[{"use": "helpers.hooks:Slow"}])
     run = tmp_path / "runs" / "tiny"
     limit = ["--nodes", "2", "--time", "2", "--warning", "30"]
@@ -84,9 +89,29 @@ def test_past_the_time_limit_on_two_nodes_as_if_undisturbed(
     assert re.search(r"all-reduce of 8 MiB over 2 ranks: \d", said)
     assert "2 nodes (n[1-2]), 1 processes each, restart 1, newest step" in said
     assert f"done at step {STEPS}" in said
-    assert losses(run) == losses(whole / "runs" / "tiny")
+    assert losses(run) == losses(straight)
     shown = cluster.run(*command("launch", "status", str(run)))
     assert re.search(rf"{job} +COMPLETED", shown) and f"step {STEPS}" in shown
+
+
+def test_a_node_is_lost_in_the_middle(
+    cluster: Cluster, corpus: Path, straight: Path, tmp_path: Path
+) -> None:
+    """SLURM ends and requeues the job; it goes on where nodes are left."""
+    config = tiny_config(tmp_path, corpus, hooks=[{"use": "helpers.hooks:Slow"}])
+    run = tmp_path / "runs" / "tiny"
+    job = submit(cluster, config, "--nodes", "2", "--no-health-check", SLOW_SECONDS="2")
+    cluster.until((run / "checkpoints" / "step-00000005").is_dir, 120, "checkpoint")
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    try:
+        cluster.until(lambda: cluster.state(job) == "PENDING", 60, "pending job")
+        cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        cluster.until(lambda: gone(cluster, job), 180, "end of the job")
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    assert cluster.state(job) == "COMPLETED", log(run, job)
+    assert "2 nodes (n[2-3]), 1 processes each, restart 1" in log(run, job)
+    assert losses(run) == losses(straight)
 
 
 def test_scancel_saves_and_does_not_come_back(

@@ -200,6 +200,14 @@ def test_submitting_and_status(
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[:2] == ["77", "RUNNING"]
     assert out.endswith("newest checkpoint: step 120\n")
+    # Later SLURM has forgotten the job, and its accounting, where there is one, has not.
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    assert main(["launch", "status", f"{tmp_path}/runs/quickstart"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["77", "ended"]
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho '77|NODE_FAIL|02:00:01'\n")
+    (tmp_path / "sacct").chmod(0o755)
+    assert main(["launch", "status", f"{tmp_path}/runs/quickstart"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["77", "NODE_FAIL", "02:00:01"]
 
 
 def test_the_words_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
