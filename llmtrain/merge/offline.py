@@ -37,7 +37,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.merge.blocks import Inputs, Workers
 from llmtrain.merge.methods import RULES, Rule
 from llmtrain.merge.recipe import MergeRecipe
-from llmtrain.merge.sources import INDEX, Source, check_alike, open_source
+from llmtrain.merge.sources import INDEX, Source, check_alike, is_finite, open_source
 
 RECIPE = "merge.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -233,7 +233,13 @@ def _block(
     """A merged block, and with a tensor's last one the inputs, which are done with then."""
     done = inputs if end == inputs.numel else None
     if inputs.dtype.is_floating_point:
-        return rule.combine(inputs, begin, end, measured).to(dtype), done
+        block = rule.combine(inputs, begin, end, measured).to(dtype)
+        if not is_finite(block):
+            raise CheckpointError(
+                f"{inputs.name} is NaN or infinite in the merged model as {dtype}; "
+                "give smaller weights or scale, or dtype=fp32"
+            )
+        return block, done
     return _agreed(inputs, begin, end), done
 
 

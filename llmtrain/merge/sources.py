@@ -58,7 +58,9 @@ class Source:
         """All of a tensor as it is stored."""
         reader = self._stored_reader(name)
         try:
-            return reader.block(0, math.prod(self.shapes[name])).view(self.shapes[name])
+            values = reader.block(0, math.prod(self.shapes[name])).view(self.shapes[name])
+            require_finite(values, name, reader.path)
+            return values
         finally:
             reader.close()
 
@@ -77,10 +79,13 @@ class Source:
 
 
 class Reader:
-    """The values of a tensor in row-major order, block by block; threads may share it."""
+    """The values of a tensor in row-major order, block by block; threads may share it.
+
+    path: the file they are read from, or the checkpoint when they lie in several.
+    """
 
     def __init__(self, file: Path, entry: Entry | None, whole: Tensor | None = None) -> None:
-        self._path, self._entry = file, entry
+        self.path, self._entry = file, entry
         self._whole = None if whole is None else whole.reshape(-1)
         self._file = None if entry is None else file.open("rb", buffering=0)
 
@@ -92,13 +97,30 @@ class Reader:
         values = torch.empty(end - begin, dtype=DTYPES[self._entry.dtype])
         view = values.view(torch.uint8).numpy().data
         place = self._entry.begin + begin * values.itemsize
-        read_into(self._file.fileno(), view, place, self._path)
+        read_into(self._file.fileno(), view, place, self.path)
         return values
 
     def close(self) -> None:
         """Release the file; harmless when already closed."""
         if self._file is not None:
             self._file.close()
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; whole numbers never are."""
+    if not values.is_floating_point():
+        return True
+    # A sum shows them in one pass; that it is not finite may also mean that it overflowed.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def require_finite(values: Tensor, name: str, path: Path) -> None:
+    """Raise CheckpointError naming the tensor and its file when values are NaN or infinite."""
+    if not is_finite(values):
+        raise CheckpointError(
+            f"{name} in {path} holds values that are NaN or infinite; leave that model out, or "
+            "give a checkpoint from before they came up"
+        )
 
 
 def open_source(path: str) -> Source:
