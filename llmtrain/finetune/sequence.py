@@ -23,8 +23,9 @@ from llmtrain.checkpoint.store import explain
 from llmtrain.config import RunConfig, load_config, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.errors import ConfigError
+from llmtrain.finetune.fit import check_fit
 from llmtrain.finetune.outcome import Outcome, Row
-from llmtrain.finetune.plan import Sequence, Stage, check_data, mixture
+from llmtrain.finetune.plan import Sequence, Stage, mixture
 from llmtrain.finetune.show import page
 from llmtrain.merge.offline import merge_models
 from llmtrain.parallel import World, close_world, init_world
@@ -53,7 +54,7 @@ def run_sequence(sequence: Sequence, say: Say, world: World | None = None) -> Ou
 
 def _run(sequence: Sequence, say: Say, world: World) -> Outcome:
     ranks = Ranks(world.cpu_group)
-    check_data(sequence)
+    ranks.on_main(lambda: check_fit(sequence, world.size))
     known = ranks.on_main(lambda: _claim(sequence))
     rows: list[Row] = []
     for i, stage in enumerate(sequence.stages):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -365,6 +366,84 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["continual", str(config(tmp_path, corpus, **section))]) == 2
     assert says in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_TASKS: list[tuple[dict[str, Any], str]] = [
+    ({"model.d_model": 64}, "overrides: model.d_model is 64 for task b and 32 for a"),
+    ({"model": {"n_heads": 2, "n_kv_heads": 1, "d_head": 16}}, "overrides: model.n_heads is 2"),
+    ({"model.rope_theta": 500.0}, "overrides: model.rope_theta is 500.0"),
+    ({"optim.name": "lion"}, "overrides: optim.name lion cannot take over the moments"),
+    ({"parallel": {"replicate": 3}}, "continual.tasks.1 (b): "),
+    ({"data.corpus": "OTHER"}, "continual.tasks.1.overrides: its data has another tokenizer"),
+    ({"data.sources": {"digits": {"max_epochs": 0.01}}}, "continual.tasks.1 (b): "),
+]
+
+
+@pytest.mark.parametrize(("own", "says"), BAD_TASKS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_later_task_that_does_not_fit_stops_the_sequence_before_it_begins(
+    tmp_path: Path,
+    corpus: Path,
+    own: dict[str, Any],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if own.get("data.corpus") == "OTHER":
+        other = shutil.copytree(corpus, tmp_path / "other")
+        with (other / "tokenizer.json").open("a") as file:
+            file.write("\n")
+        own = {"data.corpus": str(other)}
+    tasks = [TASKS[0], {**TASKS[1], "overrides": own}]
+    file = config(tmp_path, corpus, tasks, optimizer="keep")
+    assert main(["continual", str(file)]) == 2
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["init.path", "continual.tasks.0.trained"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["model.d_model=64"], "does not fit the config's model: "),
+        (["model.n_layers=3"], "is missing there and"),
+        (["model.d_head=4", "model.n_heads=8", "model.n_kv_heads=4"], "model.n_heads 4 and"),
+        ([], "was trained with another tokenizer"),
+    ],
+    ids=["width", "depth", "heads", "tokenizer"],
+)
+def test_a_refused_beginning_leaves_the_folder_free(
+    tmp_path: Path,
+    corpus: Path,
+    plain: Path,
+    key: str,
+    changes: list[str],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is written, so that the mended command is taken."""
+    wrong = list(changes)
+    if not changes:
+        other = shutil.copytree(corpus, tmp_path / "other")
+        with (other / "tokenizer.json").open("a") as file:
+            file.write("\n")
+        wrong = [f"data.corpus={other}"]
+    file = str(config(tmp_path, corpus, TASKS))
+    assert main(["continual", file, f"{key}={plain / '1-a'}", *wrong]) == 2
+    error = capfd.readouterr().err
+    assert f"{key}: " in error and says in error
+    assert not (tmp_path / "runs").exists()
+    assert main(["continual", file, f"{key}={plain / '1-a'}", "--dry-run"]) == 0
+
+
+def test_a_model_without_a_checkpoint_is_refused(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "hf"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"")
+    file = str(config(tmp_path, corpus, TASKS))
+    assert main(["continual", file, f"init.path={model}"]) == 2
+    assert "llmtrain convert from-hf" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
