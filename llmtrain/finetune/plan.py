@@ -1,4 +1,7 @@
-"""The runs and merges that a section ``continual`` stands for; nothing is written or trained."""
+"""The runs and merges that a section ``continual`` stands for; nothing is written or trained.
+
+The folder is looked at where a sequence may have grown since (see ``growth``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from typing import Any
 from llmtrain.config import RunConfig, from_dict, to_dict
 from llmtrain.config.continual import EXPERTS, INTERPOLATING, ContinualConfig, TaskConfig
 from llmtrain.errors import ConfigError
+from llmtrain.finetune.growth import at_constant_rate, keep_before_annealing
 from llmtrain.merge.recipe import MergeRecipe, ModelEntry
+from llmtrain.train.branch import Point
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.run import run_folder
 
@@ -21,7 +26,8 @@ class Stage:
     """One task. cfg: its run (never trained where the task is trained already). recipe: the merge
     after it, if any; result: folder of the model that counts after the task. domains: whose mean
     loss is the task's. begins: folder or checkpoint of the weights it begins with (of a task that
-    is trained already: ends with); None for random ones."""
+    is trained already: ends with); None for random ones. point: where the run leaves an earlier
+    one of the task that has annealed (see ``growth``)."""
 
     task: TaskConfig
     cfg: RunConfig
@@ -29,6 +35,7 @@ class Stage:
     result: Path
     domains: tuple[str, ...]
     begins: str | None
+    point: Point | None = None
 
     @property
     def run(self) -> Path:
@@ -104,14 +111,19 @@ def _stage(
     elif start is not None and before:
         data["init"] = {"path": start, "optimizer": section.optimizer == "keep"}
     made = from_dict(data, for_training=True)
+    begins = made.init.path if made.init is not None else None
+    point = None
+    if task.trained is None and number < len(section.tasks):
+        made, point = at_constant_rate(made)
+    elif task.trained is None:
+        made = keep_before_annealing(made)
     run = run_folder(made)
     recipe = _recipe(section, before, start, run)
-    result = run if recipe is None else folder / f"{number}-{task.name}-merged"
+    result = run if recipe is None else folder / f"{made.name}-merged"
     if task.trained is not None:
         result = Path(task.trained).expanduser()
     domains = tuple(task.domains or [name for name, share in task.weights.items() if share > 0])
-    begins = made.init.path if made.init is not None else None
-    return Stage(task, made, recipe, result, domains, begins)
+    return Stage(task, made, recipe, result, domains, begins, point)
 
 
 def mixture(section: ContinualConfig, index: int) -> dict[str, float]:
