@@ -126,7 +126,7 @@ def write_curve(curve: Curve, out: Path) -> list[Path]:
         "losses": curve.losses,
         "barriers": curve.barriers,
     }
-    with explain(f"{out} cannot be written"):
+    with explain(f"{out} cannot be written", move="choose"):
         out.mkdir(parents=True, exist_ok=True)
         write_small(out / "path.json", (json.dumps(facts, indent=1) + "\n").encode())
         write_small(out / "path.html", _page(curve).encode())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from llmtrain.checkpoint.store import temporary_beside
 from llmtrain.config import load_config
 from llmtrain.config.dump import to_dict
 from llmtrain.config.yamlfile import scalar
@@ -108,7 +108,7 @@ def pinned(recipe: MergeRecipe, judge: Judge, judged: bool) -> MergeRecipe:
 @contextmanager
 def _scratch(near: Path) -> Iterator[Path]:
     """A name for a folder beside ``near`` that is gone afterwards."""
-    folder = near.parent / f".tmp-{near.name}-{secrets.token_hex(4)}"
+    folder = temporary_beside(near)
     try:
         yield folder
     finally:
