@@ -226,10 +226,18 @@ def skill_graph(cfg: OnlineConfig, names: Sequence[str]) -> Graph:
         graph = json.loads(Path(cfg.graph_file).read_text(encoding="utf-8"))["graph"]
         found = {i: {j: float(edge) for j, edge in row.items()} for i, row in graph.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it does not hold one"
         raise DataError(
-            f"online.graph_file: {cfg.graph_file} is no skill graph ({error}); make one with "
+            f"online.graph_file: {cfg.graph_file} is no skill graph ({why}); make one with "
             "`llmtrain branch RUN --at ... --skill-graph FILE`"
         ) from error
+    for i, row in found.items():
+        for j, edge in row.items():
+            if not (math.isfinite(edge) and edge >= 0):
+                raise DataError(
+                    f"online.graph_file: {cfg.graph_file}: the edge from {i!r} to {j!r} is "
+                    f"{edge:g}; edges are 0 or more"
+                )
     known = {*found, *(j for row in found.values() for j in row)}
     missing = [name for name in names if name not in known]
     if missing:

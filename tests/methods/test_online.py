@@ -18,12 +18,15 @@ from safetensors import safe_open
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
+from llmtrain.config.mixture_methods import OnlineConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.mixture import Mixture
 from llmtrain.data.online import WEIGHT_GRID, doremi, on_grid, rounded, skill_it
 from llmtrain.data.seen import Seen
 from llmtrain.data.targets import Stretch
+from llmtrain.errors import DataError
 from llmtrain.eval.loading import load_trained
+from llmtrain.methods.online import skill_graph
 from llmtrain.parallel import init_world
 from llmtrain.report import read_run, render
 from llmtrain.report.mixture import mixture
@@ -436,3 +439,19 @@ def test_a_source_without_held_out_text_is_refused(
     assert main(["train", str(straight / "tiny.yaml"), *words, f"out={tmp_path}"]) == 2
     assert "the source 'flat' has no held-out text" in capfd.readouterr().err
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [
+        ('{"graph": {"letters": {"digits": NaN}, "digits": {}}}', "'letters' to 'digits' is nan"),
+        ('{"graph": {"letters": {"digits": -1}, "digits": {}}}', "edges are 0 or more"),
+        ("[1, 2]", "is no skill graph (it does not hold one)"),
+    ],
+)
+def test_a_file_that_is_no_graph(graph: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "graph.json"
+    file.write_text(graph)
+    with pytest.raises(DataError) as caught:
+        skill_graph(OnlineConfig(graph_file=str(file)), ["letters", "digits"])
+    assert says in str(caught.value) and "indices" not in str(caught.value)
