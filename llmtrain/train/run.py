@@ -36,7 +36,7 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
-from llmtrain.train.hooks import check_states, load_hooks
+from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
@@ -80,7 +80,10 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     model_cfg = resolve_model(cfg, plan.vocab_size)
     check_tensor_degree(model_cfg, cfg.parallel.tensor)
     precision = resolve_precision(cfg.precision, world.device)
-    folder = run_folder(cfg) / "checkpoints"
+    folder, hooks = run_folder(cfg) / "checkpoints", load_hooks(cfg)
+    new = not folder.exists()
+    if new:  # What cannot start leaves no folder.
+        check_hooks(hooks, cfg, plan)
     with Checkpointer(folder, cfg.checkpoint, world.cpu_group) as checkpointer:
         saver = Saver(cfg, plan, world, checkpointer)
         resume = saver.find()
@@ -94,7 +97,8 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
-        hooks = load_hooks(cfg)
+        if not new:
+            check_hooks(hooks, cfg, plan)
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
