@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, load_checkpoint
+from llmtrain.config import RunConfig
 from llmtrain.config.continual import PenaltyConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import Loader
-from llmtrain.data.plan import build_plan
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.data.plan import DataPlan, build_plan
+from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.merge.copies import Weights, copy_into, empty_copy, part
 from llmtrain.optim import counts_part
+from llmtrain.train.fitting import Needed
 from llmtrain.train.hooks import Hook
 
 if TYPE_CHECKING:
@@ -50,6 +51,23 @@ class Penalty(Hook):
         self.copies: dict[str, Weights] = {}
         self.seconds = 0.0
         self._expected: list[str] = []
+
+    def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
+        """Anchor and earlier Fisher information, unless the run's own checkpoint holds them."""
+        if state is not None and state["copies"]:
+            return []
+        if self.cfg.data:
+            try:
+                _fisher_plan(cfg, self.cfg.data, self.cfg.samples)
+            except DataError as error:
+                raise ConfigError(f"penalty.data: {error}") from error
+        needed = []
+        if self.cfg.anchor != "start":
+            needed.append(Needed("penalty.anchor", self.cfg.anchor, learnt=True))
+        if self.cfg.fisher is not None:
+            prefix = f"{HOOK_PREFIX}penalty.{FISHER}."
+            needed.append(Needed("penalty.fisher", self.cfg.fisher, prefix, learnt=True))
+        return needed
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Take the anchor and the Fisher information, unless a checkpoint brought them back."""
@@ -147,12 +165,9 @@ class Penalty(Hook):
 
     def _load(self, trainer: Trainer, key: str, prefix: str, into: Weights) -> None:
         """Read the tensors ``prefix + name`` of the checkpoint that ``penalty.<key>`` names."""
-        path = Path(getattr(self.cfg, key)).expanduser()
+        path, group = self.found[f"penalty.{key}"], trainer.world.cpu_group
         wanted = {f"{prefix}{name}": value for name, value in into.items()}
-        try:
-            load_checkpoint(path, wanted, trainer.world.cpu_group, unused=_STATE)
-        except CheckpointError as error:
-            raise ConfigError(f"penalty.{key}: {error}") from error
+        load_checkpoint(path, wanted, group, unused=_STATE, verify=False)
 
 
 def learnt(module: TrainModule) -> dict[str, nn.Parameter]:
@@ -170,8 +185,7 @@ def add_fisher(trainer: Trainer, into: Weights, data: dict[str, float], samples:
     faster on many ranks.
     """
     module, cfg = trainer.module, trainer.cfg
-    mixture = replace(cfg.data, weights=dict(data), phases=[])
-    plan = build_plan(replace(cfg, data=mixture), samples)
+    plan = _fisher_plan(cfg, data, samples)
     loader = Loader(plan, 1, 0, 1)
     # A pipeline's schedules want a micro-batch for each of its ranks.
     depth = module.layout.degrees.pipeline
@@ -187,6 +201,12 @@ def add_fisher(trainer: Trainer, into: Weights, data: dict[str, float], samples:
             part(into[name]).addcmul_(grad, grad, value=1.0 / samples)
         module.drop_gradients()
     module.model.train()
+
+
+def _fisher_plan(cfg: RunConfig, data: dict[str, float], samples: int) -> DataPlan:
+    """The sequences that the Fisher information is estimated on. Raises DataError."""
+    mixture = replace(cfg.data, weights=dict(data), phases=[])
+    return build_plan(replace(cfg, data=mixture), samples)
 
 
 def _repeated(batch: Batch, rows: int) -> Batch:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, load_checkpoint
+from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, load_checkpoint
+from llmtrain.config import RunConfig
 from llmtrain.config.weight_methods import AverageConfig
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError
 from llmtrain.merge.copies import (
     Weights,
     copy_into,
@@ -25,11 +26,14 @@ from llmtrain.merge.copies import (
     part,
 )
 from llmtrain.merge.formulas import gram, stock_ratio
+from llmtrain.train.fitting import Needed
 from llmtrain.train.hooks import Hook
 
 if TYPE_CHECKING:
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
+
+_ANCHOR = "average.anchor"
 
 
 def averaging(cfg: AverageConfig) -> Averaging:
@@ -160,20 +164,27 @@ class Averaging(Hook):
 class _Anchored(Averaging):
     """Methods with an anchor theta_o."""
 
+    def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
+        """The anchor's checkpoint, unless the run's own checkpoint holds the copy."""
+        own = self.cfg.anchor in ("start", "rolling")
+        if own or (state is not None and "anchor" in state["copies"]):
+            return []
+        return [Needed(_ANCHOR, self.cfg.anchor)]
+
+    def on_run_start(self, trainer: Trainer) -> None:
+        """Read the anchor now, even where averaging starts later: it might be gone by then."""
+        if _ANCHOR in self.found:
+            self.copies["anchor"] = anchor = self.empty(trainer)
+            wanted = {f"{MODEL_PREFIX}{name}": value for name, value in anchor.items()}
+            unused = (OPTIM_PREFIX, HOOK_PREFIX)
+            group = trainer.world.cpu_group
+            load_checkpoint(self.found[_ANCHOR], wanted, group, unused=unused, verify=False)
+        super().on_run_start(trainer)
+
     def begin(self, trainer: Trainer) -> None:
-        """Take the anchor: the present weights, or those of a checkpoint."""
+        """Take the present weights as the anchor, unless it came from a checkpoint."""
         if self.cfg.anchor in ("start", "rolling"):
             self.keep(trainer, "anchor")
-            return
-        path = Path(self.cfg.anchor).expanduser()
-        self.copies["anchor"] = anchor = self.empty(trainer)
-        wanted = {f"model.{name}": value for name, value in anchor.items()}
-        try:
-            load_checkpoint(
-                path, wanted, trainer.world.cpu_group, unused=(OPTIM_PREFIX, HOOK_PREFIX)
-            )
-        except CheckpointError as error:
-            raise ConfigError(f"average.anchor: {error}") from error
 
     def merged(self, trainer: Trainer, text: str) -> None:
         """The parameters hold merged weights."""

@@ -1,17 +1,19 @@
-"""Weights of another run: a new run begins with them, or they are evaluated where they stand."""
+"""Weights of other runs: a new run begins with them, its hooks read them, or they are evaluated."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, read_files
+from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
-from llmtrain.checkpoint.loading import find, load_into
+from llmtrain.checkpoint.loading import load_into
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
-from llmtrain.data.plan import DataPlan, build_plan
+from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import ADAPTER, resolve_model
 from llmtrain.parallel import World, build_layout
@@ -19,25 +21,63 @@ from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
+from llmtrain.train.fitting import Needed, Setting, fitting
+from llmtrain.train.hooks import Hook
 from llmtrain.train.module import TrainModule
 
 Metrics = dict[str, dict[str, float]]
-_TOKENIZER = "tokenizer.json"
+Warn = Callable[[str], None]
 
 
-def begin_with(module: TrainModule, plan: DataPlan, init: InitConfig, world: World) -> Path:
-    """Replace the module's weights by those of the checkpoint that ``init`` names; returns it.
+def begins_anew(cfg: RunConfig, folder: Path, ranks: Ranks) -> bool:
+    """Whether there is nothing to resume from. folder: of the run's checkpoints; collective."""
+    if cfg.checkpoint.resume != "auto":
+        return cfg.checkpoint.resume == "never"
+    return ranks.on_main(lambda: not scan(folder))
 
-    The optimizer's moments too where asked for. Collective. Raises ConfigError naming what does
-    not fit: shapes, or the tokenizer where both are known.
+
+def find_init(setting: Setting, warn: Warn) -> Path | None:
+    """The checkpoint that ``init`` names, None without one; collective, and writes nothing.
+
+    Raises ConfigError naming what does not fit, see ``fitting``.
+    """
+    init = setting.cfg.init
+    if init is None:
+        return None
+    needed = Needed("init.path", init.path, begins=True, optimizer=init.optimizer)
+    return _found(setting, needed, warn)
+
+
+def find_needed(
+    setting: Setting, hooks: Sequence[Hook], states: Mapping[str, Any], warn: Warn
+) -> None:
+    """Tell each hook the checkpoints that it will read; collective, and writes nothing.
+
+    states: the hooks' states in the checkpoint that the run goes on from, by section. Raises
+    ConfigError naming what does not fit.
+    """
+    for hook in hooks:
+        state = states.get(hook.section) if hook.section is not None else None
+        needed = hook.needs(setting.cfg, state)
+        hook.found = {one.key: _found(setting, one, warn) for one in needed}
+
+
+def _found(setting: Setting, needed: Needed, warn: Warn) -> Path:
+    fits = fitting(setting, needed)
+    for text in fits.warnings:
+        warn(text)
+    return fits.path
+
+
+def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) -> None:
+    """Replace the module's weights by those of a checkpoint that was found to fit; collective.
+
+    The optimizer's moments too where asked for. Raises ConfigError when they do not fit.
     """
     ranks = Ranks(world.cpu_group)
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
     unused = (HOOK_PREFIX,) if init.optimizer else (OPTIM_PREFIX, HOOK_PREFIX)
     try:
-        prefix = "" if init.optimizer else MODEL_PREFIX
-        path, _ = find(ranks, Path(init.path).expanduser(), prefix)
-        _check_tokenizer(ranks, path, plan)
         stored = ranks.on_main(lambda: set(read_layout(path)))
         module.restore(
             lambda tensors: load_into(
@@ -54,20 +94,6 @@ def begin_with(module: TrainModule, plan: DataPlan, init: InitConfig, world: Wor
         )
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
-    return path
-
-
-def _check_tokenizer(ranks: Ranks, path: Path, plan: DataPlan) -> None:
-    def compare() -> None:
-        theirs = read_files(path).get(_TOKENIZER)
-        ours = plan.catalogue.tokenizer_files().get(_TOKENIZER)
-        if theirs is not None and ours is not None and theirs != ours:
-            raise CheckpointError(
-                f"{path} was trained with another tokenizer than the data's; prepare the data "
-                "with its tokenizer.json (prepare.tokenizer.kind: file)"
-            )
-
-    ranks.on_main(compare)
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:
@@ -77,8 +103,11 @@ def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:
     """
     plan = build_plan(cfg, Clockwork.from_config(cfg).total * cfg.train.global_batch_size)
     model_cfg = resolve_model(cfg, plan.vocab_size)
+    init = InitConfig(str(path))
+    setting = Setting(Ranks(world.cpu_group), cfg, model_cfg, plan)
+    found = fitting(setting, Needed("init.path", init.path, begins=True)).path
     assert model_cfg.n_kv_heads is not None
     layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
     module = build_module(cfg, model_cfg, resolve_precision(cfg.precision, world.device), layout)
-    begin_with(module, plan, InitConfig(str(path)), world)
+    begin_with(module, found, init, world)
     return Evaluation(cfg, heldout_sets(cfg, plan.catalogue)).run(module)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.schema import HookConfig, RunConfig
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from llmtrain.data.batch import Batch
     from llmtrain.data.plan import DataPlan
+    from llmtrain.train.fitting import Needed
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
 
@@ -30,9 +33,19 @@ class Hook:
     """Does nothing at every moment of a run; override what is needed.
 
     section: the config section that made the hook, None for one of ``hooks``; set by the loader.
+    found: the checkpoints that ``needs`` asked for, by key; set before the run's folder is written.
     """
 
     section: str | None = None
+    found: Mapping[str, Path] = MappingProxyType({})
+
+    def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
+        """The checkpoints of other runs that the hook will read; called before anything is written.
+
+        state: what a resumed run will give to ``load_state_dict``, or None. They are looked at
+        next and then stand in ``found``. Raises ConfigError for what is wrong by then.
+        """
+        return []
 
     def check(self, cfg: RunConfig, plan: DataPlan) -> None:
         """Look at the files that the section names, before the run writes anything.

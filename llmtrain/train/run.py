@@ -31,11 +31,12 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import begin_with
+from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
+from llmtrain.train.fitting import Setting
 from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
@@ -80,10 +81,14 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     model_cfg = resolve_model(cfg, plan.vocab_size)
     check_tensor_degree(model_cfg, cfg.parallel.tensor)
     precision = resolve_precision(cfg.precision, world.device)
-    folder, hooks = run_folder(cfg) / "checkpoints", load_hooks(cfg)
-    new = not folder.exists()
-    if new:  # What cannot start leaves no folder.
+    folder = run_folder(cfg) / "checkpoints"
+    hooks, begun = load_hooks(cfg), None
+    setting = Setting(Ranks(world.cpu_group), cfg, model_cfg, plan)
+    anew = begins_anew(cfg, folder, setting.ranks)
+    if anew:  # Before the folder is made: what cannot start leaves none.
         check_hooks(hooks, cfg, plan)
+        begun = find_init(setting, console.warn)
+        find_needed(setting, hooks, {}, console.warn)
     with Checkpointer(folder, cfg.checkpoint, world.cpu_group) as checkpointer:
         saver = Saver(cfg, plan, world, checkpointer)
         resume = saver.find()
@@ -97,14 +102,16 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
-        if not new:
+        if not anew:
             check_hooks(hooks, cfg, plan)
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
+            find_needed(setting, hooks, resume.extra["hooks"], console.warn)
             load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
             module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
         elif cfg.init is not None:
-            begun = begin_with(module, plan, cfg.init, world)
+            assert begun is not None
+            begin_with(module, begun, cfg.init, world)
             console.say(f"begins with the weights of {begun}")
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
