@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
-from llmtrain.merge import blocks
+from llmtrain.merge import blocks, offline
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 Refused = pytest.CaptureFixture[str]
@@ -142,3 +143,43 @@ def test_keys_the_method_does_not_read(
     models: dict[str, str], line: str, says: str, capfd: Refused
 ) -> None:
     assert says in refused(models, line, capfd)
+
+
+def test_what_a_killed_merge_left_goes_with_the_next(
+    tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    line = ["merge", "soup", models["a"], models["b"], "--out", str(out)]
+    child = os.fork()
+    if child == 0:  # dies as by kill -9, with its folder half written
+        try:
+            monkeypatch.setattr(offline, "write_small", lambda *_: os._exit(9))
+            main(line)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.glob(".tmp-*")
+    assert (left / "model.safetensors").stat().st_size > 400
+    begin, _, nonce = left.name.rpartition(f"-{child}-")
+    others = [
+        f".tmp-out-{nonce}",  # of an older version
+        f"{begin}-{os.getpid()}-{nonce}",  # of a process that runs
+        f"{begin}-1-{nonce}",  # of another user's process
+        f".tmp-out-000000-{child}-{nonce}",  # of another machine
+        f"{begin.replace('out', 'out2')}-{child}-{nonce}",  # of another merge
+        f"{left.name}-x",
+    ]
+    for name in others:
+        (tmp_path / name).mkdir()
+    assert main(line) == 0
+    assert {path.name for path in tmp_path.glob(".tmp-*")} == set(others)
+
+
+def test_a_place_that_cannot_be_written(models: dict[str, str], capfd: Refused) -> None:
+    line = ["merge", "soup", models["a"], models["b"], "--out", "/proc/xx"]
+    assert main(line) == 2
+    said = capfd.readouterr().err
+    assert said == (
+        "llmtrain: error: /proc/xx cannot be written: No such file or directory; choose a folder "
+        "that can be created\n"
+    )
