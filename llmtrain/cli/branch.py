@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep",
         metavar="D,D,...",
-        help="instead of --at: the tail over the last D of the run, for each D (0.05,0.1,0.2)",
+        help="instead of --at: the tail over the last D of the run, for each D "
+        "(0,0.05,0.1,0.2; 0 is RUN itself)",
     )
     parser.add_argument(
         "--leave-one-out",

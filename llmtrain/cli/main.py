@@ -76,6 +76,10 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr, exit code 2."""
         # argparse counts arguments that may be absent (nargs="*") among the required ones.
         message = message.replace(", key=value", "")
+        # argparse takes a word that begins with a minus for an option.
+        message = message.replace(
+            "expected one argument", "a value must follow, and none that begins with a minus"
+        )
         choice = _CHOICE.match(message)
         if choice:
             name, word, known = choice.groups()

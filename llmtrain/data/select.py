@@ -13,11 +13,11 @@ probabilities softmax(score / temperature) (Kool, van Hoof and Welling 2019).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -27,6 +27,8 @@ from llmtrain.config.selection import SelectConfig
 from llmtrain.data.order import mix, stream_key
 from llmtrain.data.scores import check_scores, read_header, read_scores
 from llmtrain.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def select(
         return [None] * len(sources)
     chosen = section.sources or [source.name for source in sources]
     file = None if section.scores is None else Path(section.scores)
-    header = None if file is None else read_header(file)
+    header = None if file is None else _named(read_header, file)
     out: list[Selection | None] = []
     for source in sources:
         if source.name not in chosen or source.samples == 0:
@@ -92,7 +94,7 @@ def select(
         if file is not None and header is not None:
             where = f"data.select.scores: {file}"
             name = check_scores(where, header, source.name, source.fingerprint, seq_len)
-            scores = read_scores(file, name)
+            scores = _named(read_scores, file, name)
         method = "" if header is None else f" of {header['method']}"
         out.append(choose(section, seed, source, scores, method))
     return out
@@ -139,6 +141,14 @@ def choose(
         text += f" behind the first {skip:,}" if skip else ""
     order = np.argsort(np.where(known, -best, np.inf), kind="stable")
     return _selection(order[skip : skip + number], None, n, text)
+
+
+def _named(read: Callable[..., T], *arguments: object) -> T:
+    """What ``read`` returns; the DataError it raises names the key."""
+    try:
+        return read(*arguments)
+    except DataError as error:
+        raise DataError(f"data.select.scores: {error}") from error
 
 
 def _gumbel(seed: int, name: str, n: int) -> NDArray[np.float64]:

@@ -21,11 +21,13 @@ from llmtrain.checkpoint.layout import LOCK
 from llmtrain.config import Duration, RunConfig, load_config
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.tail import Tail, load_tail
+from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError, EnvironmentFault, LlmtrainError
 from llmtrain.parallel import World
 from llmtrain.report.tree import BRANCH, BRANCHES, read_branch, write_branch
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.run import run_folder, train
+from llmtrain.train.saver import resume_point
 
 # Keys that may differ when the same branch, or task of a sequence, is started again.
 FREE = (
@@ -131,6 +133,13 @@ def plan_branch(
     branch = Branch(point, cfg, changes)
     _check_folder(branch)
     return branch, made
+
+
+def check_data(branch: Branch) -> None:
+    """Raise LlmtrainError where the branch's data or batches are not a future of the trunk's."""
+    cfg = branch.cfg
+    plan = build_plan(cfg, Clockwork.from_config(cfg).total * cfg.train.global_batch_size)
+    resume_point(cfg, plan, branch.point.checkpoint, [], True)
 
 
 def start(branch: Branch, world: World) -> int:

@@ -110,19 +110,29 @@ class Saver:
                     "with checkpoint.resume=never, or give the path of another one"
                 )
             return None
-        files = read_files(resume.path)
-        meta = json.loads(files["meta.json"])
-        step, samples = int(meta["step"]), int(meta["samples"])
-        batch = self.cfg.train.global_batch_size
-        if samples != step * batch:
-            old = samples // max(step, 1)
-            raise CheckpointError(
-                f"train.global_batch_size: the checkpoint {resume.path} was made with {old} and "
-                f"the config says {batch}; resume with train.global_batch_size={old} (ranks and "
-                "train.micro_batch_size may change)"
-            )
-        self.plan.check_resume(json.loads(files["data.json"]), samples)
-        self._last = step
-        return ResumePoint(
-            resume.path, step, samples, json.loads(files["extra.json"]), resume.skipped, chosen
+        point = resume_point(self.cfg, self.plan, resume.path, resume.skipped, chosen)
+        self._last = point.step
+        return point
+
+
+def resume_point(
+    cfg: RunConfig, plan: DataPlan, path: Path, skipped: list[str], chosen: bool
+) -> ResumePoint:
+    """The point to go on from at a verified checkpoint.
+
+    Raises CheckpointError or DataError when the run's batches or data are not those it was made
+    with.
+    """
+    files = read_files(path)
+    meta = json.loads(files["meta.json"])
+    step, samples = int(meta["step"]), int(meta["samples"])
+    batch = cfg.train.global_batch_size
+    if samples != step * batch:
+        old = samples // max(step, 1)
+        raise CheckpointError(
+            f"train.global_batch_size: the checkpoint {path} was made with {old} and "
+            f"the config says {batch}; resume with train.global_batch_size={old} (ranks and "
+            "train.micro_batch_size may change)"
         )
+    plan.check_resume(json.loads(files["data.json"]), samples)
+    return ResumePoint(path, step, samples, json.loads(files["extra.json"]), skipped, chosen)

@@ -18,7 +18,15 @@ from llmtrain.errors import ConfigError
 from llmtrain.parallel import close_world, init_world
 from llmtrain.report.read import read_run
 from llmtrain.report.summary import domain_results
-from llmtrain.train.branch import Branch, Point, find_point, plan_branch, start, taken_over
+from llmtrain.train.branch import (
+    Branch,
+    Point,
+    check_data,
+    find_point,
+    plan_branch,
+    start,
+    taken_over,
+)
 from llmtrain.train.console import human, table
 
 Losses = dict[str, float]
@@ -51,23 +59,27 @@ def plan_sweep(
 ) -> Study:
     """The tail over the last d of the run, for each share d of its length.
 
-    Raises ConfigError for a share that is not inside (0, 1) or that comes twice.
+    d = 0 is the trunk itself, which the table shows anyway. Raises ConfigError for a share that is
+    not in [0, 1) or that comes twice.
     """
     if len(set(shares)) != len(shares):
         raise ConfigError("--sweep: a share comes twice; write each once, such as 0.05,0.1,0.2")
+    wrong = next((share for share in shares if not 0 <= share < 1), None)
+    if wrong is not None or not any(shares):
+        raise ConfigError(
+            f"--sweep: {float(wrong or 0):g} is no part of the run; write shares between 0 and 1, "
+            "such as 0.05,0.1,0.2 (0 beside them is the trunk itself)"
+        )
     branches, labels, commands = [], [], []
-    for share in shares:
-        if not 0 < share < 1:
-            raise ConfigError(
-                f"--sweep: {float(share):g} is no part of the run; write shares between 0 and 1, "
-                "such as 0.05,0.1,0.2"
-            )
+    for share in filter(None, shares):
         at = Duration(1 - share, "dur")
         point = find_point(trunk, at)
         branch = plan_branch(point, tail, overrides, f"-d{float(share):g}")[0]
         branches.append(branch)
         labels.append(f"d = {float(share):g}")
         commands.append(_command(point, at, tail, overrides, branch.cfg.name))
+    if 0 in shares:
+        _check_ended(branches[0].point)
     return _distinct(Study("share of the run on the tail's mixture", labels, branches, commands))
 
 
@@ -117,6 +129,9 @@ def run_study(study: Study, say: Callable[[str], None]) -> None:
     """Train every branch that is not done, one after the other, then print the table."""
     world = init_world(study.branches[0].cfg.device)
     try:
+        for branch in study.branches:
+            # All of them, before the first takes its time.
+            check_data(branch)
         for label, branch in zip(study.labels, study.branches, strict=True):
             say(f"branch {branch.cfg.name} ({label}), from step {branch.point.step}")
             start(branch, world)
@@ -160,6 +175,15 @@ def ended(point: Point) -> bool:
     """Whether the trunk has been evaluated at its end, under the config of this point."""
     evals = read_run(point.trunk).evals
     return bool(evals) and evals[-1]["step"] == point.total
+
+
+def _check_ended(point: Point) -> None:
+    steps = read_run(point.trunk).steps
+    if not steps or steps[-1]["step"] < point.total:
+        raise ConfigError(
+            f"--sweep: 0 is the trunk itself, and {point.trunk} has not reached its end, step "
+            f"{point.total}; train it to its end, or leave the 0 away"
+        )
 
 
 def _distinct(study: Study) -> Study:

@@ -241,8 +241,11 @@ def test_losses_of_other_data_are_refused(
     assert main(["data", "score", str(reference), *words]) == 0
     with pytest.raises(DataError, match="not the losses of their tokens"):
         one_step(load(tmp_path, corpus, {**section, "losses": str(scores)}))
+    select = {"scores": str(tmp_path / "none.parquet")}
+    with pytest.raises(DataError, match=r"data.select.scores: .*none.parquet is missing"):
+        one_step(load(tmp_path, corpus, {"samples": "plain"}, data__select=select))
     select = {"scores": str(losses)}
-    with pytest.raises(DataError, match="not scores of samples"):
+    with pytest.raises(DataError, match=r"data.select.scores: .* not scores of samples"):
         one_step(load(tmp_path, corpus, {"samples": "plain"}, data__select=select))
 
 

@@ -141,7 +141,7 @@ def test_a_sweep_and_a_leave_one_out_tabulate_what_the_runs_recorded(
     trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tail(tmp_path, "data: {weights: {digits: 0.5, letters: 0.5}}\n", "half")
-    assert branch(trunk, "--sweep", "0.2,0.4", str(file)) == 0
+    assert branch(trunk, "--sweep", "0,0.2,0.4", str(file)) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[-4:]] == ["held-out", "trunk", "d", "d"]
     for name in ("tiny-half-d0.2", "tiny-half-d0.4"):
@@ -171,6 +171,14 @@ def test_a_study_is_planned_without_writing(
     assert [b.point.step for b in study.branches] == [18, 12]
 
 
+def test_a_sweep_with_zero_wants_a_trunk_that_has_ended(trunk: Path) -> None:
+    lines = (trunk / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (trunk / "metrics.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(ConfigError, match="has not reached its end, step 20"):
+        plan_sweep(trunk, [Fraction(0), Fraction("0.4")], None, [])
+    assert len(plan_sweep(trunk, [Fraction("0.4")], None, []).branches) == 1
+
+
 def test_the_past_of_a_tail_is_the_trunks(world: Path) -> None:
     cfg = load_config(world / "tiny.yaml")
     old = stretches_of(cfg, STEPS * BATCH)
@@ -192,6 +200,8 @@ def test_the_past_of_a_tail_is_the_trunks(world: Path) -> None:
         (["--at", "0dur"], "its beginning"),
         (["--at", "0.5dur"], r"no checkpoint of step 10.*12 \(0.6dur\), 16 \(0.8dur\)"),
         (["--at", "soon"], "is not a duration"),
+        (["--at", "-0.5dur"], "--at: a value must follow, and none that begins with a minus"),
+        (["--at=-0.5dur"], "is not a duration"),
         ([], "--at is missing"),
         (["--at", "16step", "nothing.yaml"], "no such file"),
         (["--at", "16step", "name=tiny"], "trunk's own name"),
@@ -201,7 +211,9 @@ def test_the_past_of_a_tail_is_the_trunks(world: Path) -> None:
         (["--at", "16step", "seed=3", "name=b"], "seed"),
         (["--at", "16step", "data.phases.0.weights.digits=0.5", "name=c"], "only the future"),
         (["--sweep", "0.1", "--at", "16step"], "stands alone"),
-        (["--sweep", "0.1,2"], "no part of the run"),
+        (["--sweep", "0.1,2"], "2 is no part of the run"),
+        (["--sweep", "0,-0.1"], "-0.1 is no part of the run"),
+        (["--sweep", "0"], "0 is no part of the run.* the trunk itself"),
         (["--sweep", "a"], "no list of shares"),
         (["--at", "16step", "--leave-one-out"], "no data.weights with two sources"),
     ],
@@ -231,7 +243,10 @@ def test_a_refused_branch_leaves_nothing(
 ) -> None:
     before = sorted(trunk.parent.rglob("*"))
     assert branch(trunk, "--at", "16step", change, "name=refused") == 2
-    assert says in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert says in told.err
+    # What does not go with the trunk's data is refused before a branch is announced.
+    assert ("branch refused" in told.out) == change.startswith("model.")
     assert sorted(trunk.parent.rglob("*")) == before
     # Where another branch is recorded, it stays.
     assert branch(trunk, "--at", "16step", "name=good", "train.stop_after=17step") == 0
@@ -244,7 +259,8 @@ def test_the_tree_is_drawn_without_branches_that_have_not_begun(trunk: Path) -> 
     """Of one that was killed before its first step, only the record is there."""
     assert branch(trunk, "--at", "16step", "name=good", "train.stop_after=17step") == 0
     write_branch(trunk.parent / "killed", trunk, {"step": 16, "tokens": 16 * BATCH * SEQ})
-    assert main(["report", str(trunk), str(trunk.parent / "good")]) == 0
+    page = str(trunk.parent / "page.html")
+    assert main(["report", str(trunk), str(trunk.parent / "good"), "--out", page]) == 0
     assert branches_of(trunk) == [trunk.parent / "good"]
     # A trunk of which only its list of branches is left.
     for name in ("metrics.jsonl", "config.yaml"):
