@@ -30,7 +30,10 @@ from llmtrain.checkpoint.store import explain, sync_folder
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.errors import CheckpointError
 
-COPIED = ("config.yaml", "tokenizer.json", "tokenizer_config.json", META)
+COPIED = (
+    *("config.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    META,
+)
 SHARD_BYTES = 5 << 30
 
 

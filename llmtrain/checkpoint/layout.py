@@ -128,7 +128,7 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
     try:
         if body["version"] != VERSION or not isinstance(files, dict):
             raise ValueError
-        if body["digest"] != _digest(files):
+        if body["digest"] != _digest(files) or any(map(_leads_out, files)):
             raise ValueError
         return {
             name: FileSum(name, int(entry["bytes"]), str(entry[ALGORITHM]))
@@ -138,6 +138,11 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
         raise CheckpointError(
             f"{path / CHECKSUMS} is damaged, or of another version than {VERSION}"
         ) from error
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a file name of a checkpoint is a path: to another folder, or no name at all."""
+    return name in ("", "..") or Path(name).name != name
 
 
 def _digest(files: dict[str, Any]) -> str:
@@ -226,6 +231,8 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
         )
     try:
         files = body["files"]
+        if any(map(_leads_out, files)):
+            raise TypeError
         return {
             key: TensorLayout(
                 value["dtype"],

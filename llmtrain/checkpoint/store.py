@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmtrain.checkpoint.layout import (
@@ -200,11 +202,13 @@ def sync_folder(path: Path) -> None:
 
 
 class explain:
-    """Context that turns an OSError into a CheckpointError: ``what``: why and remedy; ``after``."""
+    """Context that turns an OSError into a CheckpointError: ``what``: why and remedy; ``after``.
 
-    def __init__(self, what: str, after: str | None = None) -> None:
-        self.what = what
-        self.after = after
+    move: how the user says where to write, as the remedy begins.
+    """
+
+    def __init__(self, what: str, after: str | None = None, move: str = "set `out` to") -> None:
+        self.what, self.after, self.move = what, after, move
 
     def __enter__(self) -> None:
         return None
@@ -212,34 +216,76 @@ class explain:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             after = f"; {self.after}" if self.after else ""
-            raise CheckpointError(f"{self.what}: {reason(error)}{after}") from error
+            raise CheckpointError(f"{self.what}: {_reason(error, self.move)}{after}") from error
 
 
-def reason(error: OSError) -> str:
+def _reason(error: OSError, move: str) -> str:
     """What a failed system call means, and what helps."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full (or the quota used up); free space or set `out` to another disk"
+        return f"the disk is full (or the quota used up); free space or {move} another disk"
     if error.errno == errno.EFBIG:
         return "the file would be larger than this process may write; raise `ulimit -f`"
     if error.errno == errno.EROFS:
-        return "the file system is read-only; set `out` to a folder that can be written"
+        return f"the file system is read-only; {move} a folder that can be written"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return "permission denied; set `out` to a folder that can be written"
+        return f"permission denied; {move} a folder that can be written"
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG):
-        return f"{error.strerror} ({error.filename}); set `out` to a folder that can be created"
-    return f"{error.strerror or error}; set `out` to a healthy disk"
+        name = str(error.filename)
+        # A temporary folder's name means nothing to the user, who has named the final one.
+        where = "" if os.path.basename(name).startswith(TEMPORARY) else f" ({name})"
+        return f"{error.strerror}{where}; {move} a folder that can be created"
+    return f"{error.strerror or error}; {move} a healthy disk"
+
+
+def temporary_beside(out: Path) -> Path:
+    """A name for a temporary folder beside ``out``; nothing is made.
+
+    What killed processes left there for the same ``out`` is removed. The name holds machine and
+    process, so that only folders are whose process ran on this machine and is gone.
+    """
+    begin = f"{TEMPORARY}{out.name}-{_machine()}-"
+    pattern = re.compile(re.escape(begin) + r"(\d{1,9})-[0-9a-f]{8}")
+    with suppress(OSError):
+        for path in list(out.parent.iterdir()):
+            found = pattern.fullmatch(path.name)
+            if found is not None and not _runs(int(found[1])):
+                shutil.rmtree(path, ignore_errors=True)
+    return out.parent / f"{begin}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _machine() -> str:
+    """A short name for the place whose process numbers these are: host and container."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=3).hexdigest()
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``out`` by one rename at the end, or vanishes."""
+    """A temporary folder that becomes ``out`` by one rename at the end, or vanishes.
+
+    What a killed process left of an earlier try is removed first.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not empty; choose another folder")
-    temporary = out.parent / f".tmp-{out.name}-{secrets.token_hex(4)}"
-    with explain(f"{out} cannot be written"):
+    temporary = temporary_beside(out)
+    with explain(f"{out} cannot be written", move="choose"):
         temporary.mkdir(parents=True)
     try:
-        with explain(f"{out} cannot be written"):
+        with explain(f"{out} cannot be written", move="choose"):
             yield temporary
             sync_folder(temporary)
             temporary.rename(out)

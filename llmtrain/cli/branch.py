@@ -86,9 +86,12 @@ def _skill_graph(args: argparse.Namespace) -> int:
     if tails:
         raise ConfigError(f"--skill-graph takes no tail, but {tails[0]} was given; use key=value")
     at, length = _duration(args.at), _duration(args.length or "0.02dur", "--for")
+    file = Path(args.skill_graph)
+    if not file.parent.is_dir():
+        raise ConfigError(f"--skill-graph {file}: {file.parent} does not exist; make it first")
     branches = plan_graph(Path(args.trunk), at, length, args.overrides)
     if not args.dry_run:
-        learn_graph(branches, Path(args.skill_graph), _say)
+        learn_graph(branches, file, _say)
         return 0
     for name, branch in branches:
         _say(f"{branch.folder}: {name} alone until {branch.cfg.train.stop_after}")

@@ -30,13 +30,14 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = load_config(args.config, args.overrides)
     prepare_process()
-    from llmtrain.finetune.plan import check_data, plan_sequence
+    from llmtrain.finetune.fit import check_fit
+    from llmtrain.finetune.plan import plan_sequence
     from llmtrain.finetune.sequence import finished, run_sequence
     from llmtrain.finetune.show import describe
 
     sequence = plan_sequence(cfg)
     if args.dry_run:
-        check_data(sequence)
+        check_fit(sequence)
         for line in describe(sequence, finished):
             _say(line)
         return 0

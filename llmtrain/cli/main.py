@@ -29,6 +29,7 @@ COMMANDS = (
     "merge",
     "report",
     "reproduce",
+    "launch",
     "doctor",
 )
 EXIT_LOST = 1

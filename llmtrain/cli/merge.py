@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--points",
         type=int,
-        default=11,
         metavar="N",
-        help="path: places on the line between the two checkpoints (default: %(default)s)",
+        help="path: places on the line between the two checkpoints (default: 11)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
@@ -71,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
         return _path(args, out)
     file, given, changes = _recipe_words(args)
     recipe = read_recipe(file, given, changes)
+    _check_flags(args, recipe)
     if args.search is None and recipe.method not in ("greedy-soup", "fisher"):
-        merged = merge_models(recipe, out)
+        merged = merge_models(recipe, out, warn=_warn)
     else:
         recipe, merged = _judged(args, recipe, out)
     print(f"{merged.path}: {len(recipe.paths)} models merged by {recipe.method}")
@@ -82,20 +83,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _warn(text: str) -> None:
+    print(f"llmtrain: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _check_flags(args: argparse.Namespace, recipe: MergeRecipe) -> None:
+    """Raise ConfigError for a flag that this merge would not look at."""
+    judged = args.search is not None or recipe.method == "greedy-soup"
+    if args.points is not None:
+        raise ConfigError(f"--points: is for path only, not for {recipe.method}; leave it out")
+    if args.domain and not judged:
+        raise ConfigError(
+            f"--domain: {recipe.method} looks at no held-out loss; leave it out, or add --search"
+        )
+    if args.device == "cuda" and not judged and recipe.method != "fisher":
+        raise ConfigError(f"--device: {recipe.method} works on the CPU; leave it out")
+
+
 def _path(args: argparse.Namespace, out: Path) -> int:
     """``llmtrain merge path A B``: losses between two checkpoints."""
     from llmtrain.merge.path import interpolate, write_curve
 
     if len(args.overrides) != 2 or args.base is not None or args.search or args.domain:
         raise ConfigError("path takes two checkpoints and --points, --align, --device, --out")
-    if args.points < 3:
-        raise ConfigError(f"--points: {args.points} is too few; give at least 3, ends included")
+    points = 11 if args.points is None else args.points
+    if points < 3:
+        raise ConfigError(f"--points: {points} is too few; give at least 3, ends included")
     first, second = (Path(word) for word in args.overrides)
 
     def say(t: float, loss: float) -> None:
         print(f"t {t:.3f}: held-out loss {loss:.4f}", flush=True)
 
-    curve = interpolate(first, second, args.points, device=args.device, aligned=args.align, say=say)
+    curve = interpolate(
+        first, second, points, device=args.device, aligned=args.align, say=say, warn=_warn
+    )
     written = write_curve(curve, out)
     for name, value in curve.barriers.items():
         print(f"barrier of {name}: {value:.4f}")
@@ -107,15 +128,26 @@ def _path(args: argparse.Namespace, out: Path) -> int:
 def _judged(args: argparse.Namespace, recipe: MergeRecipe, out: Path) -> tuple[MergeRecipe, Merged]:
     """The recipe that evaluation chooses, and its merge."""
     from llmtrain.merge.offline import merge_models
-    from llmtrain.merge.search import Judge, estimated_fishers, greedy_soup, search
+    from llmtrain.merge.search import (
+        Judge,
+        candidates,
+        estimated_fishers,
+        greedy_soup,
+        pinned,
+        search,
+    )
 
-    judge = Judge(args.domain, args.device, lambda text: print(text, flush=True))
+    judge = Judge(args.domain, args.device, lambda text: print(text, flush=True), _warn)
+    if args.search is not None:
+        candidates(recipe, args.search)
+    judged = args.search is not None or recipe.method == "greedy-soup"
+    recipe = pinned(recipe, judge, judged)
     if args.search is not None:
         recipe = search(recipe, args.search, out, judge)
     if recipe.method == "greedy-soup":
         recipe = greedy_soup(recipe, out, judge)
     with estimated_fishers(recipe, out, args.device) as fishers:
-        return recipe, merge_models(recipe, out, fishers)
+        return recipe, merge_models(recipe, out, fishers, _warn)
 
 
 def _recipe_words(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], list[str]]:

@@ -71,10 +71,11 @@ class Builder:
     """Builds sections and collects faults.
 
     failed: paths whose values were replaced. tainted: sections with a key that is unknown.
+    whole: what the tree describes, in messages.
     """
 
-    def __init__(self, faults: list[Fault]) -> None:
-        self.faults = faults
+    def __init__(self, faults: list[Fault], whole: str = "a run") -> None:
+        self.faults, self.whole = faults, whole
         self.failed: set[Path] = {f.path for f in faults if f.path}
         self.tainted: set[Path] = set()
 
@@ -128,8 +129,8 @@ class Builder:
 
     def _unknown(self, name: str, node: Node, path: Path, known: list[str]) -> None:
         """Fault for a key that the section does not have, with where it may belong."""
-        where = f"of {'.'.join(path)}" if path else "of a run"
-        elsewhere = paths_by_name().get(name, [])
+        where = f"of {'.'.join(path)}" if path else f"of {self.whole}"
+        elsewhere = paths_by_name().get(name, []) if self.whole == "a run" else []
         near = nearest(name, known)
         remedy = f"did you mean {near!r}?" if near else ""
         if not remedy and elsewhere:

@@ -36,6 +36,14 @@ def check_continual(cfg: RunConfig, faults: Collector, for_training: bool) -> No
                 "write it under overrides of a task with method: sequential",
                 "continual.method",
             )
+    for key in ("weights", "phases"):
+        if getattr(cfg.data, key):
+            faults.add(
+                f"data.{key}",
+                f"stands beside continual.tasks, whose `weights` make each task's mixture; set "
+                f"data.{key}=null, and for earlier data use continual.replay",
+                "continual.tasks",
+            )
     if cfg.init is not None and any(task.trained for task in cfg.continual.tasks[:1]):
         faults.add(
             "init",

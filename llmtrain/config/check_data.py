@@ -181,6 +181,13 @@ def check_prepare(cfg: RunConfig, faults: Collector) -> None:
     for name, source in prepare.sources.items():
         _check_name(name, ("prepare", "sources", name), faults)
         _check_text_source(source, ("prepare", "sources", name), faults)
+        wants = source.chat is not None and source.chat.template == "tokenizer"
+        if wants and prepare.tokenizer.kind != "file":
+            faults.add(
+                ("prepare", "sources", name, "chat", "template"),
+                "tokenizer needs one that brings a template; set prepare.tokenizer.kind: file",
+                "prepare.tokenizer.kind",
+            )
     if prepare.compression and not _COMPRESSION.fullmatch(prepare.compression):
         faults.add(
             "prepare.compression",
@@ -205,6 +212,8 @@ def _check_text_source(source: TextSourceConfig, path: tuple[str, ...], faults: 
     if source.keep and source.kind in ("builtin", "text"):
         message = f"is not read by kind {source.kind}, whose documents have no fields; remove it"
         faults.add((*path, "keep"), message, kind)
+    if source.chat is not None:
+        _check_chat(source, path, faults)
     for name, rule in source.keep.items():
         here = (*path, "keep", name)
         if rule.min is not None and rule.max is not None and rule.min > rule.max:
@@ -217,6 +226,27 @@ def _check_text_source(source: TextSourceConfig, path: tuple[str, ...], faults: 
         if value and key != needs:
             message = f"is not read by kind {source.kind}; set kind: {owners[key]}, or remove it"
             faults.add((*path, key), message, kind)
+
+
+def _check_chat(source: TextSourceConfig, path: tuple[str, ...], faults: Collector) -> None:
+    """Conversations come from records with fields, and something of them is trained."""
+    chat, here = source.chat, (*path, "chat")
+    assert chat is not None
+    if source.kind in ("builtin", "text"):
+        message = f"is not read by kind {source.kind}, whose documents have no fields; remove it"
+        faults.add(here, message, (*path, "kind"))
+    if chat.train_on == "roles" and not any(chat.role_weights.values()):
+        message = "give no role a weight, so nothing would be learned; write {assistant: 1}"
+        faults.add((*here, "role_weights"), message, (*here, "train_on"))
+    if chat.train_on != "roles" and chat.role_weights:
+        message = f"is not read with train_on {chat.train_on}; set train_on: roles, or remove it"
+        faults.add((*here, "role_weights"), message, (*here, "train_on"))
+    if len({*chat.role_weights.values()}) > 100:
+        faults.add((*here, "role_weights"), "has more than 100 different weights; round them")
+    if chat.window is None and not chat.pack:
+        faults.add((*here, "pack"), "needs a window: the length of a sample", (*here, "window"))
+    if not chat.template.strip():
+        faults.add((*here, "template"), "is empty; write plain, tokenizer or a file's path")
 
 
 def _check_tokenizer(cfg: RunConfig, prepare: PrepareConfig, faults: Collector) -> None:

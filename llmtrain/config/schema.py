@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtrain.config.adapters import AdapterConfig
+from llmtrain.config.chat import ChatConfig
 from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.config.duration import Duration
@@ -112,6 +113,7 @@ class TextSourceConfig:
     keep: dict[str, FilterConfig] = key(
         dict, "jsonl, parquet, hf: field: what it must be for the document to be kept"
     )
+    chat: ChatConfig | None = key(None, "jsonl, parquet, hf: records are conversations")
 
 
 @dataclass(frozen=True)

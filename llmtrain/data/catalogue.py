@@ -14,7 +14,7 @@ from llmtrain.data.corpus import read_manifest
 from llmtrain.data.formats import open_source
 from llmtrain.data.replay import Replay, open_replay
 from llmtrain.data.source import TokenSource
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import CONFIG_FILE, TEMPLATE_FILE, load_tokenizer
 from llmtrain.errors import DataError
 
 
@@ -33,6 +33,7 @@ class Catalogue:
     tokenizer_path: Path | None
     manifest: dict[str, Any] = field(default_factory=dict)
     replay: Replay | None = None
+    seq_len: int | None = None  # of the run's samples
 
     def require(self, names: Iterable[str]) -> None:
         """Raise DataError for the first name that is no source."""
@@ -65,9 +66,10 @@ class Catalogue:
                 "data.tokenizer"
             )
         found = {"tokenizer.json": file.read_bytes()}
-        beside = file.with_name("tokenizer_config.json")
-        if beside.is_file():
-            found[beside.name] = beside.read_bytes()
+        for name in (CONFIG_FILE, TEMPLATE_FILE):
+            beside = file.with_name(name)
+            if beside.is_file():
+                found[name] = beside.read_bytes()
         return found
 
     def open_train(self, name: str) -> TokenSource:
@@ -79,7 +81,14 @@ class Catalogue:
         return self._open(name, self.heldout[name])
 
     def _open(self, name: str, config: SourceConfig) -> TokenSource:
-        return open_source(name, config, eos_id=self.eos_id)
+        source = open_source(name, config, eos_id=self.eos_id)
+        if source.window and self.seq_len and self.seq_len % source.window:
+            raise DataError(
+                f"source {name!r} keeps its conversations whole in windows of {source.window} "
+                f"tokens, which samples of {self.seq_len} would cut; set data.seq_len to a multiple"
+                " of the window, or prepare it with another chat.window"
+            )
+        return source
 
 
 def open_catalogue(cfg: RunConfig) -> Catalogue:
@@ -104,8 +113,12 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             held = entry["heldout"]
             if held["tokens"]:
                 heldout[name] = SourceConfig(path=str(root / name / "heldout"), format="mds")
-                per_token[name] = held["bytes"] / held["tokens"]
+                if "weights" not in held:  # else the loss is not one per token of the text
+                    per_token[name] = held["bytes"] / held["tokens"]
     for name, source in data.sources.items():
+        if not source.path and name not in train:
+            hint = did_you_mean(name, train, "give it a path, or remove it")
+            raise DataError(f"data.sources.{name}: has no path, and no source is called so; {hint}")
         path = source.path or train.get(name, source).path
         train[name] = dataclasses.replace(source, path=path)
     heldout.update(data.heldout)
@@ -124,6 +137,7 @@ def open_catalogue(cfg: RunConfig) -> Catalogue:
             "data.eos_id, or data.tokenizer, or data.corpus"
         )
     found = Catalogue(train, heldout, per_token, eos, vocab, tokenizer, manifest)
+    found.seq_len = data.seq_len
     if data.replay is not None:
         found.replay = open_replay(cfg, found)
     return found

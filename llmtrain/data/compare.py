@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.data.duplicates import find_duplicates
-from llmtrain.data.overlap import find_overlap
+from llmtrain.data.overlap import check_benchmarks, find_overlap
 from llmtrain.data.plan_text import aligned
 from llmtrain.data.words import Stream
 from llmtrain.errors import DataError
@@ -29,6 +29,7 @@ def compare(what: Comparison, streams: Sequence[Stream], heldout: Sequence[bool]
     """Lines of the report. Raises DataError."""
     if what.benchmarks and streams[0].tokenizer is None:
         raise DataError("--benchmark compares words, so the tokens need a --tokenizer")
+    check_benchmarks(what.benchmarks, what.ngram)
     if what.similarity is not None:
         yield ""
         yield from _duplicates(what.similarity, streams, heldout)

@@ -18,10 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.schema import PrepareConfig, TextSourceConfig
+import xxhash
+
+from llmtrain.config.schema import PrepareConfig, TextSourceConfig, TokenizerConfig
+from llmtrain.data.chat import template_text
 from llmtrain.data.mds_writer import MAX_SHARD_BYTES, zstd_level
 from llmtrain.data.sources import TextSource
-from llmtrain.data.tokenizer import CONFIG_FILE, FILE, load_tokenizer
+from llmtrain.data.tokenizer import CONFIG_FILE, FILE, TEMPLATE_FILE, load_tokenizer
 from llmtrain.errors import ConfigError, DataError, EnvironmentFault
 
 MANIFEST = "manifest.json"
@@ -35,7 +38,7 @@ def check_prepare(cfg: PrepareConfig) -> None:
     if not cfg.sources:
         raise ConfigError("prepare.sources is empty; name at least one source of text")
     for name in cfg.sources:
-        if not _NAME.fullmatch(name) or name in (MANIFEST, FILE, CONFIG_FILE):
+        if not _NAME.fullmatch(name) or name in (MANIFEST, FILE, CONFIG_FILE, TEMPLATE_FILE):
             raise ConfigError(
                 f"prepare.sources: {name!r} becomes a folder; use letters, digits, '.', '_', '-'"
             )
@@ -54,7 +57,7 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
         tokenizer["sha256"] = loaded.sha256
     settings = {
         "sources": {
-            name: {**_source_settings(cfg.sources[name]), **source.identity()}
+            name: {**_source_settings(cfg.sources[name], cfg.tokenizer), **source.identity()}
             for name, source in sources.items()
         },
         "tokenizer": tokenizer,
@@ -66,9 +69,14 @@ def settings_of(cfg: PrepareConfig, sources: Mapping[str, TextSource]) -> dict[s
     return plain
 
 
-def _source_settings(cfg: TextSourceConfig) -> dict[str, Any]:
-    """Without filters none are named: corpora that were made before there were any stay good."""
+def _source_settings(cfg: TextSourceConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """Without filters or chat none are named: corpora made before there were any stay good."""
     settings = asdict(cfg)
+    if cfg.chat is None:
+        del settings["chat"]
+    else:
+        text = template_text(cfg.chat, tokenizer) or ""
+        settings["chat"]["template_xxh64"] = xxhash.xxh64(text.encode()).hexdigest()
     if not settings["keep"]:
         del settings["keep"]
     return settings
@@ -158,7 +166,9 @@ def publish(out: Path) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         if fresh.exists():
             os.rename(fresh, out / name)
-    for name in (FILE, CONFIG_FILE, MANIFEST):
+    if not (partial / TEMPLATE_FILE).exists() and (partial / FILE).exists():
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)  # of the corpus that is replaced
+    for name in (FILE, CONFIG_FILE, TEMPLATE_FILE, MANIFEST):
         if (partial / name).exists():
             os.replace(partial / name, out / name)
     (partial / "settings.json").unlink(missing_ok=True)  # nothing in it can be continued now

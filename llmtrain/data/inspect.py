@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def inspect(what: Inspection) -> Iterator[str]:
         bad = {kind: count for kind, count in entry["bad"].items() if kind != "records"}
         if bad:
             yield f"  bad records: {', '.join(f'{n} {kind}' for kind, n in bad.items())}"
+        if entry.get("long"):
+            yield f"  dropped: {entry['long']:,} longer than a window"
         if dropped := entry.get("dropped"):
             yield f"  dropped by filters: {', '.join(f'{n} by {w}' for w, n in dropped.items())}"
     if what.compare is not None:
@@ -96,6 +99,8 @@ def _counted(
     if "unigram_loss_nats" in entry:
         parts.append(f"loss under the train unigram {entry['unigram_loss_nats']:.3f} nats/token")
     parts.append(f"{size / tokens:.2f} bytes/token")
+    if "weights" in entry:
+        yield from _weighted(entry)
     yield f"  {', '.join(parts)}, fingerprint {entry['fingerprint']}"
     cfg = SourceConfig(path=str(Path(what.source.path) / name))
     source = open_source(name, cfg, eos_id=tokenizer["eos_id"])
@@ -170,6 +175,50 @@ def _excerpts(what: Inspection, source: FlatSource, tokenizer: Tokenizer | None)
         starts = np.flatnonzero(source.document_starts(low, stop, tokens))
         first = int(starts[0]) if len(starts) else 0
         end = int(starts[1]) if len(starts) > 1 else len(tokens)
+        weights = source.loss_weights(low, stop)
+        if weights is not None:
+            yield from _conversation(low, starts, tokens, weights, tokenizer)
+            continue
         shown = tokens[first : min(end, first + SHOWN_TOKENS)]
         text = repr(tokenizer.decode(shown)) if tokenizer else " ".join(map(str, shown))
         yield f"  token {low + first:,}: {text}"
+
+
+def _weighted(entry: dict[str, Any]) -> Iterator[str]:
+    """What part of a split of conversations is trained on."""
+    weights = ", ".join(f"{weight:g}" for weight in entry["weights"] if weight)
+    window = f", windows of {entry['window']:,} tokens" if entry["window"] else ""
+    share = entry["trained"] / entry["tokens"]
+    yield (
+        f"  trained on {entry['trained']:,} of the tokens ({share:.1%}), weights {weights}{window}"
+    )
+
+
+def _conversation(
+    low: int,
+    starts: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    tokenizer: Tokenizer | None,
+) -> Iterator[str]:
+    """The first conversation, no padding, of a stretch of the stream from token ``low`` on."""
+    for begin, end in itertools.pairwise([*starts.tolist(), len(tokens)]):
+        if weights[begin:end].any():
+            yield f"  token {low + begin:,}:"
+            yield from _turns(tokens[begin:end], weights[begin:end], tokenizer)
+            return
+
+
+def _turns(
+    tokens: NDArray[np.int64], weights: NDArray[np.float32], tokenizer: Tokenizer | None
+) -> Iterator[str]:
+    """A conversation in stretches of one weight; of long ones the beginning."""
+    edges = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(tokens)]
+    for begin, end in itertools.pairwise(edges):
+        shown = tokens[begin : min(end, begin + SHOWN_TOKENS)]
+        more = " ..." if end - begin > SHOWN_TOKENS else ""
+        text = repr(tokenizer.decode(shown)) if tokenizer else " ".join(map(str, shown))
+        if tokenizer is not None and tokenizer.eos_id == tokens[end - 1]:
+            more += " " + tokenizer.eos_token
+        kind = f"weight {weights[begin]:g}" if weights[begin] else "untrained"
+        yield f"    {kind}, {end - begin:,} tokens: {text}{more}"

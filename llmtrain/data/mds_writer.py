@@ -21,6 +21,8 @@ from llmtrain.errors import ConfigError
 CHUNK_TOKENS = 1024
 INDEX = "index.json"
 STREAM = "stream.json"
+MARKS = "marks"  # folder beside the shards: a byte for each token of a stream with weights
+STARTS = 0x80  # in such a byte: the token begins a document; the other bits: number of its weight
 MAX_SHARD_BYTES = (1 << 32) - 1  # offsets inside a shard are uint32
 
 

@@ -49,6 +49,12 @@ class _Benchmark:
     documents: list[int]
 
 
+def check_benchmarks(files: Sequence[Path], n: int) -> None:
+    """Raise the DataError that ``find_overlap`` would, before anything long is begun."""
+    for file in files:
+        _read(file, n, Hasher(), 0)
+
+
 def find_overlap(streams: Sequence[Stream], files: Sequence[Path], n: int) -> list[Overlap]:
     """Look for every benchmark's n-grams in the documents of all ``streams``.
 

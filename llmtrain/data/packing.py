@@ -57,6 +57,7 @@ class Packing:
         starts = np.zeros((n, s + 1), np.bool_)
         lengths = np.zeros(n, np.int64)
         factors = np.zeros(n, np.float32)
+        own: list[tuple[int, NDArray[np.float32]]] = []
         for row, pick in enumerate(picks):
             if pick is None:
                 continue
@@ -66,7 +67,11 @@ class Packing:
             pick.source.read_into(low, high, window)
             starts[row, : high - low] = pick.source.document_starts(low, high, window)
             lengths[row], factors[row] = high - low - 1, pick.weight
+            if (each := pick.source.loss_weights(low + 1, high)) is not None:
+                own.append((row, each))
         weights = np.repeat(factors[:, None], s, axis=1)
+        for row, each in own:
+            weights[row, : len(each)] *= each
         if self.mask_boundaries:
             weights[starts[:, 1:]] = 0.0
         begins = starts[:, :-1]

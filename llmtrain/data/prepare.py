@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from llmtrain.config.schema import PrepareConfig
+from llmtrain.data.chat import Chat, shared_template, special_names
 from llmtrain.data.corpus import (
     MANIFEST,
     PARTIAL,
@@ -39,11 +40,12 @@ from llmtrain.data.mds_writer import write_file
 from llmtrain.data.progress import Progress, human
 from llmtrain.data.sources import BadTally, Document, TextSource, documents, open_text_source
 from llmtrain.data.sources.base import check_text
-from llmtrain.data.stream_writer import StreamWriter, unigram_loss
+from llmtrain.data.stream_writer import StreamWriter, Weighting, unigram_loss
 from llmtrain.data.tokenizer import (
     CONFIG_FILE,
     DEFAULT_EOS,
     FILE,
+    TEMPLATE_FILE,
     Tokenizer,
     byte_tokenizer_file,
     load_tokenizer,
@@ -185,7 +187,11 @@ def _tokenizer(cfg: PrepareConfig, partial: Path, say: Say) -> Tokenizer:
             start = time.monotonic()
             content = train_tokenizer(_sample(cfg), want.vocab_size, eos)
             say(f"trained a tokenizer in {time.monotonic() - start:.1f} s")
-        write_file(partial / CONFIG_FILE, tokenizer_config_file(eos))
+        names: dict[str, str] = {}
+        if (template := shared_template(cfg)) is not None:
+            names = special_names(cfg.tokenizer, eos)
+            write_file(partial / TEMPLATE_FILE, template.encode())
+        write_file(partial / CONFIG_FILE, tokenizer_config_file(eos, names))
         write_file(file, content)
     return load_tokenizer(file)
 
@@ -231,21 +237,29 @@ class _Preparation:
         self.say = say
         self.state_file = partial / f"state-{source.name}.npz"
         folder = partial / "sources" / source.name
+        section = source.cfg.chat
+        self.chat = Chat(section, cfg.tokenizer, tokenizer) if section is not None else None
+        self.window = section.window if section is not None else None
+        how = None
+        if section is not None and self.chat is not None:
+            how = Weighting(self.chat.table, section.window, section.pack)
         self.writers = {
-            split: StreamWriter(folder / split, tokenizer, cfg.shard_bytes, cfg.compression)
+            split: StreamWriter(folder / split, tokenizer, cfg.shard_bytes, cfg.compression, how)
             for split in SPLITS
         }
-        self.taken = 0  # documents that are in the writers
+        self.taken = 0  # documents that are in the writers, or were longer than a window
+        self.long = 0
         self._shards = 0
         self._saved_at = time.monotonic()
 
     def run(self, encoder: Encoder) -> Json:
         """Tokenize and write; the manifest's entry of the source."""
         self._resume()
-        good = islice(documents(self.source, self.tally), self.taken, None)
+        good = islice(documents(self.source, self.tally, self.chat), self.taken, None)
         with Progress(self.source.name, self.source.total_bytes, self.say) as progress:
-            for encoded in encoder.run(batches(good)):
+            for encoded in encoder.run(batches(good), self.window):
                 self.taken += encoded.taken
+                self.long += encoded.long
                 for split in SPLITS:
                     self.writers[split].add(*getattr(encoded, split))
                 self._save()
@@ -255,14 +269,20 @@ class _Preparation:
         if not train.documents:
             gone = sum(self.tally.dropped.values())
             why = f" (its filters dropped {gone:,} of {self.tally.records:,})" if gone else ""
+            if self.long:
+                why += f" ({self.long:,} are longer than the window of {self.window:,} tokens)"
             raise DataError(
                 f"source {self.source.name!r} has no documents to train on{why}; give it more text"
             )
         entry: Json = {split: self.writers[split].finish() for split in SPLITS}
-        entry["heldout"]["unigram_loss_nats"] = unigram_loss(heldout.histogram, train.histogram)
+        if self.chat is None:  # else a loss over some of the tokens only
+            nats = unigram_loss(heldout.histogram, train.histogram)
+            entry["heldout"]["unigram_loss_nats"] = nats
         entry["bad"] = self.tally.counts()
         if self.source.cfg.keep:
             entry["dropped"] = dict(sorted(self.tally.dropped.items()))
+        if self.window is not None:
+            entry["long"] = self.long
         return entry
 
     def _save(self) -> None:
@@ -272,7 +292,7 @@ class _Preparation:
         if shards == self._shards or now - self._saved_at < SAVE_SECONDS:
             return
         self._shards, self._saved_at = shards, now
-        plain: Json = {"taken": self.taken}
+        plain: Json = {"taken": self.taken, "long": self.long}
         arrays: dict[str, Any] = {}
         for split, writer in self.writers.items():
             plain[split], parts = writer.state()
@@ -288,9 +308,9 @@ class _Preparation:
         with np.load(self.state_file, allow_pickle=False) as saved:
             plain = json.loads(saved["plain"].tobytes())
             for split, writer in self.writers.items():
-                parts = {key: saved[f"{split}.{key}"] for key in ("open", "histogram")}
-                writer.restore(plain[split], parts)
-        self.taken = plain["taken"]
+                keys = ("open", "histogram", "marks")[: 3 if self.chat is not None else 2]
+                writer.restore(plain[split], {key: saved[f"{split}.{key}"] for key in keys})
+        self.taken, self.long = plain["taken"], plain.get("long", 0)
         self.say(f"{self.source.name}: continuing after {self.taken:,} documents")
 
 
@@ -302,6 +322,10 @@ def _summary(name: str, entry: Json, seconds: float) -> str:
         f" ({train['bytes'] / max(train['tokens'], 1):.2f} bytes each)",
         f"held out {heldout['documents']:,} documents, {human(heldout['tokens'])} tokens",
     ]
+    if "trained" in train:
+        words.append(f"{human(train['trained'])} of the tokens trained on")
+    if entry.get("long"):
+        words.append(f"{entry['long']:,} longer than a window dropped")
     if bad:
         words.append(f"{bad:,} of {entry['bad']['records']:,} records bad")
     if dropped := entry.get("dropped"):

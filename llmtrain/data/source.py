@@ -33,6 +33,10 @@ class TokenSource(Protocol):
         """Which of the tokens [start, stop) begin a document; ``tokens`` is what read returned."""
         ...
 
+    def loss_weights(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        """Weights in the loss of the tokens [start, stop), as targets; None: all are 1."""
+        ...
+
     def close(self) -> None:
         """Release files."""
         ...

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from llmtrain.errors import DataError
 FILE = "tokenizer.json"
 DEFAULT_EOS = "<|endoftext|>"
 CONFIG_FILE = "tokenizer_config.json"  # Hugging Face's file beside it, which names the eos token
+TEMPLATE_FILE = "chat_template.jinja"  # and the one that writes conversations
 _KNOWN_EOS = (DEFAULT_EOS, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 # Words with the character before them, single digits, runs of signs with their line end, indents.
@@ -30,11 +31,20 @@ _SPLIT = (
 )
 
 
+class Marked(NamedTuple):
+    """Tokens of a text and the characters [begin, end) that each stands for. All int64 [n]."""
+
+    ids: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 
     kind: ``bpe`` or ``byte``. vocab_size: one more than the largest id. eos_id, eos_token: the
-    document separator. sha256: of the file's bytes, hexadecimal.
+    document separator. sha256: of the file's bytes, hexadecimal. special_texts: the texts of its
+    special tokens.
     """
 
     kind: str
@@ -42,6 +52,7 @@ class Tokenizer(ABC):
     eos_id: int
     eos_token: str
     sha256: str
+    special_texts: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without eos."""
@@ -54,6 +65,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """As ``encode_batch``, as arrays."""
+
+    @abstractmethod
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """Token ids of each text, in which the texts of special tokens become these tokens."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -70,9 +85,29 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, eos_token: str, sha256: str) -> None:
         self.eos_token = eos_token
         self.sha256 = sha256
+        self.special_texts = (eos_token,)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        return [self._marked(text) for text in texts]
+
+    def _marked(self, text: str) -> Marked:
+        ids, begins, ends, at = [], [], [], 0
+        for number, part in enumerate(text.split(self.eos_token)):
+            if number:
+                ids.append(np.array([self.eos_id]))
+                begins.append(np.array([at]))
+                at += len(self.eos_token)
+                ends.append(np.array([at]))
+            sizes = [len(char.encode()) for char in part]
+            chars = np.repeat(np.arange(at, at + len(part)), sizes)
+            ids.append(np.frombuffer(part.encode(), np.uint8).astype(np.int64))
+            begins.append(chars)
+            ends.append(chars + 1)
+            at += len(part)
+        return Marked(*(np.concatenate(found).astype(np.int64) for found in (ids, begins, ends)))
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
@@ -95,6 +130,19 @@ class BpeTokenizer(Tokenizer):
         self.eos_id = int(inner.token_to_id(eos_token))
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.sha256 = sha256
+        added = inner.get_added_tokens_decoder().values()
+        self.special_texts = tuple(token.content for token in added if token.special)
+        self._marking: Any = None
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        if self._marking is None:
+            self._marking = _with_special_tokens(self._inner)
+        encodings = self._marking.encode_batch(list(texts), add_special_tokens=False)
+        found = []
+        for encoding in encodings:
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            found.append(Marked(np.array(encoding.ids, np.int64), offsets[:, 0], offsets[:, 1]))
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -106,6 +154,16 @@ class BpeTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eos_id]
         return str(self._inner.decode(known, skip_special_tokens=True))
+
+
+def _with_special_tokens(inner: Any) -> Any:
+    """A copy of a library tokenizer that reads special tokens in texts, and whose offsets are
+    those of whole tokens: the post-processor, which would cut blanks off them, is left out."""
+    import tokenizers
+
+    content = json.loads(inner.to_str())
+    content["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
@@ -197,9 +255,13 @@ def byte_tokenizer_file(eos_token: str) -> bytes:
     return (json.dumps({**fields, "eos_token": eos_token}, indent=1) + "\n").encode()
 
 
-def tokenizer_config_file(eos_token: str) -> bytes:
-    """Content of a ``tokenizer_config.json`` with which ``transformers`` opens the same folder."""
+def tokenizer_config_file(eos_token: str, names: Mapping[str, str] | None = None) -> bytes:
+    """Content of a ``tokenizer_config.json`` with which ``transformers`` opens the same folder.
+
+    names: further special tokens by name, such as bos_token.
+    """
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    fields |= names or {}
     return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
 
 

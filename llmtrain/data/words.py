@@ -32,7 +32,16 @@ class Stream:
     tokenizer: Tokenizer | None
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(first token, token behind the last) of every document, in order."""
+        """(first token, token behind the last) of every document, in order.
+
+        Without the padding between conversations, of which nothing is trained on.
+        """
+        for start, stop in self._spans():
+            weights = self.source.loss_weights(start, stop)
+            if weights is None or weights.any():
+                yield start, stop
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
         begin = 0
         for low in range(0, self.source.num_tokens, WINDOW):
             high = min(low + WINDOW, self.source.num_tokens)

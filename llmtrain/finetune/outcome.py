@@ -17,7 +17,8 @@ class Row:
 
     seconds: of training, and of what the method did besides (Fisher pass, merge). kept_bytes: in
     memory over all ranks besides model and optimizer; stored_bytes: models on disk that the merge
-    read. replayed_tokens: of earlier tasks' sources.
+    read. replayed_tokens: of earlier tasks' sources. run: name of the run's folder, empty for a
+    task that was trained already.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Row:
     kept_bytes: int = 0
     stored_bytes: int = 0
     replayed_tokens: int = 0
+    run: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The runs and merges that a section ``continual`` stands for; nothing is written or trained."""
+"""The runs and merges that a section ``continual`` stands for; nothing is written or trained.
+
+The folder is looked at where a sequence may have grown since (see ``growth``).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 
 from llmtrain.config import RunConfig, from_dict, to_dict
 from llmtrain.config.continual import EXPERTS, INTERPOLATING, ContinualConfig, TaskConfig
-from llmtrain.data.loader import heldout_sets
-from llmtrain.data.plan import build_plan
 from llmtrain.errors import ConfigError
+from llmtrain.finetune.growth import at_constant_rate, keep_before_annealing
 from llmtrain.merge.recipe import MergeRecipe, ModelEntry
+from llmtrain.train.branch import Point
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.run import run_folder
 
@@ -22,13 +25,17 @@ from llmtrain.train.run import run_folder
 class Stage:
     """One task. cfg: its run (never trained where the task is trained already). recipe: the merge
     after it, if any; result: folder of the model that counts after the task. domains: whose mean
-    loss is the task's."""
+    loss is the task's. begins: folder or checkpoint of the weights it begins with (of a task that
+    is trained already: ends with); None for random ones. point: where the run leaves an earlier
+    one of the task that has annealed (see ``growth``)."""
 
     task: TaskConfig
     cfg: RunConfig
     recipe: MergeRecipe | None
     result: Path
     domains: tuple[str, ...]
+    begins: str | None
+    point: Point | None = None
 
     @property
     def run(self) -> Path:
@@ -79,28 +86,6 @@ def plan_sequence(cfg: RunConfig) -> Sequence:
     return Sequence(cfg, section, run_folder(cfg), stages)
 
 
-def check_data(sequence: Sequence) -> None:
-    """Every task's data and held-out domains are there, and what the first one begins with.
-
-    Raises ConfigError, DataError.
-    """
-    first = sequence.stages[0]
-    begins = first.cfg.init
-    if begins is not None and not Path(begins.path).expanduser().is_dir():
-        key = "init.path" if first.task.trained is None else "continual.tasks.0.trained"
-        raise ConfigError(f"{key}: {begins.path} is not a folder; give a checkpoint or a run")
-    found = {one.name for one in heldout_sets(first.cfg)}
-    for i, stage in enumerate(sequence.stages):
-        missing = [name for name in stage.domains if name not in found]
-        if missing:
-            has = ", ".join(sorted(found)) or "none"
-            raise ConfigError(
-                f"continual.tasks.{i}.domains: there is no held-out {missing[0]!r} to measure "
-                f"{stage.task.name} by; the data has {has}"
-            )
-        build_plan(stage.cfg, stage.steps * stage.cfg.train.global_batch_size)
-
-
 def _stage(
     cfg: RunConfig, section: ContinualConfig, task: TaskConfig, before: list[Stage]
 ) -> Stage:
@@ -126,13 +111,19 @@ def _stage(
     elif start is not None and before:
         data["init"] = {"path": start, "optimizer": section.optimizer == "keep"}
     made = from_dict(data, for_training=True)
+    begins = made.init.path if made.init is not None else None
+    point = None
+    if task.trained is None and number < len(section.tasks):
+        made, point = at_constant_rate(made)
+    elif task.trained is None:
+        made = keep_before_annealing(made)
     run = run_folder(made)
     recipe = _recipe(section, before, start, run)
-    result = run if recipe is None else folder / f"{number}-{task.name}-merged"
+    result = run if recipe is None else folder / f"{made.name}-merged"
     if task.trained is not None:
         result = Path(task.trained).expanduser()
     domains = tuple(task.domains or [name for name, share in task.weights.items() if share > 0])
-    return Stage(task, made, recipe, result, domains)
+    return Stage(task, made, recipe, result, domains, begins, point)
 
 
 def mixture(section: ContinualConfig, index: int) -> dict[str, float]:
@@ -205,7 +196,7 @@ def _recipe(
     if method in INTERPOLATING:
         return MergeRecipe(method, start, [ModelEntry(str(run))], beta=section.beta)
     own = [stage for stage in before if stage.task.trained is None]
-    experts = [stage.run for stage in own if stage.cfg.init is not None]
+    experts = [stage.run for stage in own if stage.begins is not None]
     models = [ModelEntry(str(path)) for path in (*experts, run)]
     if method == "model-stock":
         return MergeRecipe(method, start, models) if len(models) > 1 else None

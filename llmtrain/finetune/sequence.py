@@ -23,14 +23,17 @@ from llmtrain.checkpoint.store import explain
 from llmtrain.config import RunConfig, load_config, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.errors import ConfigError
+from llmtrain.finetune.fit import check_fit
+from llmtrain.finetune.growth import settled
 from llmtrain.finetune.outcome import Outcome, Row
-from llmtrain.finetune.plan import Sequence, Stage, check_data, mixture
+from llmtrain.finetune.plan import Sequence, Stage, mixture
 from llmtrain.finetune.show import page
 from llmtrain.merge.offline import merge_models
 from llmtrain.parallel import World, close_world, init_world
 from llmtrain.report.read import read_run
+from llmtrain.report.tree import read_branch
 from llmtrain.train.begin import evaluate_weights
-from llmtrain.train.branch import FREE
+from llmtrain.train.branch import FREE, Branch, start
 from llmtrain.train.run import train
 
 Say = Callable[[str], None]
@@ -53,7 +56,7 @@ def run_sequence(sequence: Sequence, say: Say, world: World | None = None) -> Ou
 
 def _run(sequence: Sequence, say: Say, world: World) -> Outcome:
     ranks = Ranks(world.cpu_group)
-    check_data(sequence)
+    ranks.on_main(lambda: check_fit(sequence, world.size))
     known = ranks.on_main(lambda: _claim(sequence))
     rows: list[Row] = []
     for i, stage in enumerate(sequence.stages):
@@ -86,12 +89,22 @@ def _make(sequence: Sequence, index: int, say: Say, ranks: Ranks, world: World) 
     if stage.task.trained is not None:
         return Row(stage.task.name, _measured(stage, world))
     if not ranks.on_main(lambda: finished(stage)):
-        train(stage.cfg, world)
+        _train(stage, world)
     seconds = ranks.on_main(lambda: _merge(stage, say))
     losses = ranks.on_main(lambda: _recorded(stage))
     if not losses:
         losses = _measured(stage, world)
     return ranks.on_main(lambda: _row(sequence, index, losses, seconds))
+
+
+def _train(stage: Stage, world: World) -> None:
+    """The task's run, or what is left of it; collective."""
+    if stage.point is None:
+        train(stage.cfg, world)
+        return
+    changes = diff_configs(stage.point.cfg, stage.cfg)
+    kept = [line for line in changes if line.partition(":")[0] not in ("name", "init")]
+    start(Branch(stage.point, stage.cfg, kept), world)
 
 
 def _measured(stage: Stage, world: World) -> dict[str, float]:
@@ -140,6 +153,9 @@ def _read_rows(sequence: Sequence) -> dict[str, Row]:
         whole = finished(stage) and (stage.recipe is None or stage.result.is_dir())
         if stage.task.name not in rows or not whole:
             break
+        plain = rows[stage.task.name].run in ("", stage.run.name)
+        if stage.task.trained is None and not plain:
+            break  # measured when it was the last task, and had annealed
         found[stage.task.name] = rows[stage.task.name]
     return found
 
@@ -151,7 +167,7 @@ def finished(stage: Stage) -> bool:
     file = stage.run / "config.yaml"
     if not file.exists():
         return False
-    old, new = _resolved(load_config(file)), _resolved(stage.cfg)
+    old, new = settled(load_config(file)), settled(stage.cfg)
     changed = [line for line in diff_configs(old, new) if not line.startswith(FREE)]
     if changed:
         raise ConfigError(
@@ -159,14 +175,6 @@ def finished(stage: Stage) -> bool:
             "`name`, or delete that folder and those of the tasks after it"
         )
     return _end(stage) is not None
-
-
-def _resolved(cfg: RunConfig) -> RunConfig:
-    """``init.path`` without links: two names of one run's folder are the same beginning."""
-    if cfg.init is None:
-        return cfg
-    path = str(Path(cfg.init.path).expanduser().resolve())
-    return dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, path=path))
 
 
 def _end(stage: Stage) -> Path | None:
@@ -210,10 +218,21 @@ def _row(sequence: Sequence, index: int, losses: dict[str, float], merged: float
     shares = mixture(sequence.section, index)
     replayed = sum(share for name, share in shares.items() if name not in own)
     tokens = stage.steps * cfg.train.global_batch_size * cfg.data.seq_len
-    seconds = math.fsum(float(record["seconds"]) for record in read_run(stage.run).steps)
+    seconds = _seconds(stage.run)
     kept = _bytes(end, HOOK_PREFIX)
     replay = round(replayed * tokens)
-    return Row(stage.task.name, losses, seconds, fisher + merged, kept, stored, replay)
+    beside = fisher + merged
+    return Row(stage.task.name, losses, seconds, beside, kept, stored, replay, stage.run.name)
+
+
+def _seconds(run: Path) -> float:
+    """Time of training, with what came before the point where the run left another."""
+    steps = read_run(run).steps
+    record = read_branch(run)
+    if record is not None:
+        trunk = Path(os.path.normpath(run / str(record["trunk"])))
+        steps = [r for r in read_run(trunk).steps if r["step"] <= record["step"]] + steps
+    return math.fsum(float(record["seconds"]) for record in steps)
 
 
 def _bytes(checkpoint: Path, prefix: str) -> int:

@@ -12,6 +12,16 @@ from llmtrain.finetune.plan import Sequence, Stage, mixture
 from llmtrain.report.matrix import render_matrix
 from llmtrain.report.numbers import bytes_text, duration
 
+# Keys of the sections ``average``, ``penalty`` and ``continual`` that a method reads.
+_AVERAGE = {
+    "sfa": ("every", "beta", "anchor"),
+    "ema": ("every", "decay"),
+    "latest": ("every", "keep"),
+    "stock": ("every", "keep", "anchor"),
+}
+_PENALTY = {"l2": ("strength", "anchor"), "ewc": ("strength", "anchor", "data", "samples")}
+_MERGE = {"wise-ft": ("beta",), "task-arithmetic": ("scale",), "ties": ("scale", "density")}
+
 
 def describe(sequence: Sequence, finished: Callable[[Stage], bool]) -> list[str]:
     """The plan as lines for the user: runs, where each begins, and merges."""
@@ -27,14 +37,22 @@ def describe(sequence: Sequence, finished: Callable[[Stage], bool]) -> list[str]
         lines.append(f"{stage.run}: {stage.steps} steps, {tokens:,} tokens{done}")
         lines.append(f"  data: {_shares(cfg.data.weights)}; measured by {', '.join(stage.domains)}")
         begins = f"the weights of {cfg.init.path}" if cfg.init is not None else "random weights"
+        if stage.point is not None:
+            begins = f"{stage.point.checkpoint}, before its annealing, and stays at that rate"
+        elif cfg.init is not None and cfg.init.optimizer:
+            begins += " and the optimizer's moments"
         lines.append(f"  begins with {begins}")
-        for key in ("average", "penalty"):
-            acts = getattr(cfg, key)
-            if acts is not None:
-                lines.append(f"  {key}: {_changed(acts)}")
+        if cfg.average is not None:
+            method = cfg.average.method
+            lines.append(f"  average: {method}, {_settings(cfg.average, _AVERAGE[method])}")
+        if cfg.penalty is not None:
+            kind = cfg.penalty.kind
+            lines.append(f"  penalty: {kind}, {_settings(cfg.penalty, _PENALTY[kind])}")
         if stage.recipe is not None:
             names = ", ".join(stage.recipe.paths)
-            lines.append(f"  then {stage.recipe.method} of {names}: {stage.result}")
+            method = stage.recipe.method
+            how = [f"{key} {getattr(sequence.section, key)}" for key in _MERGE.get(method, ())]
+            lines.append(f"  then {', '.join([method, *how])} of {names}: {stage.result}")
     return lines
 
 
@@ -58,13 +76,13 @@ def _shares(weights: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.3g}" for name, share in weights.items())
 
 
-def _changed(section: Any) -> str:
-    """The keys of a section that differ from the defaults."""
+def _settings(section: Any, named: tuple[str, ...]) -> str:
+    """The keys that a method reads, and others that differ from the defaults."""
     plain = type(section)()
-    keys = [f.name for f in dataclasses.fields(section)]
-    changed = [
-        f"{key}={getattr(section, key)}"
-        for key in keys
-        if getattr(section, key) != getattr(plain, key)
-    ]
-    return ", ".join(changed) or "as by default"
+    keys = [f.name for f in dataclasses.fields(section) if f.name not in ("method", "kind")]
+    shown = [k for k in keys if k in named or getattr(section, k) != getattr(plain, k)]
+    return ", ".join(f"{key} {_value(getattr(section, key))}" for key in shown)
+
+
+def _value(value: Any) -> str:
+    return _shares(value) if isinstance(value, dict) else str(value)

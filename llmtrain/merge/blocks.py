@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llmtrain.merge.sources import Reader
+from llmtrain.merge.sources import Reader, require_finite
 
 T = TypeVar("T")
 
@@ -93,8 +93,13 @@ class Inputs:
         )
 
     def read(self, reader: Reader, begin: int, end: int) -> Tensor:
-        """A block in the dtype of the arithmetic; free to be written to."""
-        return reader.block(begin, end).to(self.dtype)
+        """A block in the dtype of the arithmetic; free to be written to.
+
+        Raises CheckpointError naming tensor and file when a value is NaN or infinite.
+        """
+        block = reader.block(begin, end).to(self.dtype)
+        require_finite(block, self.name, reader.path)
+        return block
 
     def base_block(self, begin: int, end: int) -> Tensor:
         """A block of the base model."""

@@ -237,10 +237,11 @@ class Fisher(Rule):
         total = torch.zeros(end - begin, dtype=inputs.dtype)
         out = torch.zeros_like(total)
         for model, fisher, weight in zip(inputs.models, inputs.fishers, self.weights, strict=True):
+            block = inputs.read(model, begin, end)
             importance = inputs.read(fisher, begin, end).clamp_(min=self.recipe.fisher_floor)
             importance.mul_(weight)
             total.add_(importance)
-            out.add_(importance.mul_(inputs.read(model, begin, end)))
+            out.add_(importance.mul_(block))
         return out.div_(total)
 
 

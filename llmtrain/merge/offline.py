@@ -37,7 +37,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.merge.blocks import Inputs, Workers
 from llmtrain.merge.methods import RULES, Rule
 from llmtrain.merge.recipe import MergeRecipe
-from llmtrain.merge.sources import INDEX, Source, check_alike, open_source
+from llmtrain.merge.sources import INDEX, Source, check_alike, is_finite, open_source
 
 RECIPE = "merge.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,15 +67,29 @@ class _Models:
         """The model whose small files and dtypes the result takes."""
         return self.base or self.models[0]
 
+    @property
+    def every(self) -> list[Source]:
+        """All of them, the base first."""
+        return [*([self.base] if self.base else []), *self.models, *self.fishers]
 
-def merge_models(recipe: MergeRecipe, out: Path, fishers: Sequence[Path] = ()) -> Merged:
+
+def merge_models(
+    recipe: MergeRecipe,
+    out: Path,
+    fishers: Sequence[Path] = (),
+    warn: Callable[[str], None] | None = None,
+) -> Merged:
     """Merge as ``recipe`` says into the new folder ``out``.
 
     fishers: folders of the models' Fisher information where the recipe does not name them.
+    warn: told of each damaged checkpoint of a run in place of which an older one is merged.
     Raises CheckpointError when models do not fit together, are damaged, or ``out`` cannot be
     written; then nothing is left behind.
     """
     models = _open(recipe, fishers)
+    if warn is not None:
+        for source in models.every:
+            source.tell(warn)
     with new_folder(out) as temporary, Workers() as workers:
         sums = _write(recipe, models, temporary, workers)
     weights = [s for s in sums if s.name.endswith(".safetensors")]
@@ -128,7 +142,7 @@ def _write(recipe: MergeRecipe, models: _Models, folder: Path, workers: Workers)
             chunk = Chunk((0,) * len(shape), shape, file.name)
             tensors[prefix + name] = TensorLayout(kind, shape, (chunk,))
             places[name] = file.name
-    small = _small_files(recipe, first)
+    small = _small_files(recipe, models)
     if first.ours:
         small[TENSORS] = layout_text(tensors)
     elif len(shards) > 1:
@@ -170,16 +184,10 @@ def _shard_name(index: int, count: int, ours: bool) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _small_files(recipe: MergeRecipe, first: Source) -> dict[str, bytes]:
+def _small_files(recipe: MergeRecipe, models: _Models) -> dict[str, bytes]:
     """Files that go with the first model, and the recipe."""
-    absolute = replace(
-        recipe,
-        base_model=_absolute(recipe.base_model),
-        models=[
-            replace(m, path=str(Path(m.path).expanduser().resolve()), fisher=_absolute(m.fisher))
-            for m in recipe.models
-        ],
-    )
+    first = models.first
+    absolute = _recorded(recipe, models)
     text = yaml.safe_dump(to_dict(absolute), sort_keys=False)
     files = {n: d for n, d in first.files.items() if not first.ours or n in _KEPT}
     files[RECIPE] = f"# Made by llmtrain {llmtrain.__version__}.\n{text}".encode()
@@ -190,8 +198,20 @@ def _small_files(recipe: MergeRecipe, first: Source) -> dict[str, bytes]:
     return files
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+def _recorded(recipe: MergeRecipe, models: _Models) -> MergeRecipe:
+    """The recipe with the checkpoints that were merged, where it names runs."""
+
+    def place(source: Source) -> str:
+        return str(source.path.resolve())
+
+    # An estimate of the Fisher information is gone afterwards, so only named ones are recorded.
+    fishers: dict[int, Source] = dict(enumerate(models.fishers))
+    entries = [
+        replace(m, path=place(source), fisher=place(fishers[i]) if m.fisher is not None else None)
+        for i, (m, source) in enumerate(zip(recipe.models, models.models, strict=True))
+    ]
+    base = None if models.base is None else place(models.base)
+    return replace(recipe, base_model=base, models=entries)
 
 
 def _write_shard(
@@ -233,7 +253,13 @@ def _block(
     """A merged block, and with a tensor's last one the inputs, which are done with then."""
     done = inputs if end == inputs.numel else None
     if inputs.dtype.is_floating_point:
-        return rule.combine(inputs, begin, end, measured).to(dtype), done
+        block = rule.combine(inputs, begin, end, measured).to(dtype)
+        if not is_finite(block):
+            raise CheckpointError(
+                f"{inputs.name} is NaN or infinite in the merged model as {dtype}; "
+                "give smaller weights or scale, or dtype=fp32"
+            )
+        return block, done
     return _agreed(inputs, begin, end), done
 
 

@@ -20,7 +20,7 @@ from llmtrain.eval.checkpoint import Alone
 from llmtrain.eval.heldout import evaluate_domains
 from llmtrain.eval.loading import Trained, load_trained
 from llmtrain.merge.align import align
-from llmtrain.merge.sources import check_alike, open_source
+from llmtrain.merge.sources import check_alike, open_source, require_ours
 from llmtrain.parallel import Degrees, Layout, World
 from llmtrain.parallel.world import pick_device
 from llmtrain.report.chart import Chart, Line, draw
@@ -65,21 +65,20 @@ def interpolate(
     device: str = "auto",
     aligned: bool = False,
     say: Callable[[float, float], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Curve:
     """Evaluate ``points`` places on the line between two checkpoints, ends included.
 
     The held-out text, precision and settings are those of ``first``. aligned: the hidden units
     and heads of ``second`` are permuted to match first (``merge.align``). say: told t and the
-    mean loss of each place. Three copies of the weights are in memory. Raises CheckpointError
-    when the two do not fit together.
+    mean loss of each place. warn: as of ``merge_models``. Three copies of the weights are in
+    memory. Raises CheckpointError when the two do not fit together.
     """
     sources = [open_source(str(path)) for path in (first, second)]
     for source in sources:
-        if not source.ours:
-            raise CheckpointError(
-                f"{source.path} is not a checkpoint of llmtrain, and without its held-out text "
-                "nothing can be evaluated; convert it with llmtrain convert from-hf"
-            )
+        require_ours(source, "held-out text")
+        if warn is not None:
+            source.tell(warn)
     check_alike(sources)
     place = pick_device(device, 0)
     one, two = (load_trained(source.path, place) for source in sources)
@@ -99,7 +98,8 @@ def interpolate(
             losses.setdefault(domain, []).append(value)
         if say is not None:
             say(t, found[MEAN])
-    return Curve(str(first), str(second), aligned, places, losses)
+    ends = [str(source.path) for source in sources]
+    return Curve(ends[0], ends[1], aligned, places, losses)
 
 
 def _losses(trained: Trained, place: torch.device) -> dict[str, float]:
@@ -126,7 +126,7 @@ def write_curve(curve: Curve, out: Path) -> list[Path]:
         "losses": curve.losses,
         "barriers": curve.barriers,
     }
-    with explain(f"{out} cannot be written"):
+    with explain(f"{out} cannot be written", move="choose"):
         out.mkdir(parents=True, exist_ok=True)
         write_small(out / "path.json", (json.dumps(facts, indent=1) + "\n").encode())
         write_small(out / "path.html", _page(curve).encode())

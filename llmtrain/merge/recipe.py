@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ METHODS = (
 # Those that move away from a base model, and those that want exactly one model besides it.
 BASED = ("slerp", "wise-ft", "task-arithmetic", "ties", "dare", "model-stock")
 PAIRED = ("slerp", "wise-ft")
+# Keys of a recipe or a model that only these methods read.
+_SUMS = ("task-arithmetic", "ties", "dare")
+READ_BY = {
+    "t": ("slerp",),
+    "beta": ("wise-ft",),
+    "scale": _SUMS,
+    "density": ("ties", "dare"),
+    "normalize": ("linear", "soup", *_SUMS),
+    "rescale": ("dare",),
+    "sign_election": ("dare",),
+    "seed": ("dare",),
+    "fisher": ("fisher",),
+    "fisher_floor": ("fisher",),
+    "fisher_samples": ("fisher",),
+    "weight": ("linear", "soup", "fisher", "greedy-soup", *_SUMS),
+}
+# Weights that cancel to this share of their magnitudes leave nothing of a float32.
+_CANCELS = 1e-7
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class MergeRecipe:
     scale: float = key(1.0, "task-arithmetic, ties, dare: factor lambda on the merged change")
     density: float = key(1.0, "ties, dare: share of each model's changes that stays", ge=0, le=1)
     normalize: bool | None = key(
-        None, "divide by the sum of the weights; null: linear and ties do, the others do not"
+        None, "divide by the sum of the weights; null: linear, soup and ties do, others do not"
     )
     rescale: str = key(
         "density",
@@ -100,7 +119,7 @@ def read_recipe(path: Path | None, given: dict[str, Any], changes: Sequence[str]
     faults: list[Fault] = []
     root = wrap(given) if path is None else Files(faults).tree(path, str(path))
     root = apply_overrides(root, changes, to_dict(MergeRecipe()), faults)
-    builder = Builder(faults)
+    builder = Builder(faults, "a recipe")
     recipe = builder.section(MergeRecipe, root, ())
     if not faults:
         found = Collector()
@@ -128,6 +147,48 @@ def check_recipe(recipe: MergeRecipe, faults: Collector) -> None:
     for i, model in enumerate(recipe.models):
         if not model.path.strip():
             faults.add(f"models.{i}.path", "is empty; name a checkpoint, a run or a folder")
-    normal = recipe.normalize if recipe.normalize is not None else recipe.method == "linear"
-    if normal and recipe.method == "linear" and count and abs(sum(recipe.weights)) < 1e-12:
+    _check_read(recipe, faults)
+    _check_weights(recipe, faults)
+
+
+def _check_read(recipe: MergeRecipe, faults: Collector) -> None:
+    """Keys that are set and that the method would not look at."""
+
+    def check(section: MergeRecipe | ModelEntry, prefix: str) -> None:
+        plain = type(section)()
+        for name in (f.name for f in fields(section) if f.name in READ_BY):
+            # A finished merge records every key, so the default is no sign of a wish.
+            if getattr(section, name) != getattr(plain, name) and not reads(recipe, name):
+                faults.add(prefix + name, ignored(recipe, name))
+
+    check(recipe, "")
+    for i, model in enumerate(recipe.models):
+        check(model, f"models.{i}.")
+
+
+def reads(recipe: MergeRecipe, name: str) -> bool:
+    """Whether the method looks at the key of that last name."""
+    return recipe.method in READ_BY.get(name, METHODS)
+
+
+def ignored(recipe: MergeRecipe, name: str) -> str:
+    """What to say of a key that the method does not look at."""
+    return f"{recipe.method} does not read it; leave it out (it is for {', '.join(READ_BY[name])})"
+
+
+def _check_weights(recipe: MergeRecipe, faults: Collector) -> None:
+    """Weights that the method would divide by, and whose sum is or may become 0."""
+    weights, method = recipe.weights, recipe.method
+    for i, weight in enumerate(weights):
+        if method == "fisher" and weight < 0:
+            faults.add(f"models.{i}.weight", f"fisher needs at least 0, not {weight:g}; raise it")
+        if method == "greedy-soup" and weight <= 0:
+            message = f"greedy-soup needs more than 0, not {weight:g}; raise it or drop the model"
+            faults.add(f"models.{i}.weight", message)
+    divides = recipe.normalize is not False if method in ("linear", "soup") else method == "fisher"
+    # With signs elected the divisor is another one in every place, and never 0.
+    elects = method == "ties" or recipe.sign_election
+    divides = divides or (method in _SUMS and recipe.normalize is True and not elects)
+    size = math.fsum(map(abs, weights))
+    if divides and weights and abs(math.fsum(weights)) <= _CANCELS * size:
         faults.add("models", "the weights sum to 0 and cannot be normalised; change one")

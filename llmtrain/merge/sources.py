@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ Move = tuple[int, Tensor]
 class Source:
     """An opened model: dtype and shape of every tensor, and its small files.
 
-    ours: a checkpoint of llmtrain (names without their ``model.`` prefix). moves: tensors that are
-    permuted when they are read (see ``align``).
+    path: the checkpoint itself where a run was named. ours: a checkpoint of llmtrain (names without
+    their ``model.`` prefix). moves: tensors that are permuted when they are read (see ``align``).
+    warnings: a sentence for each newer checkpoint of the run that is damaged and was passed over.
     """
 
     path: Path
@@ -51,14 +52,22 @@ class Source:
     dtypes: dict[str, torch.dtype]
     files: dict[str, bytes]
     moves: dict[str, Move] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     _stored: dict[str, TensorLayout] = field(default_factory=dict)
     _entries: dict[str, tuple[Path, Entry]] = field(default_factory=dict)
+
+    def tell(self, warn: Callable[[str], None]) -> None:
+        """Hand each warning on."""
+        for text in self.warnings:
+            warn(text)
 
     def whole(self, name: str) -> Tensor:
         """All of a tensor as it is stored."""
         reader = self._stored_reader(name)
         try:
-            return reader.block(0, math.prod(self.shapes[name])).view(self.shapes[name])
+            values = reader.block(0, math.prod(self.shapes[name])).view(self.shapes[name])
+            require_finite(values, name, reader.path)
+            return values
         finally:
             reader.close()
 
@@ -77,10 +86,13 @@ class Source:
 
 
 class Reader:
-    """The values of a tensor in row-major order, block by block; threads may share it."""
+    """The values of a tensor in row-major order, block by block; threads may share it.
+
+    path: the file they are read from, or the checkpoint when they lie in several.
+    """
 
     def __init__(self, file: Path, entry: Entry | None, whole: Tensor | None = None) -> None:
-        self._path, self._entry = file, entry
+        self.path, self._entry = file, entry
         self._whole = None if whole is None else whole.reshape(-1)
         self._file = None if entry is None else file.open("rb", buffering=0)
 
@@ -92,7 +104,7 @@ class Reader:
         values = torch.empty(end - begin, dtype=DTYPES[self._entry.dtype])
         view = values.view(torch.uint8).numpy().data
         place = self._entry.begin + begin * values.itemsize
-        read_into(self._file.fileno(), view, place, self._path)
+        read_into(self._file.fileno(), view, place, self.path)
         return values
 
     def close(self) -> None:
@@ -101,10 +113,27 @@ class Reader:
             self._file.close()
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; whole numbers never are."""
+    if not values.is_floating_point():
+        return True
+    # A sum shows them in one pass; that it is not finite may also mean that it overflowed.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def require_finite(values: Tensor, name: str, path: Path) -> None:
+    """Raise CheckpointError naming the tensor and its file when values are NaN or infinite."""
+    if not is_finite(values):
+        raise CheckpointError(
+            f"{name} in {path} holds values that are NaN or infinite; leave that model out, or "
+            "give a checkpoint from before they came up"
+        )
+
+
 def open_source(path: str) -> Source:
     """Open a checkpoint, a run (its newest good checkpoint) or a folder of safetensors files.
 
-    Checkpoints are verified. Raises CheckpointError naming what is missing or damaged.
+    Of checkpoints the model is verified. Raises CheckpointError naming what is missing or damaged.
     """
     place = Path(path).expanduser()
     if not place.exists():
@@ -115,7 +144,7 @@ def open_source(path: str) -> Source:
         raise CheckpointError(
             f"{place} holds neither a checkpoint nor *.safetensors; give a model's folder"
         )
-    found, _ = find(Ranks(None), place)
+    found, faults = find(Ranks(None), place, MODEL_PREFIX)
     layouts = {
         key.removeprefix(MODEL_PREFIX): value
         for key, value in read_layout(found).items()
@@ -127,6 +156,7 @@ def open_source(path: str) -> Source:
         {k: v.shape for k, v in layouts.items()},
         {k: DTYPES[v.dtype] for k, v in layouts.items()},
         read_files(found),
+        warnings=[f"{fault}; {found} is used instead" for fault in faults],
         _stored=layouts,
         _entries=dict(_whole_entries(found, layouts)),
     )
@@ -156,7 +186,7 @@ def _open_folder(place: Path) -> Source:
     if place.is_dir() and (place / INDEX).exists():
         names = set(_json(place / INDEX).get("weight_map", {}).values())
         files = sorted(place / str(name) for name in names)
-    entries = {name: (file, e) for file in files for name, e in read_header(file).items()}
+    entries = {name: (file, e) for file in files for name, e in _header(file).items()}
     beside: dict[str, bytes] = {}
     for file in sorted(folder.iterdir()) if place.is_dir() else ():
         if file.suffix in _BESIDE and file.name not in (INDEX, CHECKSUMS) and file.is_file():
@@ -171,6 +201,25 @@ def _open_folder(place: Path) -> Source:
         beside,
         _entries=entries,
     )
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    try:
+        return read_header(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; copy or download that file again") from error
+
+
+def require_ours(source: Source, lacking: str) -> None:
+    """Raise CheckpointError unless the model is a checkpoint of llmtrain.
+
+    lacking: what is needed that other folders do not name.
+    """
+    if not source.ours:
+        raise CheckpointError(
+            f"{source.path} is not a checkpoint of llmtrain, so its {lacking} nobody knows; "
+            "convert it with llmtrain convert from-hf"
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.store import explain
+from llmtrain.config import RunConfig
 from llmtrain.config.mixture_methods import OnlineConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import HeldoutSet, heldout_sets
@@ -33,9 +34,10 @@ from llmtrain.data.online import (
     skill_it,
     update_steps,
 )
+from llmtrain.data.plan import DataPlan
 from llmtrain.errors import ConfigError, DataError, GuardStop
 from llmtrain.eval.heldout import evaluate_domains
-from llmtrain.methods.reference import load_reference, losses_of
+from llmtrain.methods.reference import check_reference, load_reference, losses_of
 from llmtrain.parallel import release_gathered
 from llmtrain.train.hooks import Hook
 
@@ -66,6 +68,14 @@ class OnlineMixture(Hook):
         self._sets: list[HeldoutSet] = []
         self._reference: dict[str, list[Tensor]] = {}
 
+    def check(self, cfg: RunConfig, plan: DataPlan) -> None:
+        """Whether there is what will be measured. Raises ConfigError, DataError."""
+        names = list(plan.configured[-1].weights)
+        self._heldout(cfg, plan, names)
+        skill_graph(self.cfg, names)
+        if self.cfg.reference is not None:
+            check_reference(Path(self.cfg.reference), cfg, plan, "online.reference")
+
     def on_run_start(self, trainer: Trainer) -> None:
         """Find what will be measured. Raises ConfigError, DataError, CheckpointError."""
         planned = trainer.plan.configured[-1].weights
@@ -76,15 +86,7 @@ class OnlineMixture(Hook):
             # A fresh start, or a branch with other sources: what was measured is of no use.
             self.history, self.first = [], {}
             self.total, self.changes = dict.fromkeys(planned, 0.0), 0
-        limited = replace(trainer.cfg, eval=replace(trainer.cfg.eval, samples=self.cfg.samples))
-        found = {s.name: s for s in heldout_sets(limited, trainer.plan.catalogue)}
-        missing = [name for name in planned if name not in found]
-        if missing:
-            raise ConfigError(
-                f"online: the source {missing[0]!r} has no held-out text to measure; prepare the "
-                f"corpus with a heldout_fraction, or name it in data.heldout.{missing[0]}"
-            )
-        self._sets = [found[name] for name in planned]
+        self._sets = self._heldout(trainer.cfg, trainer.plan, list(planned))
         self._graph = skill_graph(self.cfg, list(planned))
         if self.cfg.method == "doremi":
             self._measure_reference(trainer)
@@ -126,6 +128,18 @@ class OnlineMixture(Hook):
         """Take back what ``state_dict`` gave."""
         self.history, self.first = state["history"], state["first"]
         self.total, self.changes = state["total"], state["changes"]
+
+    def _heldout(self, cfg: RunConfig, plan: DataPlan, names: Sequence[str]) -> list[HeldoutSet]:
+        """The held-out text of the sources, in their order."""
+        limited = replace(cfg, eval=replace(cfg.eval, samples=self.cfg.samples))
+        found = {s.name: s for s in heldout_sets(limited, plan.catalogue)}
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ConfigError(
+                f"online: the source {missing[0]!r} has no held-out text to measure; prepare the "
+                f"corpus with a heldout_fraction, or name it in data.heldout.{missing[0]}"
+            )
+        return [found[name] for name in names]
 
     def _next(self, losses: Weights, step: int) -> dict[str, Fraction]:
         """The weights that follow from the losses, which join the window."""
@@ -212,10 +226,18 @@ def skill_graph(cfg: OnlineConfig, names: Sequence[str]) -> Graph:
         graph = json.loads(Path(cfg.graph_file).read_text(encoding="utf-8"))["graph"]
         found = {i: {j: float(edge) for j, edge in row.items()} for i, row in graph.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it does not hold one"
         raise DataError(
-            f"online.graph_file: {cfg.graph_file} is no skill graph ({error}); make one with "
+            f"online.graph_file: {cfg.graph_file} is no skill graph ({why}); make one with "
             "`llmtrain branch RUN --at ... --skill-graph FILE`"
         ) from error
+    for i, row in found.items():
+        for j, edge in row.items():
+            if not (math.isfinite(edge) and edge >= 0):
+                raise DataError(
+                    f"online.graph_file: {cfg.graph_file}: the edge from {i!r} to {j!r} is "
+                    f"{edge:g}; edges are 0 or more"
+                )
     known = {*found, *(j for row in found.values() for j in row)}
     missing = [name for name in names if name not in known]
     if missing:

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.config import RunConfig
 from llmtrain.config.data_methods import ReweightConfig
 from llmtrain.data.batch import Batch
+from llmtrain.data.plan import DataPlan
 from llmtrain.data.scores import TokenLosses, check_scores
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.loss.reweight import by_surprise, excess_threshold, sample_weights
-from llmtrain.methods.reference import load_reference, losses_of
+from llmtrain.methods.reference import check_reference, load_reference, losses_of
 from llmtrain.parallel import release_gathered
 from llmtrain.train.hooks import Hook
 
@@ -50,14 +52,27 @@ class Reweight(Hook):
         self.losses: tuple[TokenLosses, list[str]] | None = None
         self.last: Tensor | None = None
 
+    def check(self, cfg: RunConfig, plan: DataPlan) -> None:
+        """Whether the losses or the reference fit. Raises ConfigError, DataError."""
+        if self.cfg.losses is not None:
+            _open_losses(self.cfg.losses, plan)
+        elif self.cfg.reference is not None:
+            if cfg.parallel.context > 1 or cfg.parallel.pipeline > 1:
+                raise ConfigError(
+                    f"reweight.tokens: {self.cfg.tokens} reads a reference model on whole "
+                    "sequences and does not run with parallel.context or parallel.pipeline above "
+                    "1; use parallel.shard or parallel.tensor"
+                )
+            check_reference(Path(self.cfg.reference), cfg, plan, "reweight.reference")
+
     def on_run_start(self, trainer: Trainer) -> None:
-        """Resolve the warmup and load the reference. Raises ConfigError, CheckpointError."""
+        """Resolve the warmup and load the reference. Raises ConfigError, DataError."""
         times = trainer.clockwork
         self.warmup = self.cfg.warmup.steps(times.tokens_per_step, times.total)
         if self.cfg.losses is not None:
-            self.losses = _open_losses(self.cfg.losses, trainer)
-        elif self.cfg.tokens in ("prior", "rho"):
-            self.reference = _load_reference(self.cfg, trainer)
+            self.losses = _open_losses(self.cfg.losses, trainer.plan)
+        elif self.cfg.reference is not None:
+            self.reference = load_reference(Path(self.cfg.reference), trainer, "reweight.reference")
 
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
         """Change ``batch.weights`` in place; collective."""
@@ -154,24 +169,15 @@ def token_losses(module: TrainModule, batch: Batch) -> Tensor:
     return nll
 
 
-def _load_reference(cfg: ReweightConfig, trainer: Trainer) -> Trained:
-    degrees = trainer.module.layout.degrees
-    if degrees.context > 1 or degrees.pipeline > 1:
-        raise ConfigError(
-            f"reweight.tokens: {cfg.tokens} reads a reference model on whole sequences and does "
-            "not run with parallel.context or parallel.pipeline above 1; use parallel.shard or "
-            "parallel.tensor"
-        )
-    assert cfg.reference is not None
-    return load_reference(Path(cfg.reference), trainer, "reweight.reference")
-
-
-def _open_losses(file: str, trainer: Trainer) -> tuple[TokenLosses, list[str]]:
+def _open_losses(file: str, plan: DataPlan) -> tuple[TokenLosses, list[str]]:
     """The file of reference losses and the names of the plan's sources in it, by source index.
 
     Raises DataError where it does not fit the data.
     """
-    losses, plan = TokenLosses(Path(file)), trainer.plan
+    try:
+        losses = TokenLosses(Path(file))
+    except DataError as error:
+        raise DataError(f"reweight.losses: {error}") from error
     names = list(plan.names)
     total = plan.counts(plan.mixture.total)
     for label, source in enumerate(plan.sources):

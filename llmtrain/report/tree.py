@@ -60,7 +60,7 @@ def trunk_of(run: Path) -> Path | None:
 
 
 def branches_of(run: Path) -> list[Path]:
-    """Folders of the runs that branched from ``run``, as far as they still exist."""
+    """Folders of the runs that branched from ``run``, as far as they exist and have begun."""
     found = []
     for file in sorted((run / BRANCHES).glob("*.json")):
         try:
@@ -68,7 +68,7 @@ def branches_of(run: Path) -> list[Path]:
         except (OSError, ValueError):
             continue
         path = Path(os.path.normpath(file.parent / away)) if isinstance(away, str) else None
-        if path is not None and read_branch(path) is not None:
+        if path is not None and read_branch(path) is not None and _has_begun(path):
             found.append(path)
     return found
 
@@ -80,7 +80,7 @@ def trees(runs: Sequence[Run]) -> list[Limb]:
         root = run.path.resolve()
         for _ in range(DEEPEST):
             above = trunk_of(root)
-            if above is None or not above.is_dir():
+            if above is None or not _has_begun(above):
                 break
             root = above
         roots.setdefault(root.resolve(), root)
@@ -92,6 +92,11 @@ def draw_trees(runs: Sequence[Run]) -> str:
     """Every tree as a drawing over tokens, held-out loss beside each run; HTML, maybe empty."""
     own = {run.path.resolve() for run in runs}
     return "".join(_draw(limb, own) for limb in trees(runs))
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether there is a run to read: a branch is recorded before its first step."""
+    return (run / "metrics.jsonl").exists() or (run / "config.yaml").exists()
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint import checkpoints_folder, read_files, scan
+from llmtrain.checkpoint.layout import LOCK
 from llmtrain.config import Duration, RunConfig, load_config
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.tail import Tail, load_tail
-from llmtrain.errors import CheckpointError, ConfigError, EnvironmentFault
+from llmtrain.errors import CheckpointError, ConfigError, EnvironmentFault, LlmtrainError
 from llmtrain.parallel import World
-from llmtrain.report.tree import BRANCH, read_branch, write_branch
+from llmtrain.report.tree import BRANCH, BRANCHES, read_branch, write_branch
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.run import run_folder, train
 
@@ -134,9 +136,10 @@ def plan_branch(
 def start(branch: Branch, world: World) -> int:
     """Train a branch, or go on with it where it was broken off; returns the exit code.
 
-    The tree of runs is recorded first, by the main process. Raises LlmtrainError.
+    The tree of runs is recorded first, by the main process; a new branch that is refused before
+    its first step leaves nothing behind. Raises LlmtrainError.
     """
-    point = branch.point
+    point, new = branch.point, not branch.folder.exists()
     if world.is_main:
         record = {
             "step": point.step,
@@ -151,7 +154,23 @@ def start(branch: Branch, world: World) -> int:
                 f"{error.filename}: the branch cannot be recorded ({error.strerror}); the "
                 "trunk's folder and `out` must be writable"
             ) from error
-    return train(branch.cfg, world)
+    try:
+        return train(branch.cfg, world)
+    except LlmtrainError:
+        if world.is_main and new:
+            _forget(branch)
+        raise
+
+
+def _forget(branch: Branch) -> None:
+    """Remove a branch that has not begun: its folder, and what the trunk records of it."""
+    folder, branches = branch.folder, branch.point.trunk / BRANCHES
+    checkpoints = checkpoints_folder(folder)
+    if {*folder.rglob("*")} <= {folder / BRANCH, checkpoints, checkpoints / LOCK}:
+        shutil.rmtree(folder, ignore_errors=True)
+        (branches / f"{folder.name}.json").unlink(missing_ok=True)
+        if not any(branches.iterdir()):
+            branches.rmdir()
 
 
 def taken_over(branch: Branch) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmtrain.data.batch import Batch
+    from llmtrain.data.plan import DataPlan
     from llmtrain.train.fitting import Needed
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
@@ -45,6 +46,13 @@ class Hook:
         next and then stand in ``found``. Raises ConfigError for what is wrong by then.
         """
         return []
+
+    def check(self, cfg: RunConfig, plan: DataPlan) -> None:
+        """Look at the files that the section names, before the run writes anything.
+
+        Called on every rank, without the others, for hooks of sections. Raises LlmtrainError
+        naming the key of a file that is missing, damaged or does not fit.
+        """
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Once, after a checkpoint (if any) was loaded and before the first step."""
@@ -92,6 +100,13 @@ class Hook:
         whatever layout that was saved.
         """
         return {}
+
+
+def check_hooks(hooks: Sequence[Hook], cfg: RunConfig, plan: DataPlan) -> None:
+    """Let the hooks of sections look at the files that these name."""
+    for hook in hooks:
+        if hook.section is not None:
+            hook.check(cfg, plan)
 
 
 def check_states(hooks: Sequence[Hook], states: Mapping[str, dict[str, Any]]) -> None:

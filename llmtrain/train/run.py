@@ -37,7 +37,7 @@ from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.fitting import Setting
-from llmtrain.train.hooks import check_states, load_hooks
+from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
 from llmtrain.train.recorder import Recorder
@@ -81,11 +81,11 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     model_cfg = resolve_model(cfg, plan.vocab_size)
     check_tensor_degree(model_cfg, cfg.parallel.tensor)
     precision = resolve_precision(cfg.precision, world.device)
-    folder = run_folder(cfg) / "checkpoints"
-    hooks, begun = load_hooks(cfg), None
+    folder, hooks, begun = run_folder(cfg) / "checkpoints", load_hooks(cfg), None
     setting = Setting(Ranks(world.cpu_group), cfg, model_cfg, plan)
-    if begins_anew(cfg, folder, setting.ranks):
-        # Before the folder is made: what cannot start leaves none.
+    new = begins_anew(cfg, folder, setting.ranks)
+    if new:  # What cannot start leaves no folder.
+        check_hooks(hooks, cfg, plan)
         begun = find_init(setting, console.warn)
         find_needed(setting, hooks, {}, console.warn)
     with Checkpointer(folder, cfg.checkpoint, world.cpu_group) as checkpointer:
@@ -101,6 +101,8 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
+        if not new:
+            check_hooks(hooks, cfg, plan)
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)

@@ -143,6 +143,18 @@ def test_metadata_that_contradicts_the_files(root: Path) -> None:
     assert "has version 99; this llmtrain reads 1" in verify(folder)[0]
 
 
+@pytest.mark.parametrize("way", ["/etc/passwd", "../step-00000010/{}", ".."])
+def test_file_names_cannot_leave_the_folder(root: Path, way: str) -> None:
+    """With fitting checksums, and a file that exists where the name leads."""
+    folder = root / "step-00000020"
+    body = json.loads((folder / "tensors.json").read_text())
+    body["files"][0] = way.format(body["files"][0])
+    (folder / "tensors.json").write_text(json.dumps(body))
+    resign(folder, "tensors.json")
+    with pytest.raises(CheckpointError, match=r"tensors\.json is damaged"):
+        Checkpointer(root, SYNC).load(folder, state(0), verify=False)
+
+
 def resign(folder: Path, name: str) -> None:
     from llmtrain.checkpoint.layout import checksums_text, read_checksums
     from llmtrain.checkpoint.safefile import FileSum, hash_file

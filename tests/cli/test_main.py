@@ -101,7 +101,7 @@ def test_help_and_printing_a_config_load_nothing_heavy(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["trian"], "'trian' is no command; did you mean 'train'?"),
-        (["convert"], "'convert' is no command; the commands are train, branch"),
+        (["frobnicate"], "'frobnicate' is no command; the commands are train, branch"),
         (["--vresion"], "'--vresion' is no option"),
         (["train"], "the following arguments are required: config; see llmtrain train --help"),
         (["train", "a.yaml", "--dry-rum"], "'--dry-rum'; did you mean '--dry-run'?"),

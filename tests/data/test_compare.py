@@ -34,6 +34,9 @@ class Texts:
         before = np.concatenate([[256], self.tokens])[start:stop]
         return before == 256
 
+    def loss_weights(self, start: int, stop: int) -> None:
+        return None
+
 
 def stream(texts: list[str], name: str = "s", tokenizer: bool = True) -> Stream:
     from llmtrain.data.tokenizer import ByteTokenizer

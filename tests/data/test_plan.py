@@ -90,6 +90,12 @@ def test_caps_fail_at_build_time_with_the_numbers(corpus: Path) -> None:
     build_plan(two(corpus, sources={"digits": SourceConfig(max_epochs=1000)}), 1000)
 
 
+def test_settings_of_a_source_that_is_not_there(corpus: Path) -> None:
+    for source in (SourceConfig(loss_weight=2.0), SourceConfig(max_epochs=2)):
+        with pytest.raises(DataError, match=r"data\.sources\.digit: has no path.*mean 'digits'"):
+            build_plan(two(corpus, sources={"digit": source}), 100)
+
+
 def test_unknown_sources_and_missing_corpora_are_named(corpus: Path) -> None:
     with pytest.raises(DataError, match=r"'digit'.*did you mean 'digits'"):
         build_plan(two(corpus, {"letters": 0.5, "digit": 0.5}), 1000)

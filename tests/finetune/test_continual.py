@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -316,6 +317,75 @@ def test_an_infinite_schedule_stays_constant_between_tasks(tmp_path: Path, corpu
     assert factors[2][:9] == [0.55] * 9 and factors[2][11] == pytest.approx(0.1)
 
 
+INFINITE = "schedule={name: infinite, warmup: 2step, cooldown: 4step, decay: 3step}"
+
+
+@pytest.mark.parametrize("method", [{}, {"method": "wise-ft"}, {"method": "ewc", "samples": 3}])
+def test_a_grown_sequence_is_one_that_was_known(
+    tmp_path: Path, corpus: Path, method: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Task by task with an infinite schedule: the models of all tasks at once, bit for bit."""
+    known = config(tmp_path / "known", corpus, THREE, **method)
+    assert main(["continual", str(known), INFINITE]) == 0
+    grown = tmp_path / "grown"
+    for count in (1, 2, 3):
+        file = config(grown, corpus, THREE[:count], **method)
+        assert main(["continual", str(file), INFINITE]) == 0
+    one, two = (folder / "runs" / "seq" for folder in (tmp_path / "known", grown))
+    assert same(tensors(one / "1-a"), tensors(two / "1-a-constant"))
+    assert same(tensors(one / "2-b"), tensors(two / "2-b-constant"))
+    last = "3-c-merged" if method.get("method") == "wise-ft" else "3-c"
+    assert same(tensors(one / last), tensors(two / last))
+    assert result(one)["matrix"] == result(two)["matrix"]
+    assert [r["step"] for r in records(two / "2-b-constant")] == [10, 11, 12]
+    capfd.readouterr()
+    # Nothing is trained twice, nor needed twice.
+    shutil.rmtree(two / "2-b")
+    assert main(["continual", str(file), INFINITE]) == 0
+    assert "task 3 of 3, c: done" in capfd.readouterr().out
+
+
+def test_growth_broken_off_before_it_was_measured(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of the annealed model does not pass for the one at the constant rate."""
+    known = config(tmp_path / "known", corpus, TASKS)
+    assert main(["continual", str(known), INFINITE]) == 0
+    assert main(["continual", str(config(tmp_path / "b", corpus, TASKS[:1])), INFINITE]) == 0
+
+    class Kill(BaseException):
+        pass
+
+    def stop(*arguments: Any) -> None:
+        raise Kill
+
+    file = config(tmp_path / "b", corpus, TASKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences, "_write", stop)
+        with pytest.raises(Kill):
+            main(["continual", str(file), INFINITE])
+    assert main(["continual", str(file), INFINITE]) == 0
+    ours, wanted = (result(tmp_path / f / "runs" / "seq")["matrix"] for f in ("b", "known"))
+    assert ours == wanted
+
+
+def test_without_the_checkpoint_before_the_annealing_growth_is_explained(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tmp_path, corpus, TASKS[:1])
+    assert main(["continual", str(file), INFINITE]) == 0
+    saved = tmp_path / "runs" / "seq" / "1-a" / "checkpoints"
+    for step in (5, 9):
+        shutil.rmtree(saved / f"step-{step:08d}")
+    file, trunk = config(tmp_path, corpus, TASKS), tmp_path / "runs" / "seq" / "1-a"
+    assert main(["continual", str(file), INFINITE]) == 2
+    says = f"checkpoint of step 9, before that, is gone; delete {trunk}, and"
+    assert says in capfd.readouterr().err
+    shutil.rmtree(trunk)
+    assert main(["continual", str(file), INFINITE]) == 0
+    assert not trunk.with_name("1-a-constant").exists()
+
+
 def test_overrides_of_a_task(tmp_path: Path, corpus: Path) -> None:
     own = {"optim.lr": 1e-5, "schedule": {"name": "constant"}, "schedule.warmup": "3step"}
     tasks = [TASKS[0], {**TASKS[1], "overrides": own, "duration": "7step"}]
@@ -331,8 +401,48 @@ def test_dry_run_says_everything_and_writes_nothing(
     assert main(["continual", str(file), "--dry-run"]) == 0
     out = capfd.readouterr().out
     assert "2-b: 12 steps, 4,608 tokens" in out and "digits 0.75, letters 0.25" in out
-    assert "then wise-ft of" in out and "3-c-merged" in out
+    assert "then wise-ft, beta 0.5 of" in out and "3-c-merged" in out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"method": "sfa"}, "  average: sfa, every 0.25dur, beta 0.5, anchor start"),
+        ({"method": "sfa", "p": 0.5, "beta": 0.2}, "sfa, every 0.5dur, beta 0.2, anchor start"),
+        ({"method": "ema"}, "  average: ema, every 1step, decay 0.9"),
+        ({"method": "latest"}, "  average: latest, every 0.25dur, keep 4"),
+        ({"method": "l2"}, "  penalty: l2, strength 0.01, anchor start"),
+        ({"method": "ewc"}, "ewc, strength 0.01, anchor start, data letters 1, samples 64"),
+        ({"method": "ewc"}, "data digits 1, samples 64, fisher TMP/runs/seq/2-b"),
+        ({"method": "task-arithmetic"}, "then task-arithmetic, scale 0.5 of "),
+        ({"method": "ties"}, "then ties, scale 0.5, density 0.2 of "),
+        ({"optimizer": "keep"}, "1-a and the optimizer's moments"),
+    ],
+)
+def test_dry_run_names_what_the_method_does_in_each_task(
+    tmp_path: Path,
+    corpus: Path,
+    method: dict[str, Any],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Defaults too: a reader need not know them."""
+    assert main(["continual", str(config(tmp_path, corpus, THREE, **method)), "--dry-run"]) == 0
+    assert says.replace("TMP", str(tmp_path)) in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given", ["data.weights={letters: 1}", "data.phases=[{until: 1dur, weights: {letters: 1}}]"]
+)
+def test_a_mixture_beside_the_tasks_is_refused(
+    tmp_path: Path, corpus: Path, given: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, key = str(config(tmp_path, corpus, TASKS)), given.partition("=")[0]
+    assert main(["continual", file, given, "--dry-run"]) == 2
+    error = capfd.readouterr().err
+    assert f"{key}: stands beside continual.tasks" in error and f"set {key}=null" in error
+    assert main(["continual", file, given, f"{key}=null", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -365,6 +475,84 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["continual", str(config(tmp_path, corpus, **section))]) == 2
     assert says in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_TASKS: list[tuple[dict[str, Any], str]] = [
+    ({"model.d_model": 64}, "overrides: model.d_model is 64 for task b and 32 for a"),
+    ({"model": {"n_heads": 2, "n_kv_heads": 1, "d_head": 16}}, "overrides: model.n_heads is 2"),
+    ({"model.rope_theta": 500.0}, "overrides: model.rope_theta is 500.0"),
+    ({"optim.name": "lion"}, "overrides: optim.name lion cannot take over the moments"),
+    ({"parallel": {"replicate": 3}}, "continual.tasks.1 (b): "),
+    ({"data.corpus": "OTHER"}, "continual.tasks.1.overrides: its data has another tokenizer"),
+    ({"data.sources": {"digits": {"max_epochs": 0.01}}}, "continual.tasks.1 (b): "),
+]
+
+
+@pytest.mark.parametrize(("own", "says"), BAD_TASKS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_later_task_that_does_not_fit_stops_the_sequence_before_it_begins(
+    tmp_path: Path,
+    corpus: Path,
+    own: dict[str, Any],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if own.get("data.corpus") == "OTHER":
+        other = shutil.copytree(corpus, tmp_path / "other")
+        with (other / "tokenizer.json").open("a") as file:
+            file.write("\n")
+        own = {"data.corpus": str(other)}
+    tasks = [TASKS[0], {**TASKS[1], "overrides": own}]
+    file = config(tmp_path, corpus, tasks, optimizer="keep")
+    assert main(["continual", str(file)]) == 2
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["init.path", "continual.tasks.0.trained"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["model.d_model=64"], "does not fit the config's model: "),
+        (["model.n_layers=3"], "is missing there and"),
+        (["model.d_head=4", "model.n_heads=8", "model.n_kv_heads=4"], "model.n_heads 4 and"),
+        ([], "was trained with another tokenizer"),
+    ],
+    ids=["width", "depth", "heads", "tokenizer"],
+)
+def test_a_refused_beginning_leaves_the_folder_free(
+    tmp_path: Path,
+    corpus: Path,
+    plain: Path,
+    key: str,
+    changes: list[str],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is written, so that the mended command is taken."""
+    wrong = list(changes)
+    if not changes:
+        other = shutil.copytree(corpus, tmp_path / "other")
+        with (other / "tokenizer.json").open("a") as file:
+            file.write("\n")
+        wrong = [f"data.corpus={other}"]
+    file = str(config(tmp_path, corpus, TASKS))
+    assert main(["continual", file, f"{key}={plain / '1-a'}", *wrong]) == 2
+    error = capfd.readouterr().err
+    assert f"{key}: " in error and says in error
+    assert not (tmp_path / "runs").exists()
+    assert main(["continual", file, f"{key}={plain / '1-a'}", "--dry-run"]) == 0
+
+
+def test_a_model_without_a_checkpoint_is_refused(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "hf"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"")
+    file = str(config(tmp_path, corpus, TASKS))
+    assert main(["continual", file, f"init.path={model}"]) == 2
+    assert "llmtrain convert from-hf" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

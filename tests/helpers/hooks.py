@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import torch
 
 from llmtrain.train import Hook
@@ -14,3 +17,11 @@ class HalveOnEval(Hook):
     def on_eval(self, trainer: object, metrics: object) -> None:
         for param in trainer.module.params.values():  # type: ignore[attr-defined]
             param.mul_(0.5)
+
+
+class Slow(Hook):
+    """Makes every step SLOW_SECONDS longer until SLURM restarts the job; same numbers."""
+
+    def after_step(self, trainer: object, result: object) -> None:
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))

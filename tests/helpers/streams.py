@@ -29,6 +29,9 @@ class MemorySource:
             return np.append(True, self.tokens[: max(stop - 1, 0)] == EOS)[:stop]
         return self.tokens[start - 1 : stop - 1] == EOS
 
+    def loss_weights(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -140,6 +140,10 @@ def test_console_lines_parse(words: list[str]) -> None:
         check_llmtrain(words[words.index("llmtrain") + 1 :])
     elif words[0] == "launch/local.sh":
         check_llmtrain(["train", *words[1:]])
+    elif words[0].startswith("launch/docker/"):
+        assert (ROOT / words[0]).is_file()
+        if not words[0].endswith("build.sh"):
+            check_llmtrain(["train", *words[2:]])
     elif words[0] == "llmtrain":
         check_llmtrain(words[1:])
     else:

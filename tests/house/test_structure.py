@@ -38,6 +38,7 @@ ROOMS = (
     "merge",
     "finetune",
     "recipes",
+    "launch",
     "cli",
 )
 OPTIONAL = {

@@ -18,12 +18,15 @@ from safetensors import safe_open
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
+from llmtrain.config.mixture_methods import OnlineConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.mixture import Mixture
 from llmtrain.data.online import WEIGHT_GRID, doremi, on_grid, rounded, skill_it
 from llmtrain.data.seen import Seen
 from llmtrain.data.targets import Stretch
+from llmtrain.errors import DataError
 from llmtrain.eval.loading import load_trained
+from llmtrain.methods.online import skill_graph
 from llmtrain.parallel import init_world
 from llmtrain.report import read_run, render
 from llmtrain.report.mixture import mixture
@@ -377,6 +380,10 @@ def test_the_plan_says_what_is_known(
         (["online.reference=x"], "is not read by skill-it"),
         (["online.graph_file=x"], "stands beside"),
         (["online.graph=null", "online.graph_file=none.json"], "none.json is no skill graph"),
+        (
+            ["online.method=doremi", "online.graph=null", "online.reference=none"],
+            "online.reference: none is not a folder",
+        ),
         (["online.every=18step"], "the first change would come at step 21"),
         (["data.weights.digits=0", "online.graph=null"], "has one source"),
         (["data.sources.letters.max_epochs=2"], "cannot be promised"),
@@ -403,6 +410,25 @@ def test_what_cannot_be_online_is_refused(
     errors = capfd.readouterr().err
     assert says in errors, errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_files_are_looked_at_before_a_run_is_put_aside(
+    straight: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh start that is refused leaves the records of the run that is there in their place."""
+    shutil.copytree(straight / "runs" / "tiny", tmp_path / "tiny")
+
+    def state() -> dict[Path, int]:
+        files = [p for p in (tmp_path / "tiny").rglob("*") if p.is_file() and p.name != ".lock"]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = state()
+    words = ["online.graph=null", f"online.graph_file={tmp_path / 'none.json'}"]
+    words += ["checkpoint.resume=never", f"out={tmp_path}"]
+    assert main(["train", str(straight / "tiny.yaml"), *words]) == 2
+    assert "none.json is no skill graph" in capfd.readouterr().err
+    assert state() == before
 
 
 def test_a_source_without_held_out_text_is_refused(
@@ -412,3 +438,20 @@ def test_a_source_without_held_out_text_is_refused(
     words = [f"data.sources.flat.path={tmp_path / 'flat.npy'}", "data.weights.flat=0.5"]
     assert main(["train", str(straight / "tiny.yaml"), *words, f"out={tmp_path}"]) == 2
     assert "the source 'flat' has no held-out text" in capfd.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [
+        ('{"graph": {"letters": {"digits": NaN}, "digits": {}}}', "'letters' to 'digits' is nan"),
+        ('{"graph": {"letters": {"digits": -1}, "digits": {}}}', "edges are 0 or more"),
+        ("[1, 2]", "is no skill graph (it does not hold one)"),
+    ],
+)
+def test_a_file_that_is_no_graph(graph: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "graph.json"
+    file.write_text(graph)
+    with pytest.raises(DataError) as caught:
+        skill_graph(OnlineConfig(graph_file=str(file)), ["letters", "digits"])
+    assert says in str(caught.value) and "indices" not in str(caught.value)

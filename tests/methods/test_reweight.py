@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -365,3 +366,25 @@ def test_a_reference_that_does_not_fit_is_refused(
         load(tmp_path, corpus, section)
         assert main(["train", str(tmp_path / "tiny.yaml"), change]) == 2
         assert says in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+    # Of its own checkpoints none is whole.
+    broken = tmp_path / "broken"
+    shutil.copytree(reference, broken)
+    for file in broken.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    for path in (broken, tmp_path / "none", corpus):
+        assert main(["train", str(tmp_path / "tiny.yaml"), f"reweight.reference={path}"]) == 2
+        assert f"reweight.reference: {path} " in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_losses_is_looked_at_before_the_run_begins(
+    tmp_path: Path, corpus: Path, losses: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(tmp_path, corpus, {"tokens": "rho", "losses": str(losses)})
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(losses.read_bytes()[:-100])
+    for file, says in ((cut, "is no score file"), (tmp_path / "none.parquet", "is missing")):
+        assert main(["train", str(tmp_path / "tiny.yaml"), f"reweight.losses={file}"]) == 2
+        assert f"reweight.losses: {file} {says}" in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()

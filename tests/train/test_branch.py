@@ -18,7 +18,7 @@ from llmtrain.config.tail import load_tail, past_phases
 from llmtrain.data.phases import stretches_of
 from llmtrain.errors import ConfigError
 from llmtrain.report import read_run, render
-from llmtrain.report.tree import branches_of, trees, trunk_of
+from llmtrain.report.tree import branches_of, trees, trunk_of, write_branch
 from llmtrain.train.branch import find_point, plan_branch
 from llmtrain.train.tails import plan_leave_one_out, plan_sweep
 
@@ -216,6 +216,40 @@ def test_what_cannot_be_branched_is_refused(
     errors = capfd.readouterr().err
     assert re.search(says, errors), errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed=5", "seed"),
+        ("train.global_batch_size=16", "train.global_batch_size"),
+        ("model.d_model=64", "stored [32], wanted [64]"),
+    ],
+)
+def test_a_refused_branch_leaves_nothing(
+    trunk: Path, capsys: pytest.CaptureFixture[str], change: str, says: str
+) -> None:
+    before = sorted(trunk.parent.rglob("*"))
+    assert branch(trunk, "--at", "16step", change, "name=refused") == 2
+    assert says in capsys.readouterr().err
+    assert sorted(trunk.parent.rglob("*")) == before
+    # Where another branch is recorded, it stays.
+    assert branch(trunk, "--at", "16step", "name=good", "train.stop_after=17step") == 0
+    before = sorted(trunk.parent.rglob("*"))
+    assert branch(trunk, "--at", "16step", change, "name=refused") == 2
+    assert sorted(trunk.parent.rglob("*")) == before
+
+
+def test_the_tree_is_drawn_without_branches_that_have_not_begun(trunk: Path) -> None:
+    """Of one that was killed before its first step, only the record is there."""
+    assert branch(trunk, "--at", "16step", "name=good", "train.stop_after=17step") == 0
+    write_branch(trunk.parent / "killed", trunk, {"step": 16, "tokens": 16 * BATCH * SEQ})
+    assert main(["report", str(trunk), str(trunk.parent / "good")]) == 0
+    assert branches_of(trunk) == [trunk.parent / "good"]
+    # A trunk of which only its list of branches is left.
+    for name in ("metrics.jsonl", "config.yaml"):
+        (trunk / name).unlink()
+    assert [tree.run.name for tree in trees([read_run(trunk.parent / "good")])] == ["good"]
 
 
 def test_a_tail_that_was_refused_can_be_mended(trunk: Path) -> None:

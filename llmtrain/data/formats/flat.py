@@ -68,6 +68,8 @@ class FlatSource:
     ``text_bytes``: UTF-8 bytes of the text behind the tokens, where the folder records them.
     """
 
+    window: int | None = None
+
     def __init__(
         self,
         name: str,
@@ -150,6 +152,10 @@ class FlatSource:
         if self._parts.indexed:
             self._mark(marks, start, stop, part)
         return marks
+
+    def loss_weights(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        """Weights in the loss of the tokens [start, stop), as targets; None: all are 1."""
+        return None
 
     def _mark(self, marks: NDArray[np.bool_], start: int, stop: int, part: int) -> None:
         """Marks the starts among tokens [start, stop) that the format knows of."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,11 @@ from llmtrain.config.schema import SourceConfig
 from llmtrain.data.formats import hashing, mds_store, remote
 from llmtrain.data.formats.cache import ShardCache, default_cache_dir
 from llmtrain.data.formats.flat import FlatSource, TokenRun
+from llmtrain.data.formats.marks import MarkedSource
 from llmtrain.data.formats.mds_index import MdsIndex, StreamInfo, parse_index, parse_stream
 from llmtrain.data.formats.mds_layout import SampleRun, ShardRun, open_shard
 from llmtrain.data.formats.mds_store import LocalStore, RemoteStore, ShardStore
+from llmtrain.data.mds_writer import MARKS
 from llmtrain.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -127,14 +131,30 @@ def open_mds(
     if remote.is_remote(cfg.path) or cache_dir is not None or _packed(index):
         memo = cache_root / f"{name}-{identity[:12]}.counts.json"
     parts = MdsParts(index, store, memo, concatenated)
-    return FlatSource(
-        name,
-        parts,
-        fingerprint=_fingerprint(index, stream, parts),
-        eos_id=_eos(name, eos_id, stream),
-        num_tokens=_true_count(where, stream, index, parts),
-        text_bytes=stream.text_bytes if stream else None,
-    )
+    facts: dict[str, Any] = {
+        "fingerprint": _fingerprint(index, stream, parts),
+        "eos_id": _eos(name, eos_id, stream),
+        "num_tokens": _true_count(where, stream, index, parts),
+        "text_bytes": stream.text_bytes if stream else None,
+    }
+    if stream is None or stream.weights is None:
+        return FlatSource(name, parts, **facts)
+    marks = _open_marks(name, cfg, cache_dir, sum(parts.counts))
+    facts |= {"table": stream.weights, "window": stream.window}
+    return MarkedSource(name, parts, marks=marks, **facts)
+
+
+def _open_marks(name: str, cfg: SourceConfig, cache_dir: Path | None, total: int) -> FlatSource:
+    """The folder of marks beside the tokens; DataError when it is not as long as they are."""
+    where = remote.join(cfg.path, MARKS) if remote.is_remote(cfg.path) else f"{cfg.path}/{MARKS}"
+    marks_cfg = dataclasses.replace(cfg, path=where, dtype=None)
+    marks = open_mds(f"{name}-{MARKS}", marks_cfg, eos_id=None, cache_dir=cache_dir)
+    if marks.num_tokens != total:
+        raise DataError(
+            f"{where} has marks for {marks.num_tokens} tokens but the shards hold {total}: they do "
+            "not belong together, prepare or copy the folder again"
+        )
+    return marks
 
 
 def _read_texts(path: str) -> tuple[bytes, bytes | None, str]:

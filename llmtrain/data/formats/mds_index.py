@@ -66,13 +66,19 @@ class MdsIndex:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What stream.json says about a prepared split. ``num_tokens`` excludes the last padding."""
+    """What stream.json says about a prepared split. ``num_tokens`` excludes the last padding.
+
+    ``weights``: of a stream with marks, its loss weights by number, and ``window``: in which its
+    conversations lie whole.
+    """
 
     num_tokens: int
     eos_id: int | None
     dtype: str | None
     text_bytes: int | None
     fingerprint: str | None
+    weights: tuple[float, ...] | None = None
+    window: int | None = None
 
 
 def parse_index(text: bytes, where: str, dtype: str | None) -> MdsIndex:
@@ -108,12 +114,18 @@ def parse_stream(text: bytes, where: str) -> StreamInfo:
     count, eos = document.get("num_tokens"), document.get("eos_id")
     if not isinstance(count, int) or not isinstance(eos, int | None):
         raise DataError(f"{where}: num_tokens or eos_id is missing or no number: {_REPAIR}")
+    weights, window = document.get("weights"), document.get("window")
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) for w in weights)
+    if not (weights is None or numbers) or not isinstance(window, int | None):
+        raise DataError(f"{where}: weights or window is damaged: {_REPAIR}")
     return StreamInfo(
         num_tokens=count,
         eos_id=eos,
         dtype=document.get("dtype"),
         text_bytes=document.get("bytes"),
         fingerprint=document.get("fingerprint"),
+        weights=None if weights is None else tuple(map(float, weights)),
+        window=window,
     )
 
 

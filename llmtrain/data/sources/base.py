@@ -18,13 +18,16 @@ class Document(NamedTuple):
     """One good record. ``line`` counts from 1 (the row in parquet and datasets).
 
     split_key: documents with the same key fall on the same side of the held-out split; None: the
-    text itself is the key.
+    text itself is the key. messages: the turns, if the record is a conversation. spans: once it
+    is written as text, (end, code) of the stretches of characters of one loss weight, in order.
     """
 
     text: str
     path: str
     line: int
     split_key: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 class Bad(NamedTuple):
@@ -119,8 +122,13 @@ class BadTally:
         return {"records": self.records, **dict(sorted(self.kinds.items()))}
 
 
-def documents(source: TextSource, tally: BadTally) -> Iterator[Document]:
-    """The good documents of ``source`` up to its ``max_documents`` and ``max_bytes``, in order."""
+def documents(
+    source: TextSource, tally: BadTally, write: Callable[[Document], Document | Bad] | None = None
+) -> Iterator[Document]:
+    """The good documents of ``source`` up to its ``max_documents`` and ``max_bytes``, in order.
+
+    write: what becomes of each good one, such as the text of a conversation.
+    """
     cfg = source.cfg
     seen = size = 0
     last: Bad | None = None
@@ -128,6 +136,8 @@ def documents(source: TextSource, tally: BadTally) -> Iterator[Document]:
         for record in source.records(part):
             tally.records += 1
             good = check_text(record)
+            if write is not None and isinstance(good, Document):
+                good = write(good)
             if isinstance(good, Bad):
                 last = good
                 tally.add(good)

@@ -8,10 +8,11 @@ from typing import Any
 
 from llmtrain.config.schema import TextSourceConfig
 from llmtrain.data.sources.base import Bad, Document, Dropped, TextSource
+from llmtrain.data.sources.conversation import chat_fields
 from llmtrain.data.sources.files import find_files, listing
 from llmtrain.data.sources.filters import columns as filter_columns
 from llmtrain.data.sources.filters import judge
-from llmtrain.data.sources.records import from_field
+from llmtrain.data.sources.records import document_of
 from llmtrain.errors import DataError, EnvironmentFault
 
 _SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves in a folder
@@ -45,15 +46,12 @@ class HuggingFaceSource(TextSource):
     def records(self, part: str) -> Iterator[Document | Bad | Dropped]:
         rows = self._open()
         columns = getattr(rows, "column_names", None)
-        if columns and self.cfg.field not in columns:
-            have = ", ".join(columns)
-            raise DataError(
-                f"source {self.name!r}: {part} has no column {self.cfg.field!r} but {have};"
-                " set its field"
-            )
+        chat = self.cfg.chat
+        fields = [self.cfg.field] if chat is None else chat_fields(chat)
         if columns:
+            self._check_fields(fields, list(columns), part)
             read = filter_columns(self.cfg.keep, list(columns))
-            rows = rows.select_columns(list(dict.fromkeys([self.cfg.field, *read])))
+            rows = rows.select_columns(list(dict.fromkeys([*fields, *read])))
         number = 0
         iterator = iter(rows)
         while True:
@@ -65,7 +63,17 @@ class HuggingFaceSource(TextSource):
                 raise self._fault(error, f"after row {number}") from error
             number += 1
             verdict = judge(row, self.cfg.keep, part, number)
-            yield verdict or from_field(row, self.cfg.field, part, number)
+            yield verdict or document_of(row, self.cfg, part, number)
+
+    def _check_fields(self, fields: list[str], have: list[str], part: str) -> None:
+        """DataError where the dataset has no column of a wanted name."""
+        remedy = "set its field" if self.cfg.chat is None else "set the fields of its chat"
+        for field in fields:
+            if field not in have:
+                raise DataError(
+                    f"source {self.name!r}: {part} has no column {field!r} but {', '.join(have)};"
+                    f" {remedy}"
+                )
 
     def _open(self) -> Any:
         """The rows of the wanted split, or a DataError that says what is in the way."""

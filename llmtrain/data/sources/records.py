@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from llmtrain.config.schema import TextSourceConfig
 from llmtrain.data.sources.base import Bad, Document, Dropped, TextSource, decode
+from llmtrain.data.sources.conversation import chat_fields, from_conversation
 from llmtrain.data.sources.files import PACKED, find_files, listing, open_bytes
 from llmtrain.data.sources.filters import columns, judge
 from llmtrain.errors import DataError
@@ -72,7 +73,16 @@ class JsonLines(FileSource):
         if not isinstance(record, dict):
             return Bad("not a JSON object", path, number, f"a {type(record).__name__}")
         verdict = judge(record, self.cfg.keep, path, number)
-        return verdict or from_field(record, self.cfg.field, path, number)
+        return verdict or document_of(record, self.cfg, path, number)
+
+
+def document_of(
+    record: dict[str, Any], cfg: TextSourceConfig, path: str, number: int
+) -> Document | Bad:
+    """The text or the conversation in ``record``, or what is wrong with it."""
+    if cfg.chat is not None:
+        return from_conversation(record, cfg.chat, path, number)
+    return from_field(record, cfg.field, path, number)
 
 
 def from_field(record: dict[str, Any], field: str, path: str, number: int) -> Document | Bad:
@@ -121,6 +131,9 @@ class ParquetFiles(FileSource):
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(plain)
+        if self.cfg.chat is not None:
+            yield from self._conversations(file, path)
+            return
         field, row = self.cfg.field, 0
         if field not in file.schema_arrow.names:
             have = ", ".join(file.schema_arrow.names)
@@ -147,6 +160,32 @@ class ParquetFiles(FileSource):
                 yield verdict or _from_cell(raw, path, row, field)
             if not path.endswith(PACKED):
                 self.bytes_read = before + size * row // rows
+
+    def _conversations(self, file: Any, path: str) -> Iterator[Document | Bad | Dropped]:
+        """Rows whose columns hold prompt and response, or messages."""
+        names, chat, row = list(file.schema_arrow.names), self.cfg.chat, 0
+        assert chat is not None
+        for field in chat_fields(chat):
+            if field not in names:
+                raise DataError(
+                    f"source {self.name!r}: {path} has no column {field!r} but {', '.join(names)}; "
+                    "set the fields of its chat"
+                )
+        self._check_columns(names, path)
+        before, size = self.bytes_read, os.path.getsize(path)
+        wanted = list(dict.fromkeys([*chat_fields(chat), *columns(self.cfg.keep, names)]))
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+            for index in range(batch.num_rows):
+                row += 1
+                try:
+                    (record,) = batch.slice(index, 1).to_pylist()
+                except UnicodeDecodeError as error:
+                    yield Bad("not UTF-8", path, row, str(error))
+                    continue
+                verdict = judge(record, self.cfg.keep, path, row)
+                yield verdict or document_of(record, self.cfg, path, row)
+            if not path.endswith(PACKED):
+                self.bytes_read = before + size * row // max(file.metadata.num_rows, 1)
 
     def _check_columns(self, have: list[str], path: str) -> None:
         """A filter that must have its column and has none would drop everything."""
