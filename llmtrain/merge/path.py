@@ -20,7 +20,7 @@ from llmtrain.eval.checkpoint import Alone
 from llmtrain.eval.heldout import evaluate_domains
 from llmtrain.eval.loading import Trained, load_trained
 from llmtrain.merge.align import align
-from llmtrain.merge.sources import check_alike, open_source, require_ours
+from llmtrain.merge.sources import check_alike, open_source, require_finite, require_ours
 from llmtrain.parallel import Degrees, Layout, World
 from llmtrain.parallel.world import pick_device
 from llmtrain.report.chart import Chart, Line, draw
@@ -83,6 +83,9 @@ def interpolate(
     place = pick_device(device, 0)
     one, two = (load_trained(source.path, place) for source in sources)
     params = dict(one.model.named_parameters())
+    for trained, source in ((one, sources[0]), (two, sources[1])):
+        for name, param in trained.model.named_parameters():
+            require_finite(param.detach(), name, source.path)
     start = {name: param.detach().clone() for name, param in params.items()}
     end = {name: param.detach() for name, param in two.model.named_parameters()}
     if aligned:

@@ -63,12 +63,16 @@ class Judge:
         return found if self.domains is None else list(self.domains)
 
     def loss(self, path: Path, name: str) -> float:
-        """Mean held-out loss of a checkpoint. Raises ConfigError for an unknown domain."""
+        """Mean held-out loss of a checkpoint, infinite where it is NaN.
+
+        Raises ConfigError for an unknown domain.
+        """
         found = evaluate_checkpoint(path, (), self.device).domains
         wanted = self._wanted(list(found), path)
         mean = math.fsum(found[d]["loss"] for d in wanted) / len(wanted)
         self.say(f"{name}: held-out loss {mean:.4f}")
-        return mean
+        # NaN is neither less nor more than another loss, so it could come out as the best.
+        return math.inf if math.isnan(mean) else mean
 
     def merged_loss(self, recipe: MergeRecipe, near: Path, name: str) -> float:
         """Held-out loss of a merge, which is made beside ``near`` and removed again."""
@@ -140,6 +144,7 @@ def greedy_soup(recipe: MergeRecipe, near: Path, judge: Judge) -> MergeRecipe:
     losses = {m.path: judge.loss(Path(m.path), m.path) for m in recipe.models}
     ordered = sorted(recipe.models, key=lambda m: losses[m.path])
     chosen, best = ordered[:1], losses[ordered[0].path]
+    _require_finite(best)
     for model in ordered[1:]:
         tried = replace(recipe, method="soup", models=[*chosen, model])
         loss = judge.merged_loss(tried, near, f"with {model.path}")
@@ -147,6 +152,13 @@ def greedy_soup(recipe: MergeRecipe, near: Path, judge: Judge) -> MergeRecipe:
             chosen, best = [*chosen, model], loss
     judge.say(f"greedy soup of {len(chosen)} of {len(ordered)}: held-out loss {best:.4f}")
     return replace(recipe, method="soup", models=chosen)
+
+
+def _require_finite(best: float) -> None:
+    if math.isinf(best):
+        raise CheckpointError(
+            "no held-out loss of these models is a finite number; give others, or smaller weights"
+        )
 
 
 def search(recipe: MergeRecipe, text: str, near: Path, judge: Judge) -> MergeRecipe:
@@ -159,6 +171,7 @@ def search(recipe: MergeRecipe, text: str, near: Path, judge: Judge) -> MergeRec
         for name, candidate in candidates(recipe, text)
     ]
     loss, name, best = min(tried, key=lambda item: item[0])
+    _require_finite(loss)
     judge.say(f"best {name}: held-out loss {loss:.4f}")
     return best
 

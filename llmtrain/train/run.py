@@ -81,10 +81,11 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
     model_cfg = resolve_model(cfg, plan.vocab_size)
     check_tensor_degree(model_cfg, cfg.parallel.tensor)
     precision = resolve_precision(cfg.precision, world.device)
-    folder, hooks, begun = run_folder(cfg) / "checkpoints", load_hooks(cfg), None
+    folder = run_folder(cfg) / "checkpoints"
+    hooks, begun = load_hooks(cfg), None
     setting = Setting(Ranks(world.cpu_group), cfg, model_cfg, plan)
-    new = begins_anew(cfg, folder, setting.ranks)
-    if new:  # What cannot start leaves no folder.
+    anew = begins_anew(cfg, folder, setting.ranks)
+    if anew:  # Before the folder is made: what cannot start leaves none.
         check_hooks(hooks, cfg, plan)
         begun = find_init(setting, console.warn)
         find_needed(setting, hooks, {}, console.warn)
@@ -101,7 +102,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         module = build_module(cfg, model_cfg, precision, layout)
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
-        if not new:
+        if not anew:
             check_hooks(hooks, cfg, plan)
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])

@@ -13,7 +13,9 @@ from helpers.tiny import make_corpus, tiny_config
 from safetensors.torch import save_file
 
 from llmtrain.cli.main import main
-from llmtrain.merge import search
+from llmtrain.eval.checkpoint import CheckpointMetrics
+from llmtrain.eval.loading import Trained, load_trained
+from llmtrain.merge import path, search
 from llmtrain.merge.sources import open_source
 
 Printed = pytest.CaptureFixture[str]
@@ -50,9 +52,9 @@ def damage(file: Path) -> None:
     file.write_bytes(data)
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The model of a checkpoint."""
-    source = open_source(str(path))
+    source = open_source(str(folder))
     return {name: source.whole(name) for name in source.shapes}
 
 
@@ -142,6 +144,55 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_computed(
     said = capfd.readouterr().err
     assert says.format(**models) in said and ".tmp-" not in said
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("losses", [[float("nan"), 2.0, 1.0], [2.0, float("nan"), 1.0]])
+def test_a_loss_that_is_no_number_is_not_the_least(
+    tmp_path: Path, models: dict[str, str], losses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = iter(losses)
+
+    def evaluated(folder: Path, *_: object) -> CheckpointMetrics:
+        return CheckpointMetrics(folder, 0, {"letters": {"loss": next(rest)}}, [])
+
+    monkeypatch.setattr(search, "evaluate_checkpoint", evaluated)
+    line = ["merge", "wise-ft", models["good"], "--base", models["good"], "--domain", "letters"]
+    assert main([*line, "--search", "beta=0.1,0.2,0.3", "--out", str(tmp_path / "out")]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "merge.yaml").read_text())["beta"] == 0.3
+
+
+def test_losses_of_which_none_is_a_number(
+    tmp_path: Path, models: dict[str, str], capfd: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(folder: Path, *_: object) -> CheckpointMetrics:
+        return CheckpointMetrics(folder, 0, {"letters": {"loss": float("nan")}}, [])
+
+    monkeypatch.setattr(search, "evaluate_checkpoint", evaluated)
+    out = ["--out", str(tmp_path / "out")]
+    good = models["good"]
+    before = set(tmp_path.iterdir())
+    searched = ["soup", good, good, "--search", "models.0.weight=1,2"]
+    for line in (["greedy-soup", good, good], searched):
+        assert main(["merge", *line, *out]) == 2
+        assert "no held-out loss of these models is a finite number" in capfd.readouterr().err
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_path_names_a_model_that_holds_no_numbers(
+    tmp_path: Path, models: dict[str, str], capfd: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(place: Path, device: torch.device) -> Trained:
+        trained = load_trained(place, device)
+        if "bad" in str(place):
+            next(iter(trained.model.parameters())).data.view(-1)[3] = float("nan")
+        return trained
+
+    monkeypatch.setattr(path, "load_trained", broken)
+    line = ["merge", "path", models["good"], models["bad"], "--points", "3"]
+    assert main([*line, "--out", str(tmp_path / "out")]) == 2
+    older = Path(models["bad"]) / "checkpoints" / "step-00000002"
+    assert f" in {older} holds values that are NaN" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("how", ["cut", "absent", "text"])
