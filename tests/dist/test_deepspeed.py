@@ -129,7 +129,7 @@ def kept_weights(rank: int) -> list[list[int]]:
             return
         seen.add(node)
         if "Linear" in node.name():
-            found.append([t.numel() for t in node.saved_tensors[1:]])
+            found.append([t.numel() for t in node.saved_tensors[1:] if t is not None])
         for child, _ in node.next_functions:
             walk(child)
 

@@ -206,7 +206,7 @@ def test_kill_9_leaves_no_process_and_the_rerun_the_same_bytes(tmp_path, source)
 
 DYING = """
 import llmtrain.data.encode as e
-def die(batch):
+def die(batch, *_):
     os._exit(9)
 if __name__ == "__main__":
     root, source = sys.argv[1:]
