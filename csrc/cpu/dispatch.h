@@ -5,6 +5,7 @@
 #include "fp8.h"
 #include "products.h"
 #include "rows.h"
+#include "sparse.h"
 
 namespace llmtrain {
 
@@ -20,6 +21,8 @@ template <class T>
 const RowKernels<T>& rows();
 
 const Fp8Kernels& fp8_kernels();
+
+const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();
