@@ -35,6 +35,26 @@ typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_a
 inline Vec load_vec(const float* x) { return *reinterpret_cast<const LooseVec*>(x); }
 inline void store_vec(float* out, Vec x) { *reinterpret_cast<LooseVec*>(out) = x; }
 
+inline Vec splat(const float* x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(*x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_broadcast_ss(x);
+#else
+  return Vec{*x, *x, *x, *x};
+#endif
+}
+
+// Holds a loaded vector in its register: the compiler would load it again for each use, and loads
+// are what there are too few of.
+inline void hold(Vec& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+}
+
 // Vectors of sums a row: as many as registers allow, and enough to hide the latency of an add.
 template <int H>
 constexpr int kVectors = kLanes == 16 ? (H == 4 ? 4 : H == 2 ? 8 : 12)
@@ -69,10 +89,14 @@ void bands(const SparseSide& side, int64_t chunk, int64_t begin, int64_t end, co
         Vec value[V];
         if (H > 1)
 #pragma GCC unroll 12
-          for (int v = 0; v < V; ++v) value[v] = load_vec(in + j * P + v * kLanes);
+          for (int v = 0; v < V; ++v) {
+            value[v] = load_vec(in + j * P + v * kLanes);
+            if (H == 4) hold(value[v]);
+          }
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-          const Vec factor = Vec{} + w[j * H + h];
+          Vec factor = splat(w + j * H + h);
+          hold(factor);
 #pragma GCC unroll 12
           for (int v = 0; v < V; ++v)
             sum[h][v] += factor * (H > 1 ? value[v] : load_vec(in + j * P + v * kLanes));
@@ -275,10 +299,14 @@ void gradient_bands(const SparseGradient& job, int64_t chunk, int64_t begin, int
         Vec value[G];
         if (H == 4)
 #pragma GCC unroll 3
-          for (int g = 0; g < G; ++g) value[g] = load_vec(from[g] + t);
+          for (int g = 0; g < G; ++g) {
+            value[g] = load_vec(from[g] + t);
+            hold(value[g]);
+          }
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-          const Vec factor = load_vec(rows + h * kTokens + t);
+          Vec factor = load_vec(rows + h * kTokens + t);
+          hold(factor);
 #pragma GCC unroll 12
           for (int g = 0; g < G; ++g)
             sum[g][h] += factor * (H == 4 ? value[g] : load_vec(from[g] + t));

@@ -188,7 +188,8 @@ def repack(packed: Packed, weight: Tensor) -> None:
     side = packed.forward
     source = weight.detach().float()
     if not usable(source):
-        return repack_reference(packed, source)
+        repack_reference(packed, source)
+        return
     index = (side.starts, side.columns_of, packed.place, side.layout)
     kernels().sparse_repack_(side.values, packed.backward.values, source.contiguous(), *index)
 
