@@ -3,7 +3,7 @@
 ``Placement`` says which collective surrounds the product, a ``Matmul`` is the three products of
 a linear layer in one number format, and ``Linear`` is the module that puts them together with
 one autograd function, so that every format works under every layout. Adapters (``LowRank``) are
-the third factor.
+the third factor. A ``Mask`` makes a layer sparse in whatever format it computes.
 """
 
 from llmtrain.linear.adapter import LowRank, low_rank_change
@@ -11,6 +11,7 @@ from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
+from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
@@ -21,6 +22,8 @@ __all__ = [
     "FP32_ONEDNN",
     "Linear",
     "LowRank",
+    "Mask",
+    "MaskedMatmul",
     "Matmul",
     "Numbers",
     "Operand",

@@ -9,7 +9,7 @@ from llmtrain.model.adapters import ADAPTER, PARTS, adapted_parts, adapter_scale
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, stage_parts
 from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
@@ -18,6 +18,7 @@ from llmtrain.model.formats import (
     format_lines,
     gradient_scale,
     hidden_layers,
+    layer_names,
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
@@ -58,6 +59,8 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
+    "layer_names",
+    "layer_shape",
     "multiplier",
     "padded_vocab",
     "param_counts",
