@@ -282,6 +282,7 @@ void gradient_bands(const SparseGradient& job, int64_t chunk, int64_t begin, int
   const float* x = job.x + (block * columns_up + chunk * side.chunk) * kTokens;
   const int64_t tokens = round_up(at_most(kTokens, job.tokens - block * kTokens), kLanes);
   const int32_t* starts = side.starts + chunk * side.bands();
+  const int shift = side.width == 4 ? 2 : side.width == 2 ? 1 : 0;  // a division is slow
   for (int64_t band = begin; band < end; ++band) {
     const float* rows = dy + band * H * kTokens;
     const int64_t first = starts[band] * side.width;
@@ -292,7 +293,7 @@ void gradient_bands(const SparseGradient& job, int64_t chunk, int64_t begin, int
       for (int g = 0; g < G; ++g) {
         // What is too much repeats the last column, and is not written.
         const int64_t c = first + done + at_most(g, count - 1);
-        from[g] = x + (side.columns_of[c / side.width] + c % side.width) * kTokens;
+        from[g] = x + (side.columns_of[c >> shift] + (c & (side.width - 1))) * kTokens;
       }
       Vec sum[G][H] = {};
       for (int64_t t = 0; t < tokens; t += kLanes) {
