@@ -15,6 +15,7 @@ from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
+from llmtrain.linear.sparse import SparseLinear, SparseMatmul
 
 __all__ = [
     "BF16",
@@ -32,6 +33,8 @@ __all__ = [
     "Placement",
     "Plan",
     "Reach",
+    "SparseLinear",
+    "SparseMatmul",
     "apply_linear",
     "backward_for",
     "fake_matmul",
