@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 
 
 def _cgroup_cores(root: str = "/sys/fs/cgroup") -> float:
@@ -23,3 +24,15 @@ def usable_cores() -> int:
     else:
         allowed = os.cpu_count() or 1
     return max(1, math.floor(min(allowed, _cgroup_cores())))
+
+
+def processor_name() -> str:
+    """The model of the CPU as Linux tells it, such as "AMD EPYC 7763"; elsewhere its family."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -7,6 +7,7 @@
 """
 
 from llmtrain.linear import Mask
+from llmtrain.sparsity.auto import Case, Choice, cases_of, choice_lines, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import (
     best_kept,
@@ -21,17 +22,22 @@ from llmtrain.sparsity.masks import Masks
 from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
 
 __all__ = [
+    "Case",
+    "Choice",
     "Granularity",
     "Mask",
     "Masks",
     "Sparse",
     "best_kept",
     "block_scores",
+    "cases_of",
     "check_cuts",
+    "choice_lines",
     "largest",
     "mean_density",
     "pack_bits",
     "parse_granularity",
+    "pick_products",
     "prune_again",
     "random_kept",
     "random_keys",
