@@ -39,6 +39,8 @@ PHASES = (
     *("hooks", "log", "checkpoint", "evaluation", "end"),
 )
 _SLOWEST_BEAT, _FASTEST_BEAT = 10.0, 0.05
+# A busy machine may keep a thread waiting so long.
+_SHORTEST_SIGN = 1.5
 # Frames of these are a wait for other ranks, or the machinery of it.
 _WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"parallel{os.sep}world.py")
 _STOPWATCH = f"train{os.sep}stragglers.py"
@@ -204,7 +206,7 @@ class Watchdog:
         """Heartbeats of ``ranks``, and the ranks that have none or whose counter stands still."""
         earlier = {rank: _read_beat(self.folder, rank) for rank in ranks}
         for _ in range(3):
-            self._over.wait(self.period)
+            self._over.wait(max(self.period, _SHORTEST_SIGN / 3))
             self.write()
         found = {rank: _read_beat(self.folder, rank) for rank in ranks}
         # Those that have come to their own alarm write no more, but have left their stack.
@@ -228,7 +230,7 @@ class Watchdog:
         for _ in range(12):
             if file.exists():
                 return
-            self._over.wait(self.period)
+            self._over.wait(max(self.period, _SHORTEST_SIGN / 3))
 
 
 def verdict(beats: Mapping[int, Heartbeat], silent: Sequence[int], size: int, folder: Path) -> str:

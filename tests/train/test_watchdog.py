@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import time
 from pathlib import Path
 
@@ -76,28 +77,32 @@ CFG = WatchdogConfig(seconds=0.6, start=0.6, evaluation=0.6, checkpoint=0.6)
 
 
 def hang(rank: int, folder: Path, how: str) -> tuple[list[int], str]:
-    """Rank 1 hangs for a while; codes that the watchdog wanted to leave with, and stacks."""
+    """Rank 1 hangs until it is named; codes that the watchdog wanted to leave with, and stacks."""
     codes: list[int] = []
-    with Watchdog(CFG, folder, (rank, 0, 2, 2), leave=codes.append) as dog:
+    stacks = folder / f"stacks-rank-{rank}.txt"
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        if rank == 0 and how == "no thread runs":
+            os.close(os.open(folder / "fifo", os.O_WRONLY))
+
+    with Watchdog(CFG, folder, (rank, 0, 2, 2), leave=leave) as dog:
         dog.at("hooks", 4)
         dog.at("data")
         if rank == 1:
-            stand_still(how)
+            stand_still(how, folder, stacks)
         dog.at("exchange")
         dist.all_reduce(torch.ones(1))
-        time.sleep(1.0 if how == "no thread runs" and rank == 0 else 0)
-    return codes, (folder / f"stacks-rank-{rank}.txt").read_text("utf-8")
+    return codes, stacks.read_text("utf-8")
 
 
-def stand_still(how: str) -> None:
-    if how == "sleeps":
-        time.sleep(2.2)
-    elif how == "loops":
-        end = time.monotonic() + 2.2
-        while time.monotonic() < end:
-            pass
-    else:  # C code that holds Python's lock
-        ctypes.PyDLL(None).usleep(2_200_000)
+def stand_still(how: str, folder: Path, stacks: Path) -> None:
+    if how == "no thread runs":
+        # C code that holds Python's lock until rank 0 opens the other end.
+        ctypes.PyDLL(None).open(str(folder / "fifo").encode(), os.O_RDONLY)
+        return
+    while not ((folder / "alarm.json").exists() and stacks.stat().st_size):
+        time.sleep(0.02 if how == "sleeps" else 0)
 
 
 @pytest.mark.dist
@@ -105,6 +110,7 @@ def stand_still(how: str) -> None:
 def test_a_rank_that_hangs_is_named_with_its_stack(
     how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    os.mkfifo(tmp_path / "fifo")
     results = run_ranks(2, hang, tmp_path, how)
     text = json.loads((tmp_path / "alarm.json").read_text("utf-8"))["text"]
     blamed = "gave no sign of life" if how == "no thread runs" else "stood in data after step 4"
