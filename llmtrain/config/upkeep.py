@@ -43,6 +43,9 @@ class GuardConfig:
     )
     sigma: float = key(6.0, "standard deviations that make a spike", gt=0)
     window: int = key(128, "steps in the window", ge=8)
+    replay: bool = key(
+        True, "make a suspicious step again: transient, persistent, or genuine; engine native"
+    )
     max_skips: int = key(10, "stop after so many skipped steps in a row", ge=1)
 
 

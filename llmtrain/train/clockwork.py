@@ -19,6 +19,7 @@ class Clockwork:
     keep_every: int | None
     tokens_per_step: int
     keep_at: frozenset[int] = frozenset()
+    verify_every: int | None = None
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> Clockwork:
@@ -37,6 +38,7 @@ class Clockwork:
             save_every=steps(cfg.checkpoint.every),
             keep_every=steps(cfg.checkpoint.permanent_every),
             tokens_per_step=tokens,
+            verify_every=steps(cfg.train.verify_replicas),
             keep_at=frozenset(max(at.steps(tokens, total), 1) for at in cfg.checkpoint.keep_at),
         )
 
@@ -48,6 +50,10 @@ class Clockwork:
         """Save after update ``step``?"""
         due = self.save_every is not None and step % self.save_every == 0
         return due or self.keeps(step)
+
+    def verifies(self, step: int) -> bool:
+        """Compare the copies of the weights after update ``step``?"""
+        return self.verify_every is not None and step % self.verify_every == 0
 
     def keeps(self, step: int) -> bool:
         """Is the checkpoint of update ``step`` permanent?"""
