@@ -49,6 +49,12 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
             f"does not go together with parallel.engine: deepspeed; {_NATIVE}",
             "parallel.engine",
         )
+    if cfg.checkpoint.snapshot_every is not None:
+        faults.add(
+            "checkpoint.snapshot_every",
+            f"does not go together with parallel.engine: deepspeed; remove it or {_NATIVE}",
+            "parallel.engine",
+        )
     if cfg.train.verify_replicas is not None:
         faults.add(
             "train.verify_replicas",

@@ -29,6 +29,9 @@ class CheckpointConfig:
     keep_at: list[Duration] = key(
         list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
     )
+    snapshot_every: Duration | None = key(
+        None, "copies in each node's memory, for processes that are started again there", gt=0
+    )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 

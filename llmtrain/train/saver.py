@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 import llmtrain
 from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
-from llmtrain.config import to_yaml
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.snapshot import Snapshots
+from llmtrain.config import to_dict, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
@@ -26,7 +28,8 @@ class ResumePoint:
 
     step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
     newer checkpoints that were passed over. chosen: the user named it, it is not simply the newest
-    one of this run.
+    one of this run. snapshot: ``step`` is that of a snapshot in memory; the checkpoint at ``path``
+    is older.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class ResumePoint:
     extra: dict[str, Any]
     skipped: list[str]
     chosen: bool = False
+    snapshot: bool = False
 
 
 class Saver:
@@ -46,6 +50,11 @@ class Saver:
         self._origin: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
+        self.has_any = False
+        self.snapshots: Snapshots | None = None
+        if cfg.checkpoint.snapshot_every is not None:
+            run = Path(cfg.out) / cfg.name
+            self.snapshots = Snapshots(run, Ranks(world.cpu_group), _course(cfg, plan))
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any], permanent: bool
@@ -65,7 +74,17 @@ class Saver:
         }
         files.update(self._tokenizer)
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
-        self._last = step
+        self._last, self.has_any = step, True
+
+    def snap(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
+        """Snapshot after update ``step``. Raises CheckpointError when memory is full."""
+        assert self.snapshots is not None
+        self.snapshots.save(step, tensors, {**extra, "origin": self._origin})
+
+    def close(self) -> None:
+        """Give the memory of snapshots back: the run ends as it should."""
+        if self.snapshots is not None:
+            self.snapshots.clear()
 
     def has(self, step: int) -> bool:
         """Whether update ``step`` was saved by this process."""
@@ -103,6 +122,8 @@ class Saver:
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
         resume, chosen = self._resolve()
+        if self.snapshots is not None and (resume.path is None or chosen):
+            self.snapshots.clear()  # of another course
         if resume.path is None:
             if resume.skipped:
                 raise CheckpointError(
@@ -111,8 +132,40 @@ class Saver:
                 )
             return None
         point = resume_point(self.cfg, self.plan, resume.path, resume.skipped, chosen)
-        self._last = point.step
-        return point
+        self._last, self.has_any = point.step, True
+        return point if chosen else self._newer_snapshot(point)
+
+    def _newer_snapshot(self, point: ResumePoint) -> ResumePoint:
+        """``point``, or a snapshot that is further on the same course."""
+        step = None if self.snapshots is None else self.snapshots.newest()
+        if self.snapshots is None or step is None or step <= point.step:
+            return point
+        samples = step * self.cfg.train.global_batch_size
+        extra = self.snapshots.extra(step)
+        if extra.pop("origin") != self._origin:
+            return point
+        self._last = None
+        return replace(point, step=step, samples=samples, extra=extra, snapshot=True)
+
+    def load(self, resume: ResumePoint, tensors: dict[str, Tensor], unused: Sequence[str]) -> None:
+        """Fill ``tensors`` with the state to go on from. unused: see ``Checkpointer.load``."""
+        if resume.snapshot:
+            assert self.snapshots is not None
+            self.snapshots.load(resume.step, tensors)
+        else:
+            self.checkpointer.load(resume.path, tensors, unused=unused, verify=False)
+
+
+def _course(cfg: RunConfig, plan: DataPlan) -> dict[str, Any]:
+    """What makes a state one of this run and layout."""
+    return {
+        "model": to_dict(cfg)["model"],
+        "parallel": to_dict(cfg)["parallel"],
+        "optimizer": cfg.optim.name,
+        "seed": cfg.seed,
+        "batch": (cfg.train.global_batch_size, cfg.data.seq_len),
+        "data": plan.state(),
+    }
 
 
 def resume_point(

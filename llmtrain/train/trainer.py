@@ -91,6 +91,8 @@ class Trainer:
                     verify_replicas(self.module.tensors(), self.world, result.step)
                 if times.saves(result.step) and result.step != times.stop:
                     self.save()
+                elif times.snaps(result.step) and result.step != times.stop:
+                    self.snap()
                 self.watch.at("data")
         finally:
             loader.close()
@@ -195,6 +197,20 @@ class Trainer:
         permanent = final or self.clockwork.keeps(self.step_done)
         tensors = self.module.tensors() | self.hook_tensors()
         self.saver.save(self.step_done, tensors, self.state_dict(), permanent)
+        self.recorder.resume()
+
+    def snap(self) -> None:
+        """Snapshot to the node's memory; the first state of a run becomes a checkpoint, on which
+        snapshots stand."""
+        if not self.saver.has_any:
+            self.save()
+            return
+        self.recorder.pause()
+        self.watch.at("checkpoint")
+        for hook in self.hooks:
+            hook.on_checkpoint(self)
+        tensors = self.module.tensors() | self.hook_tensors()
+        self.saver.snap(self.step_done, tensors, self.state_dict())
         self.recorder.resume()
 
     def hook_tensors(self) -> dict[str, Tensor]:
