@@ -35,8 +35,8 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import low_rank_change
-from llmtrain.model import ADAPTER, adapter_scale, complete, row_pattern
+from llmtrain.linear import Change, adapted_weight
+from llmtrain.model import ADAPTER, complete, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -190,13 +190,14 @@ class _Writer:
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
         return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
 
-    def _change(self, layer: str) -> Tensor:
-        """What the adapter of a layer adds to its weight."""
-        assert self._cfg.adapters is not None
-        names = [f"{layer}{ADAPTER}{side}.weight" for side in "ab"]
-        a, b = (read_tensor(self._found, MODEL_PREFIX + n, self._layout[n]) for n in names)
-        scale = adapter_scale(self._cfg.adapters)
-        return low_rank_change(a.float(), b.float(), scale, row_pattern(self._cfg, layer))
+    def _change(self, layer: str) -> Change | None:
+        """The adapter of a layer."""
+
+        def read(name: str) -> Tensor:
+            key = f"{layer}.{name}"
+            return read_tensor(self._found, MODEL_PREFIX + key, self._layout[key])
+
+        return whole_change(self._cfg, layer, read)
 
     def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
         for rule in rules:
@@ -207,7 +208,9 @@ class _Writer:
                 whole = whole.float().mul_(factor)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
-                whole = whole.float().add_(self._change(layer))
+                change = self._change(layer)
+                assert change is not None
+                whole = adapted_weight(whole, change)
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             del whole
             for part in parts:

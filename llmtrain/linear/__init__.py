@@ -2,11 +2,11 @@
 
 ``Placement`` says which collective surrounds the product, a ``Matmul`` is the three products of
 a linear layer in one number format, and ``Linear`` is the module that puts them together with
-one autograd function, so that every format works under every layout. Adapters are the third
-factor; none exists yet.
+one autograd function, so that every format works under every layout. Adapters, the third factor,
+stand beside a frozen layer.
 """
 
-from llmtrain.linear.adapter import LowRank, low_rank_change
+from llmtrain.linear.adapter import Change, LowRank, adapted_weight
 from llmtrain.linear.fake import Numbers, fake_matmul
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
@@ -19,6 +19,7 @@ __all__ = [
     "BF16",
     "FP32",
     "FP32_ONEDNN",
+    "Change",
     "Linear",
     "LowRank",
     "Matmul",
@@ -29,10 +30,10 @@ __all__ = [
     "Placement",
     "Plan",
     "Reach",
+    "adapted_weight",
     "apply_linear",
     "backward_for",
     "fake_matmul",
     "fp8_matmul",
-    "low_rank_change",
     "matmul_for",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llmtrain.linear.function import Plan, apply_linear
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
-from llmtrain.linear.operand import Operand, Reach
+from llmtrain.linear.operand import Operand, Reach, plain
 from llmtrain.linear.placement import Placement
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -70,13 +70,24 @@ class OperandCache:
         return OperandCache()
 
 
+class Adapter(Protocol):
+    """What stands beside a layer; ``linear.adapter.LowRank`` is one. directed: whether it scales
+    the rows of the result (``direct``)."""
+
+    directed: bool
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def direct(self, z: Tensor, weight: Tensor, plan: Plan) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = scale x weight^T + bias. weight: [out_features, in_features], bias: [out_features].
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: a module
-    (x, y) -> y, see ``linear.adapter``. The float32 weights are
+    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: see
+    ``linear.adapter``. The float32 weights are
     uninitialised until ``llmtrain.model.init_weights``.
     """
 
@@ -99,7 +110,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()
-        self.adapter: nn.Module | None = None
+        self.adapter: Adapter | None = None
 
     @property
     def adaptable(self) -> bool:
@@ -144,11 +155,16 @@ class Linear(nn.Module):
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
         parts of both under ``placement`` are those of ``apply_linear``."""
         weight, bias = self.parts()
-        y = apply_linear(x, weight, bias, self._operand(weight), self.plan)
-        if self.adapter is None:
-            return y
-        adapted: Tensor = self.adapter(x, y)
-        return adapted
+        operand = self._operand(weight)
+        adapter = self.adapter
+        if adapter is None:
+            return apply_linear(x, weight, bias, operand, self.plan)
+        if not adapter.directed:
+            adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan))
+            return adapted
+        y = adapter(x, apply_linear(x, weight, None, operand, self.plan))
+        adapted = adapter.direct(y, plain(operand, self.matmul.dtype), self.plan)
+        return adapted if bias is None else adapted + bias.to(adapted.dtype)
 
     def extra_repr(self) -> str:
         return (

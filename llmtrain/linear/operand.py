@@ -73,6 +73,16 @@ def from_parts(
     return values
 
 
+def plain(x: Operand, dtype: torch.dtype) -> Tensor:
+    """The numbers of an operand as a tensor of ``dtype``, [n, k]."""
+    if not isinstance(x, Packed):
+        return x
+    values = x.values if x.values is not None else x.turned
+    assert values is not None
+    numbers = (values if x.values is not None else values.t()).to(torch.float32)
+    return (numbers if x.scale is None else numbers * x.scale).to(dtype)
+
+
 def start_gather(x: Operand, group: dist.ProcessGroup) -> tuple[Operand, dist.Work]:
     """Rows of all ranks, begun: there after ``wait()``. FP8 travels as bytes.
 

@@ -5,7 +5,16 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
-from llmtrain.model.adapters import ADAPTER, PARTS, adapted_parts, adapter_scale, row_pattern
+from llmtrain.model.adapters import (
+    ADAPTER,
+    PARTS,
+    AdaptedPart,
+    adapted_parts,
+    is_directed,
+    part_names,
+    set_magnitudes,
+    whole_change,
+)
 from llmtrain.model.block import Block
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
@@ -34,12 +43,12 @@ __all__ = [
     "ADAPTER",
     "PARTS",
     "ActivationSplit",
+    "AdaptedPart",
     "Block",
     "Decoder",
     "Head",
     "activation_bytes",
     "adapted_parts",
-    "adapter_scale",
     "apply_formats",
     "apply_recompute",
     "assign_formats",
@@ -55,18 +64,21 @@ __all__ = [
     "gradient_scale",
     "hidden_layers",
     "init_weights",
+    "is_directed",
     "keep_own_parts",
     "multiplier",
     "padded_vocab",
     "param_counts",
     "param_roles",
+    "part_names",
     "partial_parameters",
     "rate_factors",
     "resolve_model",
-    "row_pattern",
     "scaling_table",
+    "set_magnitudes",
     "shard_over_tensor",
     "stage_parts",
     "switch_step",
     "tensor_placements",
+    "whole_change",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.adapters import ADAPTER
+from llmtrain.model.adapters import ADAPTER, MAGNITUDE, clear_unused, set_magnitudes
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.scaling import init_std
 from llmtrain.parallel import local_boxes
@@ -104,7 +104,7 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
     for name, param in (dict(model.named_parameters()) if state is None else state).items():
         role = _role(name)
         for local, offset in local_boxes(param):
-            if role == "norm":
+            if role == "norm" or name.endswith(MAGNITUDE):
                 local.fill_(1.0)
             elif role == "bias":
                 local.zero_()
@@ -112,6 +112,10 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
                 label = (seed, name)
                 std = _std(name, role, model, param.shape[-1])
                 _fill_normal(local, offset, tuple(param.shape), label, std)
+                if role == "adapter":
+                    clear_unused(model, name, local, offset[0])
+    if state is None:
+        set_magnitudes(model)
 
 
 def build_model(

@@ -15,7 +15,7 @@ from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, resolve_model
+from llmtrain.model import ADAPTER, resolve_model, set_magnitudes
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -94,6 +94,9 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
         )
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
+    if not any(ADAPTER in key for key in stored):
+        # The frozen weights are others than those that these were first taken of.
+        set_magnitudes(module.model)
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:
