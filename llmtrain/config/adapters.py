@@ -30,3 +30,9 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = key(
         dict, "target: its own alpha; the last that matches counts", gt=0
     )
+    base: str | None = key(
+        None,
+        "frozen matrices of attention and MLP packed once when they are loaded: bf16, fp8 (e4m3), "
+        "int8, nf4, nf4_double (QLoRA, 2305.14314); null: float32 as they are",
+        choices=("bf16", "fp8", "int8", "nf4", "nf4_double"),
+    )

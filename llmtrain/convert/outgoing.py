@@ -35,8 +35,8 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import Change, adapted_weight
-from llmtrain.model import ADAPTER, complete, whole_change
+from llmtrain.linear import Change, Frozen, adapted_weight
+from llmtrain.model import ADAPTER, complete, packed_weights, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -148,6 +148,9 @@ class _Writer:
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
         self._rules = rules
+        section = cfg.adapters
+        form = Frozen("" if section is None or section.base is None else section.base)
+        self._packed = dict.fromkeys(packed_weights(cfg), form)
         own = {name for name in layout if ADAPTER not in name}
         lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
@@ -206,6 +209,10 @@ class _Writer:
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)
+            if rule.ours in self._packed:
+                # What the run computed with, and the adapters were trained beside.
+                form = self._packed[rule.ours]
+                whole = form.unpack(form.pack(whole), torch.float32)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
                 change = self._change(layer)

@@ -9,6 +9,7 @@ stand beside a frozen layer.
 from llmtrain.linear.adapter import Change, LowRank, adapted_weight
 from llmtrain.linear.fake import Numbers, fake_matmul
 from llmtrain.linear.fp8 import fp8_matmul
+from llmtrain.linear.frozen import Frozen, FrozenMatmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
@@ -20,6 +21,8 @@ __all__ = [
     "FP32",
     "FP32_ONEDNN",
     "Change",
+    "Frozen",
+    "FrozenMatmul",
     "Linear",
     "LowRank",
     "Matmul",

@@ -18,6 +18,7 @@ class Packed(NamedTuple):
     values: the numbers as they travel and as they are saved, such as FP8; None where only
     ``turned`` is still needed. scale: 0-dim float32 by which they have to be multiplied; None: 1.
     turned: values transposed, [k, n] contiguous, for hardware whose products want it; else None.
+    Of a frozen weight they are the parts of ``linear.frozen.Parts``.
     """
 
     values: Tensor | None

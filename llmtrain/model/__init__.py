@@ -29,6 +29,13 @@ from llmtrain.model.formats import (
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.packing import (
+    fill_packed,
+    packed_layers,
+    packed_names,
+    packed_weights,
+    unpacked,
+)
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
 from llmtrain.model.sharding import (
@@ -59,6 +66,7 @@ __all__ = [
     "compile_blocks",
     "complete",
     "decay_factor",
+    "fill_packed",
     "flops_per_token",
     "format_lines",
     "gradient_scale",
@@ -67,6 +75,9 @@ __all__ = [
     "is_directed",
     "keep_own_parts",
     "multiplier",
+    "packed_layers",
+    "packed_names",
+    "packed_weights",
     "padded_vocab",
     "param_counts",
     "param_roles",
@@ -80,5 +91,6 @@ __all__ = [
     "stage_parts",
     "switch_step",
     "tensor_placements",
+    "unpacked",
     "whole_change",
 ]

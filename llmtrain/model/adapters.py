@@ -15,6 +15,7 @@ from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Change, Linear, LowRank
+from llmtrain.model.packing import freeze_layer
 from llmtrain.parallel import local_boxes
 from llmtrain.parallel.collectives import all_reduce
 
@@ -103,13 +104,16 @@ def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:
     for param in model.parameters():
         param.requires_grad_(False)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
+    shared = [name for name, layer in layers if not layer.adaptable]
+    if any(section.base is not None or adapted_parts(cfg, name) for name in shared):
+        raise ConfigError(
+            f"parallel.tensor: {shared[0]} shares a key/value head between ranks, which adapters "
+            f"and a packed base cannot; use at most n_kv_heads = {cfg.n_kv_heads}"
+        )
     for name, layer in layers:
+        if section.base is not None and layer.role == "hidden":
+            freeze_layer(layer, name, section.base)
         if layer.role == "hidden" and adapted_parts(cfg, name):
-            if not layer.adaptable:
-                raise ConfigError(
-                    f"parallel.tensor: {name} shares a key/value head between ranks, which "
-                    f"adapters cannot; use at most n_kv_heads = {cfg.n_kv_heads}"
-                )
             parts = adapted_parts(cfg, name)
             ranks, scales = [part.rank for part in parts], [part.scale for part in parts]
             pattern = row_pattern(cfg, name)
@@ -124,10 +128,9 @@ def set_magnitudes(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, Linear) and isinstance(layer.adapter, LowRank):
-            side, weight = layer.adapter, _stored(layer.weight)
+            side = layer.adapter
             if side.magnitude is not None:
-                # As the products read it.
-                read = weight.to(layer.matmul.dtype).float() * layer.plan.scale
+                read = layer.rows() * layer.plan.scale
                 square = (read * read).sum(1)
                 if layer.plan.row is not None:
                     square = all_reduce(square, layer.plan.row.group)

@@ -24,7 +24,7 @@ from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, Decoder
+from llmtrain.model import ADAPTER, Decoder, unpacked
 
 _TOKENIZER = "tokenizer.json"
 # Settings by which equal places in two models mean the same; other shapes follow from some.
@@ -198,7 +198,7 @@ def _check_optimizer(
 def _parameters(model: ModelConfig) -> dict[str, nn.Parameter]:
     """The whole model's parameters without memory: names and shapes are those of any layout."""
     with torch.device("meta"):
-        return dict(Decoder(model, torch.float32).named_parameters())
+        return dict(Decoder(unpacked(model), torch.float32).named_parameters())
 
 
 def _check_tensors(
