@@ -36,3 +36,4 @@ class AdapterConfig:
         "int8, nf4, nf4_double (QLoRA, 2305.14314); null: float32 as they are",
         choices=("bf16", "fp8", "int8", "nf4", "nf4_double"),
     )
+    freeze: bool = key(True, "false: the model's own weights are trained as well")

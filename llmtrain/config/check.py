@@ -19,6 +19,7 @@ from llmtrain.config.check_layout import check_layout
 from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
+from llmtrain.config.check_sparsity import check_sparsity
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
@@ -55,6 +56,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_formats(cfg, faults)
     _check_until(cfg, faults)
     check_scaling(cfg, faults)
+    check_sparsity(cfg, faults)
     return faults.found
 
 

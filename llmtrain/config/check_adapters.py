@@ -16,6 +16,9 @@ def check_adapters(cfg: RunConfig, faults: Collector) -> None:
     if section is None:
         message = "trainable needs model.adapters: without them every weight trains; write auto"
         faults.add("checkpoint.save", message, "model.adapters")
+    elif not section.freeze:
+        message = "trainable leaves nothing out with model.adapters.freeze: false; write auto"
+        faults.add("checkpoint.save", message, "model.adapters.freeze")
     elif cfg.init is None:
         message = "trainable needs init.path, the checkpoint that holds the frozen weights"
         faults.add("checkpoint.save", f"{message}; set it, or write auto", "init.path")
@@ -39,6 +42,13 @@ def _check_packed(cfg: RunConfig, form: str, faults: Collector) -> None:
     if cfg.average is not None:
         message = f"{form} weights cannot be averaged; take average away or set it to null"
         faults.add(where, message, "average")
+    section = cfg.model.adapters
+    if section is not None and not section.freeze:
+        message = f"{form} weights cannot train; set model.adapters.freeze to true, or base to null"
+        faults.add(where, message, "model.adapters.freeze")
+    if cfg.sparsity is not None:
+        message = f"{form} weights cannot be masked; take sparsity away or set base to null"
+        faults.add(where, message, "sparsity")
     if cfg.parallel.engine == "deepspeed":
         message = f"{form} does not work with parallel.engine deepspeed, which casts all weights"
         faults.add(where, f"{message}; use the native engine or set it to null", "parallel.engine")

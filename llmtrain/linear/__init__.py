@@ -2,16 +2,17 @@
 
 ``Placement`` says which collective surrounds the product, a ``Matmul`` is the three products of
 a linear layer in one number format, and ``Linear`` is the module that puts them together with
-one autograd function, so that every format works under every layout. Adapters, the third factor,
-stand beside a frozen layer.
+one autograd function, so that every format works under every layout. Adapters (``LowRank``) are
+the third factor. A ``Mask`` makes a layer sparse in whatever format it computes.
 """
 
 from llmtrain.linear.adapter import Change, LowRank, adapted_weight
-from llmtrain.linear.fake import Numbers, fake_matmul
+from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.frozen import Frozen, FrozenMatmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
+from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
@@ -25,6 +26,8 @@ __all__ = [
     "FrozenMatmul",
     "Linear",
     "LowRank",
+    "Mask",
+    "MaskedMatmul",
     "Matmul",
     "Numbers",
     "Operand",
@@ -37,6 +40,7 @@ __all__ = [
     "apply_linear",
     "backward_for",
     "fake_matmul",
+    "fake_vectors",
     "fp8_matmul",
     "matmul_for",
 ]

@@ -127,6 +127,7 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks, self.rank, self.scales, self.pattern = ranks, max(ranks), scales, pattern
+        self.awake = True
         tensor = layer.plan.tensor
         by_tokens = tensor is not None and tensor.sequence
         plain: Matmul = matmul_for(layer.matmul.dtype)
@@ -158,13 +159,18 @@ class LowRank(nn.Module):
             self.magnitude = Magnitude(layer.out_features, column, by_tokens and row)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y, the layer's own result for x, plus the adapter's; shapes as in ``Linear.forward``."""
+        """y, the layer's own result for x, plus the adapter's; shapes as in ``Linear.forward``.
+        y alone while the adapter is not ``awake``."""
+        if not self.awake:
+            return y
         out: Tensor = y + self.b(self.a(x))
         return out
 
     def direct(self, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         """z, the result of ``forward`` without bias, times m / |V|; ``weight``: of the layer as
         its products read it, this rank's part."""
+        if not self.awake:
+            return z
         assert self.magnitude is not None
         run = self.lengths if plan.tensor is None else self._lengths_in_group
         length = local(self.magnitude.weight, partial=self.magnitude.partial)

@@ -16,16 +16,20 @@ from llmtrain.model.adapters import (
     whole_change,
 )
 from llmtrain.model.block import Block
+from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, stage_parts
 from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
     check_fp8_tokens,
+    clear_formats,
     format_lines,
     gradient_scale,
     hidden_layers,
+    layer_names,
+    reads_whole_input,
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
@@ -54,6 +58,7 @@ __all__ = [
     "Block",
     "Decoder",
     "Head",
+    "KeyValueCache",
     "activation_bytes",
     "adapted_parts",
     "apply_formats",
@@ -63,6 +68,7 @@ __all__ = [
     "build_model",
     "check_fp8_tokens",
     "check_tensor_degree",
+    "clear_formats",
     "compile_blocks",
     "complete",
     "decay_factor",
@@ -74,6 +80,8 @@ __all__ = [
     "init_weights",
     "is_directed",
     "keep_own_parts",
+    "layer_names",
+    "layer_shape",
     "multiplier",
     "packed_layers",
     "packed_names",
@@ -84,6 +92,7 @@ __all__ = [
     "part_names",
     "partial_parameters",
     "rate_factors",
+    "reads_whole_input",
     "resolve_model",
     "scaling_table",
     "set_magnitudes",

@@ -18,7 +18,7 @@ from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
-from llmtrain.eval.generation import generate
+from llmtrain.eval.generation import Sampling, generate
 from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
@@ -291,17 +291,20 @@ def _samples(
         return
     tokenizer: Tokenizer = load_tokenizer(plan.tokenizer_path)
     module.model.eval()
-    for prompt in cfg.eval.prompts:
-        ids = tokenizer.encode(prompt)
-        if not ids:
-            continue
-        new = generate(
-            module.model,
-            ids,
-            cfg.eval.generate_tokens,
-            cfg.data.seq_len,
-            seed=cfg.seed,
-            eos_id=tokenizer.eos_id,
-        )
-        recorder.sample(step, prompt, tokenizer.decode(new))
+    context = module.model_cfg.max_seq_len
+    assert context is not None
+    # A longer prompt leaves half of the context, or what was asked for, to the continuation.
+    room = context - min(cfg.eval.generate_tokens, context // 2)
+    encoded = [(prompt, tokenizer.encode(prompt)[-room:]) for prompt in cfg.eval.prompts]
+    texts = [(prompt, ids) for prompt, ids in encoded if ids]
+    found = generate(
+        module.model,
+        [ids for _, ids in texts],
+        cfg.eval.generate_tokens,
+        context,
+        Sampling(seed=cfg.seed),
+        eos_id=tokenizer.eos_id,
+    )
+    for (prompt, _), new in zip(texts, found, strict=True):
+        recorder.sample(step, prompt, tokenizer.decode(new.tokens))
     release_gathered(module.model)
