@@ -18,6 +18,7 @@ from llmtrain.config.check_layout import check_layout
 from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
+from llmtrain.config.check_trainable import check_trainable
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
@@ -53,6 +54,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_formats(cfg, faults)
     _check_until(cfg, faults)
     check_scaling(cfg, faults)
+    check_trainable(cfg, faults)
     return faults.found
 
 

@@ -21,6 +21,7 @@ from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
@@ -378,5 +379,10 @@ class RunConfig:
     )
     numerics: NumericsConfig | None = key(
         None, "measurements of FP8's range", hook="llmtrain.methods.numerics:Numerics"
+    )
+    trainable: list[TrainableConfig] = key(
+        list,
+        "which parameters train when; empty: all of them, all the time",
+        hook="llmtrain.methods.trainable:PartialTraining",
     )
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -31,6 +31,7 @@ from llmtrain.model.sharding import (
     shard_over_tensor,
     tensor_placements,
 )
+from llmtrain.model.trainable import Trainable, limit_training
 
 __all__ = [
     "ADAPTER",
@@ -40,6 +41,7 @@ __all__ = [
     "Decoder",
     "Head",
     "KeyValueCache",
+    "Trainable",
     "activation_bytes",
     "adapted_parts",
     "adapter_scale",
@@ -59,6 +61,7 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
+    "limit_training",
     "multiplier",
     "padded_vocab",
     "param_counts",
