@@ -27,6 +27,7 @@ COMMANDS = (
     "checkpoint",
     "convert",
     "merge",
+    "compare",
     "report",
     "reproduce",
     "launch",
