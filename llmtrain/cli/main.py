@@ -30,6 +30,7 @@ COMMANDS = (
     "compare",
     "report",
     "reproduce",
+    "plan",
     "launch",
     "doctor",
 )

@@ -23,3 +23,4 @@ class AdapterConfig:
         "attention, mlp, single matrices (q, k, v, out, gate, up, down), or patterns of layers "
         "such as blocks.*.mlp.down",
     )
+    freeze: bool = key(True, "false: the model's own weights are trained as well")

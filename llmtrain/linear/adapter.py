@@ -83,6 +83,7 @@ class LowRank(nn.Module):
     def __init__(self, layer: Linear, rank: int, scale: float, pattern: list[int]) -> None:
         super().__init__()
         self.rank, self.scale, self.pattern = rank, scale, pattern
+        self.awake = True
         tensor = layer.plan.tensor
         by_tokens = tensor is not None and tensor.sequence
         plain: Matmul = matmul_for(layer.matmul.dtype)
@@ -109,7 +110,10 @@ class LowRank(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y, the layer's own result for x, plus the adapter's; shapes as in ``Linear.forward``."""
+        """y, the layer's own result for x, plus the adapter's; shapes as in ``Linear.forward``.
+        y alone while the adapter is not ``awake``."""
+        if not self.awake:
+            return y
         out: Tensor = y + self.b(self.a(x))
         return out
 

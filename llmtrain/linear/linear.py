@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llmtrain.linear.function import Plan, apply_linear
+from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Reach
 from llmtrain.linear.placement import Placement
@@ -99,6 +100,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None
         self._cache = OperandCache()
+        self._format = matmul
+        self.mask: Mask | None = None
+        self._back: Mask | None = None
         self.adapter: nn.Module | None = None
 
     @property
@@ -122,9 +126,18 @@ class Linear(nn.Module):
         return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
 
     def set_matmul(self, matmul: Matmul) -> None:
-        """Compute in another number format from now on."""
+        """Compute in another number format from now on; a mask stays."""
+        self._format = matmul
+        if self.mask is not None:
+            matmul = MaskedMatmul(matmul, self.mask, self._back)
         self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
         self._cache.clear()
+
+    def set_mask(self, mask: Mask | None, back: Mask | None = None) -> None:
+        """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
+        of it. The mask is that of this rank's tensor-parallel part, on its device."""
+        self.mask, self._back = mask, back
+        self.set_matmul(self._format)
 
     def set_freed(self) -> None:
         """FSDP2 owns the weight from now on: see ``Plan.freed``."""

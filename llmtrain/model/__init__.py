@@ -10,14 +10,16 @@ from llmtrain.model.block import Block
 from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
+from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, stage_parts
 from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
     check_fp8_tokens,
+    clear_formats,
     format_lines,
     gradient_scale,
     hidden_layers,
+    layer_names,
     reads_whole_input,
     switch_step,
 )
@@ -52,6 +54,7 @@ __all__ = [
     "build_model",
     "check_fp8_tokens",
     "check_tensor_degree",
+    "clear_formats",
     "compile_blocks",
     "complete",
     "decay_factor",
@@ -61,6 +64,8 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "keep_own_parts",
+    "layer_names",
+    "layer_shape",
     "limit_training",
     "multiplier",
     "padded_vocab",

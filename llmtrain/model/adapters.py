@@ -57,14 +57,16 @@ def row_pattern(cfg: ModelConfig, layer: str) -> list[int]:
 
 
 def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:
-    """Give the layers that ``cfg.adapters.targets`` names an adapter and freeze all else.
+    """Give the layers that ``cfg.adapters.targets`` names an adapter and, unless ``freeze`` is
+    false, freeze all else.
 
     model: a decoder on the meta device. Raises ConfigError for a layer that cannot have one.
     """
     section = cfg.adapters
     assert section is not None
-    for param in model.parameters():
-        param.requires_grad_(False)
+    if section.freeze:
+        for param in model.parameters():
+            param.requires_grad_(False)
     scale = adapter_scale(section)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
     for name, layer in layers:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, Operand, Placement
+from llmtrain.linear import Linear, Matmul, Operand, Placement, fake_vectors
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.model.scaling import multiplier
@@ -136,6 +136,8 @@ class Attention(nn.Module):
             **shared,
         )
         self.root = cfg.scaling.attention == "sqrt"
+        # The number format that keys and values are rounded to, see ``quantization.kv``.
+        self.kv_format = "none"
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         self.qk_norm = cfg.qk_norm
@@ -162,6 +164,8 @@ class Attention(nn.Module):
             q, k, v = self._split(qkv)
             if context.rotary is not None:
                 q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        if self.kv_format != "none":
+            k, v = fake_vectors(k, self.kv_format), fake_vectors(v, self.kv_format)
         if context.cache is None:
             mixed = attend(q, k, v, context, root=self.root)
         else:

@@ -20,6 +20,19 @@ def _block_matrices(cfg: ModelConfig) -> int:
     return cfg.d_model * (q + 2 * kv) + q * cfg.d_model + cfg.d_model * up + ff * cfg.d_model
 
 
+def layer_shape(cfg: ModelConfig, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a hidden linear layer of a resolved ``cfg`` by its name."""
+    q, kv, ff = widths(cfg)
+    up = 2 * ff if cfg.activation == "swiglu" else ff
+    kinds = {
+        "attention.qkv": (q + 2 * kv, cfg.d_model),
+        "attention.out": (cfg.d_model, q),
+        "mlp.up": (up, cfg.d_model),
+        "mlp.down": (cfg.d_model, ff),
+    }
+    return kinds[name.split(".", 2)[2]]
+
+
 def param_counts(cfg: ModelConfig) -> dict[str, int]:
     """Parameters per role (embedding, hidden, norm, head, bias), ``total`` and
     ``non_embedding`` (total without embedding).

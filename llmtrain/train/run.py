@@ -37,6 +37,7 @@ from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.fitting import Setting
+from llmtrain.train.frozen import left_out
 from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
@@ -112,6 +113,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
             console.say(f"begins with the weights of {begun}")
+        source = begun if resume is None else resume.path
+        goes_on = resume is not None
+        saver.left_out = left_out(cfg, model_cfg, source, goes_on, setting.ranks, console.warn)
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)

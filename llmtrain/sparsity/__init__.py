@@ -1,0 +1,40 @@
+"""Sparse hidden layers: one kind of mask, how it is chosen, where it applies, how it is stored.
+
+``Granularity`` says what is kept together, ``sparse_layers`` which layers a config makes sparse,
+``Masks`` holds the masks of this rank's layers under any layout. The products are those of
+``llmtrain.linear.MaskedMatmul``; the methods that use and change masks are hooks in
+``llmtrain.methods``.
+"""
+
+from llmtrain.linear import Mask
+from llmtrain.sparsity.bits import pack_bits, unpack_bits
+from llmtrain.sparsity.choose import (
+    best_kept,
+    block_scores,
+    largest,
+    prune_again,
+    random_kept,
+    random_keys,
+)
+from llmtrain.sparsity.granularity import Granularity, parse_granularity
+from llmtrain.sparsity.masks import Masks
+from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
+
+__all__ = [
+    "Granularity",
+    "Mask",
+    "Masks",
+    "Sparse",
+    "best_kept",
+    "block_scores",
+    "check_cuts",
+    "largest",
+    "mean_density",
+    "pack_bits",
+    "parse_granularity",
+    "prune_again",
+    "random_kept",
+    "random_keys",
+    "sparse_layers",
+    "unpack_bits",
+]
