@@ -12,8 +12,10 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import build_plan
 from llmtrain.model import (
     Decoder,
+    Trainable,
     flops_per_token,
     format_lines,
+    limit_training,
     param_counts,
     param_roles,
     rate_factors,
@@ -79,6 +81,7 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
     with torch.device("meta"):
         model = Decoder(model_cfg, precision.compute)
+    limit_training(model, model_cfg, cfg)
     named, rates = dict(model.named_parameters()), rate_factors(model_cfg)
     groups = build_groups(named, param_roles(model), cfg.optim, rates)
     lines = [
@@ -88,6 +91,8 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
+    if cfg.trainable:
+        lines += ["what trains when:", *table(Trainable(cfg, model_cfg).lines())]
     if cfg.quantization is not None:
         end = switch_step(cfg)
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
