@@ -11,10 +11,12 @@
 
 namespace avx512 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 }
 namespace avx2 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 }
 namespace amx {
@@ -27,6 +29,7 @@ extern const llmtrain::AttentionKernels attention;
 #endif
 namespace baseline {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 }
 
@@ -98,6 +101,14 @@ const Fp8Kernels& fp8_kernels() {
   if (level() == kAvx2) return avx2::fp8;
 #endif
   return baseline::fp8;
+}
+
+const FusedSet& fused_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::fused;
+  if (level() == kAvx2) return avx2::fused;
+#endif
+  return baseline::fused;
 }
 
 // Null where the processor has no bfloat16 products.

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "fp8.h"
+#include "fused.h"
 #include "products.h"
 #include "rows.h"
 
@@ -20,6 +21,8 @@ template <class T>
 const RowKernels<T>& rows();
 
 const Fp8Kernels& fp8_kernels();
+
+const FusedSet& fused_kernels();
 
 // Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();
