@@ -37,6 +37,11 @@ def to_peft(src: Path, dst: Path, *, base: str | None = None) -> Converted:
     cfg = opened.cfg
     if cfg.adapters is None:
         raise CheckpointError(f"{opened.path} has no adapters (model.adapters); use convert to-hf")
+    if not cfg.adapters.freeze:
+        raise CheckpointError(
+            f"{opened.path} trained the model's own weights beside its adapters "
+            "(model.adapters.freeze: false), which an adapter does not hold; use convert to-hf"
+        )
     if opened.architecture.name == "gpt2":
         raise CheckpointError(
             f"{opened.path}: GPT-2 keeps q, k and v in one matrix, for which PEFT has one adapter "

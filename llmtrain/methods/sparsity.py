@@ -19,8 +19,8 @@ from llmtrain.config import RunConfig, to_dict
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
-from llmtrain.model import resolve_model
-from llmtrain.sparsity import Masks, check_cuts, sparse_layers
+from llmtrain.model import flops_per_token, resolve_model
+from llmtrain.sparsity import Masks, check_cuts, density_of_step, sparse_layers
 from llmtrain.sparsity.storage import read_masks
 from llmtrain.train.hooks import Hook
 
@@ -82,6 +82,7 @@ class StaticMask(Hook):
             self.first(trainer, masks)
         masks.install(self.seed(trainer))
         self.zero(trainer, masks.layers)
+        self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
             self.drop(trainer)
 
@@ -123,8 +124,16 @@ class StaticMask(Hook):
         assert self.masks is not None
         self.masks.remove()
         self.dropped = True
+        self.count_flops(trainer, trainer.step_done)
         text = "sparsity.until: the masks are dropped; all weights learn from here on"
         trainer.recorder.event(trainer.step_done, text)
+
+    def count_flops(self, trainer: Trainer, step: int) -> None:
+        """MFU is of the FLOPs of kept weights."""
+        cfg, model_cfg = trainer.cfg, trainer.module.model_cfg
+        density = 1.0 if self.dropped else density_of_step(cfg, model_cfg, step)
+        flops = flops_per_token(model_cfg, cfg.data.seq_len, density)
+        trainer.recorder.throughput.set_flops(flops)
 
     def on_checkpoint(self, trainer: Trainer) -> None:
         """What other hooks wrote into the weights does not reach beyond the masks."""

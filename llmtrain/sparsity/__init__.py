@@ -18,6 +18,12 @@ from llmtrain.sparsity.choose import (
 )
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 from llmtrain.sparsity.masks import Masks
+from llmtrain.sparsity.schedule import (
+    cubic_density,
+    density_of_step,
+    sparsity_lines,
+    training_flops,
+)
 from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
 
 __all__ = [
@@ -28,6 +34,8 @@ __all__ = [
     "best_kept",
     "block_scores",
     "check_cuts",
+    "cubic_density",
+    "density_of_step",
     "largest",
     "mean_density",
     "pack_bits",
@@ -36,5 +44,7 @@ __all__ = [
     "random_kept",
     "random_keys",
     "sparse_layers",
+    "sparsity_lines",
+    "training_flops",
     "unpack_bits",
 ]

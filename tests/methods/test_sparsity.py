@@ -252,6 +252,22 @@ def test_a_resumed_run_cannot_ask_for_other_masks(
     assert told in capsys.readouterr().err
 
 
+def test_dry_run_says_what_is_kept_and_what_it_saves(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = "sparsity={density: 0.25, rules: [{layers: [blocks.0.*], density: 1}]}"
+    assert main(["train", str(config(tmp_path, corpus)), "--dry-run", section]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "attention.qkv 1 64 x 32 dense 1 2,048",
+        "attention.qkv 1 64 x 32 unstructured 0.25 512",
+        "hidden 15,360 0.625 9,600 in all",
+        "of the dense run's)",
+        "masked copies 30.00 KiB",
+    ):
+        assert line in text, line
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

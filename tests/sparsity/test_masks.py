@@ -12,7 +12,6 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sparsity import SparsityConfig, SparsityRule
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask
-from llmtrain.methods.gradual_pruning import density_at
 from llmtrain.methods.rigl import regrown, replaced_share
 from llmtrain.methods.slope import density_loss
 from llmtrain.model import complete
@@ -20,6 +19,7 @@ from llmtrain.sparsity import (
     best_kept,
     block_scores,
     choose,
+    cubic_density,
     pack_bits,
     parse_granularity,
     prune_again,
@@ -141,7 +141,7 @@ def test_rigl_keeps_the_number_drops_the_smallest_and_grows_the_largest() -> Non
 
 
 def test_the_cubic_schedule() -> None:
-    found = [density_at(0.2, t, 100, 300) for t in (0, 100, 200, 300, 400)]
+    found = [cubic_density(0.2, t, 100, 300) for t in (0, 100, 200, 300, 400)]
     assert found == pytest.approx([1, 1, 0.2 + 0.8 / 8, 0.2, 0.2])
 
 
