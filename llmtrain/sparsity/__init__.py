@@ -24,7 +24,7 @@ from llmtrain.sparsity.schedule import (
     sparsity_lines,
     training_flops,
 )
-from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
+from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
 
 __all__ = [
     "Granularity",
@@ -39,6 +39,7 @@ __all__ = [
     "largest",
     "mean_density",
     "pack_bits",
+    "packed_dim",
     "parse_granularity",
     "prune_again",
     "random_kept",

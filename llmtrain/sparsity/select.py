@@ -42,6 +42,17 @@ def sparse_layers(model_cfg: ModelConfig, section: SparsityConfig) -> dict[str, 
     return found
 
 
+def is_column(name: str) -> bool:
+    """Whether tensor parallelism splits a layer's outputs, else its inputs."""
+    return name.endswith(("attention.qkv", "mlp.up"))
+
+
+def packed_dim(name: str) -> int:
+    """The dimension along which a layer's mask is packed: not the one that tensor parallelism
+    splits, so that its parts are whole bytes."""
+    return 1 if is_column(name) else 0
+
+
 def check_cuts(
     sparse: Mapping[str, Sparse], model_cfg: ModelConfig, ranks: int, double: bool = False
 ) -> None:
@@ -52,7 +63,7 @@ def check_cuts(
     if ranks == 1:
         return
     for name, layer in sparse.items():
-        column = name.endswith(("attention.qkv", "mlp.up"))
+        column = is_column(name)
         if name.endswith("attention.qkv") and (model_cfg.n_kv_heads or 1) < ranks:
             raise ConfigError(
                 f"parallel.tensor: {name} shares a key/value head between ranks, which masks "

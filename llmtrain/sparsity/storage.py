@@ -51,12 +51,14 @@ def load_masks(path: Path) -> dict[str, Mask]:
         raise ConfigError(f"sparsity.masks: {path} cannot be read ({error})") from error
 
 
-def read_masks(path: Path, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
+def fit_masks(
+    found: Mapping[str, Mask], sparse: Mapping[str, Sparse], path: Path
+) -> dict[str, Tensor]:
     """The masks of the layers ``sparse``: bool, one value per block of their granularity.
 
-    Raises ConfigError for a missing layer, another shape, or a mask that is no such pattern.
+    path: where they were ``found``. Raises ConfigError for a missing layer, another shape, or a
+    mask that is no such pattern.
     """
-    found = load_masks(path)
     kept = {}
     for name, layer in sparse.items():
         if name not in found:

@@ -18,6 +18,7 @@ from llmtrain.model import layer_names
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
 from llmtrain.sparsity import sparse_layers, unpack_bits
+from llmtrain.sparsity.storage import load_masks
 from llmtrain.train.run import train
 
 SLOPE = "sparsity={method: slope, granularity: '2:4', adapters_at: 1step}"
@@ -167,6 +168,26 @@ def test_a_mask_of_the_largest_weights_of_a_dense_model(
     groups, scores = mask.view(-1, 4), dense.abs().view(-1, 4)
     assert (groups.sum(1) == 2).all()
     assert (scores.masked_fill(~groups, 9).amin(1) >= scores.masked_fill(groups, -1).amax(1)).all()
+
+
+def test_masks_of_a_checkpoint_begin_another_run_and_leave_with_the_weights(
+    tmp_path: Path, corpus: Path, rigl: Path
+) -> None:
+    words = [f"sparsity={{density: 0.25, masks: '{rigl}'}}", "train.stop_after=2step"]
+    other = run(tmp_path, corpus, *words)
+    masks, given = kept(other, 2), kept(rigl)
+    assert all(torch.equal(masks[name], given[name]) for name in given)
+    file = config(tmp_path, corpus)
+    gone = [words[0].replace("runs/tiny", "nowhere"), "train.stop_after=3step"]
+    assert main(["train", str(file), *gone]) == 0  # a resumed run has its own
+    assert main(["convert", "to-hf", str(rigl), str(tmp_path / "hf")]) == 0
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_masks(tmp_path / "hf" / "masks.safetensors")
+    assert len(exported) == 2 * 7
+    for name, mask in exported.items():
+        assert torch.equal(mask.kept, weights[name] != 0), name
+    layers = list(exported.values())
+    assert sum(int(m.kept.sum()) for m in layers) == sum(int(m.sum()) for m in given.values())
 
 
 def test_gradual_pruning_follows_the_cubic_and_only_prunes(tmp_path: Path, corpus: Path) -> None:
