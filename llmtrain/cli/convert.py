@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     leaving.add_argument(
         "--dtype", choices=_DTYPES, help="of the weights (default: as they came, or as saved)"
     )
+    leaving.add_argument(
+        "--fp8",
+        action="store_true",
+        help="FP8 weights for the layers that computed in FP8, as compressed-tensors",
+    )
     adapters = actions.add_parser("to-peft", help="the adapters of a run, for peft and vLLM")
     adapters.add_argument("src", metavar="SRC", help="a run's folder, or one checkpoint")
     adapters.add_argument("dst", metavar="DST", help="folder to create")
@@ -62,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         done = from_huggingface(src, dst, **options)
         after = f"llmtrain generate {dst} --prompt ..., or train with init.path={dst}"
     else:
-        done = to_huggingface(src, dst, architecture=args.architecture, **options)
+        options |= {"architecture": args.architecture, "fp8": args.fp8}
+        done = to_huggingface(src, dst, **options)
         after = f'transformers.AutoModelForCausalLM.from_pretrained("{dst}")'
     return _report(done, after)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
+from llmtrain.config.check_adapters import check_adapters
 from llmtrain.config.check_continual import check_continual, check_restarts
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
@@ -51,6 +52,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
+    check_adapters(cfg, faults)
     check_formats(cfg, faults)
     _check_until(cfg, faults)
     check_scaling(cfg, faults)

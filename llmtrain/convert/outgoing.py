@@ -20,10 +20,11 @@ from llmtrain.checkpoint.safefile import write_small
 from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import new_folder
 from llmtrain.config import load_config
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.masks import MASKS, export_masks
+from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -44,10 +45,11 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint of ours and what it is in transformers. source: where it was converted from;
-    origin: all that is known of that."""
+    """A checkpoint of ours and what it is in transformers. run: the config it was saved with; cfg:
+    its resolved model; source: where it was converted from; origin: all that is known of that."""
 
     path: Path
+    run: RunConfig
     cfg: ModelConfig
     architecture: Architecture
     rules: list[Rule]
@@ -73,7 +75,8 @@ def open_checkpoint(src: Path, architecture: str | None = None) -> OpenedCheckpo
     origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
     plain = folded(cfg)
     kind = _chosen(plain, architecture, origin)
-    return OpenedCheckpoint(found, cfg, kind, rules_for(kind.name, plain), files, origin, notes)
+    rules = rules_for(kind.name, plain)
+    return OpenedCheckpoint(found, run, cfg, kind, rules, files, origin, notes)
 
 
 def to_huggingface(
@@ -83,6 +86,7 @@ def to_huggingface(
     architecture: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
 ) -> Converted:
     """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
 
@@ -90,7 +94,8 @@ def to_huggingface(
     are written beside them (``convert.masks``).
 
     architecture: by name; None: what it was converted from, or the one that computes the same.
-    dtype: None: the one it was converted from, or that of the checkpoint. Raises
+    dtype: None: the one it was converted from, or that of the checkpoint. fp8: layers that compute
+    in FP8 keep the FP8 weights of training (``convert.fp8``). Raises
     CheckpointError when no architecture fits, naming the settings that stand in the way; then
     nothing is written. Multipliers of ``model.scaling`` are folded into the weights.
     """
@@ -103,12 +108,16 @@ def to_huggingface(
         if key.startswith(MODEL_PREFIX)
     }
     origin = opened.origin
-    writer = _Writer(found, layout, opened.rules, cfg)
+    step = int(json.loads(opened.files[META])["step"])
+    casts = fp8_weights(opened.run, cfg, step, kind.name) if fp8 else None
+    writer = _Writer(found, layout, opened.rules, cfg, casts)
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
         export_masks(found, opened.rules, cfg, temporary / MASKS)
         config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
+        if casts is not None:
+            config["quantization_config"] = casts.config(opened.rules)
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         carried = {name: data for name, data in opened.files.items() if name in CARRIED}
         for name, data in {CONFIG: text, **carried}.items():
@@ -147,10 +156,15 @@ class _Writer:
     """Reads a checkpoint and writes files of transformers' tensors."""
 
     def __init__(
-        self, found: Path, layout: dict[str, TensorLayout], rules: list[Rule], cfg: ModelConfig
+        self,
+        found: Path,
+        layout: dict[str, TensorLayout],
+        rules: list[Rule],
+        cfg: ModelConfig,
+        fp8: Fp8Weights | None = None,
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
-        self._rules = rules
+        self._rules, self._fp8 = rules, fp8
         own = {name for name in layout if ADAPTER not in name}
         lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
@@ -187,7 +201,10 @@ class _Writer:
             whole = torch.empty(self._layout[rule.ours].shape, device="meta")
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             named = zip(rule.theirs, parts, strict=True)
-            found.append(([Target(n, dtype, tuple(p.shape)) for n, p in named], rule))
+            targets = [Target(n, dtype, tuple(p.shape)) for n, p in named]
+            if self._fp8 is not None and rule.ours in self._fp8.names:
+                targets = [t for weight in targets for t in self._fp8.targets(weight)]
+            found.append((targets, rule))
         return found
 
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
@@ -205,6 +222,11 @@ class _Writer:
         for rule in rules:
             key = MODEL_PREFIX + rule.ours
             whole = read_tensor(self._found, key, self._layout[rule.ours])
+            if self._fp8 is not None and rule.ours in self._fp8.names:
+                numbers, scale = self._fp8.cast(rule.ours, whole)
+                for part in rule.split(numbers, self._cfg):
+                    yield from map(in_blocks, self._fp8.values(part, scale))
+                continue
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)

@@ -2,12 +2,12 @@
 
 ``Placement`` says which collective surrounds the product, a ``Matmul`` is the three products of
 a linear layer in one number format, and ``Linear`` is the module that puts them together with
-one autograd function, so that every format works under every layout. Adapters are the third
-factor. A ``Mask`` makes a layer sparse in whatever format it computes.
+one autograd function, so that every format works under every layout. Adapters (``LowRank``) are
+the third factor. A ``Mask`` makes a layer sparse in whatever format it computes.
 """
 
 from llmtrain.linear.adapter import LowRank, low_rank_change
-from llmtrain.linear.fake import Numbers, fake_matmul
+from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
@@ -35,6 +35,7 @@ __all__ = [
     "apply_linear",
     "backward_for",
     "fake_matmul",
+    "fake_vectors",
     "fp8_matmul",
     "low_rank_change",
     "matmul_for",

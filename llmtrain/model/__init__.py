@@ -7,6 +7,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
 from llmtrain.model.adapters import ADAPTER, PARTS, adapted_parts, adapter_scale, row_pattern
 from llmtrain.model.block import Block
+from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
 from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, stage_parts
@@ -14,10 +15,12 @@ from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
     check_fp8_tokens,
+    clear_formats,
     format_lines,
     gradient_scale,
     hidden_layers,
     layer_names,
+    reads_whole_input,
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
@@ -38,6 +41,7 @@ __all__ = [
     "Block",
     "Decoder",
     "Head",
+    "KeyValueCache",
     "activation_bytes",
     "adapted_parts",
     "adapter_scale",
@@ -48,6 +52,7 @@ __all__ = [
     "build_model",
     "check_fp8_tokens",
     "check_tensor_degree",
+    "clear_formats",
     "compile_blocks",
     "complete",
     "decay_factor",
@@ -65,6 +70,7 @@ __all__ = [
     "param_roles",
     "partial_parameters",
     "rate_factors",
+    "reads_whole_input",
     "resolve_model",
     "row_pattern",
     "scaling_table",

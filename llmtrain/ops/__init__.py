@@ -8,6 +8,7 @@ references: the same numbers to round-off, slower.
 
 from llmtrain.ops.attention import (
     attention_reference,
+    cached_attention,
     causal_attention,
     first_of_document,
     sqrt_attention,
@@ -49,6 +50,7 @@ __all__ = [
     "attention_partial",
     "attention_partial_backward",
     "attention_reference",
+    "cached_attention",
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",

@@ -97,7 +97,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
     check_tensor_degree(model_cfg, degrees.tensor)
     assert model_cfg.n_kv_heads is not None
     compute, reduce = setting.precision.compute, setting.precision.reduce
-    with _fake_world(rank, degrees.world) as world:
+    with fake_world(rank, degrees.world) as world:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         with torch.device("meta"):
             model = Decoder(model_cfg, compute, layout.tensor)
@@ -126,8 +126,9 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
 
 
 @contextmanager
-def _fake_world(rank: int, size: int) -> Iterator[World]:
-    """This process as ``rank`` of ``size`` that never communicate."""
+def fake_world(rank: int, size: int) -> Iterator[World]:
+    """This process as ``rank`` of ``size`` that never communicate: results of collectives are
+    whatever the memory holds."""
     cpu = torch.device("cpu")
     if size == 1:
         yield World(0, 1, 0, cpu, None)

@@ -20,6 +20,7 @@ from llmtrain.linear import backward_for
 from llmtrain.loss import LossOutput
 from llmtrain.model import (
     Decoder,
+    KeyValueCache,
     check_tensor_degree,
     init_weights,
     param_roles,
@@ -67,15 +68,19 @@ class Chain(nn.Module):
         """The stages of this rank, in order."""
         return [stage for stage in self.stages if isinstance(stage, Stage)]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [b, s, vocab_size] of tokens [b, s], without gradients."""
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits [b, s, vocab_size] of tokens [b, s], without gradients; with a cache (of this
+        rank's blocks) [b, 1, vocab_size], see ``Decoder.forward``."""
         decoders = dict(zip(self.pipeline.own, (s.decoder for s in self.each()), strict=True))
         some = next(iter(decoders.values()))
         logits = self.pipeline.chain(
-            lambda stage, hidden: decoders[stage](tokens, hidden=hidden), some.travels(tokens)
+            lambda stage, hidden: decoders[stage](tokens, hidden=hidden, cache=cache),
+            some.travels(tokens),
         )
         if logits is None:
-            shape = (*tokens.shape, self.cfg.vocab_size)
+            width = tokens.shape[1] if cache is None else 1
+            assert self.cfg.vocab_size is not None
+            shape = (len(tokens), width, self.cfg.vocab_size)
             logits = torch.empty(shape, dtype=some.compute_dtype, device=tokens.device)
         logits = logits.contiguous()
         last = self.pipeline.owner(self.pipeline.stages - 1)

@@ -18,7 +18,7 @@ from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
-from llmtrain.eval.generation import generate
+from llmtrain.eval.generation import Sampling, generate
 from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
@@ -37,6 +37,7 @@ from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.fitting import Setting
+from llmtrain.train.frozen import left_out
 from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
@@ -113,6 +114,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
             console.say(f"begins with the weights of {begun}")
+        source = begun if resume is None else resume.path
+        goes_on = resume is not None
+        saver.left_out = left_out(cfg, model_cfg, source, goes_on, setting.ranks, console.warn)
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)
@@ -278,17 +282,20 @@ def _samples(
         return
     tokenizer: Tokenizer = load_tokenizer(plan.tokenizer_path)
     module.model.eval()
-    for prompt in cfg.eval.prompts:
-        ids = tokenizer.encode(prompt)
-        if not ids:
-            continue
-        new = generate(
-            module.model,
-            ids,
-            cfg.eval.generate_tokens,
-            cfg.data.seq_len,
-            seed=cfg.seed,
-            eos_id=tokenizer.eos_id,
-        )
-        recorder.sample(step, prompt, tokenizer.decode(new))
+    context = module.model_cfg.max_seq_len
+    assert context is not None
+    # A longer prompt leaves half of the context, or what was asked for, to the continuation.
+    room = context - min(cfg.eval.generate_tokens, context // 2)
+    encoded = [(prompt, tokenizer.encode(prompt)[-room:]) for prompt in cfg.eval.prompts]
+    texts = [(prompt, ids) for prompt, ids in encoded if ids]
+    found = generate(
+        module.model,
+        [ids for _, ids in texts],
+        cfg.eval.generate_tokens,
+        context,
+        Sampling(seed=cfg.seed),
+        eos_id=tokenizer.eos_id,
+    )
+    for (prompt, _), new in zip(texts, found, strict=True):
+        recorder.sample(step, prompt, tokenizer.decode(new.tokens))
     release_gathered(module.model)

@@ -20,7 +20,7 @@ from helpers.layout_runs import (
 )
 from helpers.ranks import run_ranks
 
-from llmtrain.eval.generation import generate
+from llmtrain.eval.generation import Continuation, Sampling, generate
 from llmtrain.linear import matmul
 from llmtrain.parallel.pipeline import split_layers
 
@@ -107,14 +107,17 @@ def test_evaluation_and_generation() -> None:
     whole.model.eval()
     with torch.no_grad():
         expected = whole.loss(make_batch(3), 1.0).nll
-    text = generate(whole.model, [1, 2, 3], 6, 20, seed=1)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    sampling = Sampling(seed=1)
+    text = generate(whole.model, prompts, 6, 20, sampling)
 
-    def body(rank: int) -> tuple[torch.Tensor, list[int], bool]:
+    def body(rank: int) -> tuple[torch.Tensor, list[Continuation], bool]:
         module = build(rank, 4, TIED, {"pipeline": 2, "tensor": 2})
         module.model.eval()
         with torch.no_grad():
             nll = module.loss(rank_batch(module, 3), 1.0).nll
-        return nll, generate(module.model, [1, 2, 3], 6, 20, seed=1), module.layout.counts_losses
+        texts = generate(module.model, prompts, 6, 20, sampling)
+        return nll, texts, module.layout.counts_losses
 
     for nll, words, counts in run_ranks(4, body):
         assert words == text
