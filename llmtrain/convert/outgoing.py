@@ -23,8 +23,8 @@ from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
-from llmtrain.convert.masks import MASKS, export_masks
 from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
+from llmtrain.convert.masks import MASKS, export_masks
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
