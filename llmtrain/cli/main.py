@@ -29,6 +29,7 @@ COMMANDS = (
     "merge",
     "report",
     "reproduce",
+    "sparsity",
     "plan",
     "launch",
     "doctor",

@@ -24,6 +24,7 @@ NAMES = (
     "mus-depth",
     "mus-fp8",
     "spdf",
+    "lottery-ticket",
 )
 
 

@@ -21,7 +21,7 @@ from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
-from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.config.sparsity import LotteryConfig, SparsityConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
@@ -385,4 +385,5 @@ class RunConfig:
         "which weights of the hidden linear layers exist",
         hook="llmtrain.methods.sparsity:sparsity",
     )
+    lottery: LotteryConfig | None = key(None, "tickets, for `llmtrain sparsity lottery`")
     hooks: list[HookConfig] = key(list, "hooks by import path")

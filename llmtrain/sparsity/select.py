@@ -107,7 +107,8 @@ def _choose(name: str, shape: tuple[int, int], section: SparsityConfig) -> Spars
         if any(fnmatchcase(name, pattern) for pattern in rule.layers):
             where = f"sparsity.rules.{i}"
             # N:M of a rule has its own density, not the section's.
-            wanted = rule.density if rule.granularity is not None else rule.density or wanted
+            if rule.density is not None or rule.granularity is not None:
+                wanted = rule.density
             text = rule.granularity or text
     granularity = parse_granularity(text, f"{where}.granularity")
     return Sparse(name, shape, granularity, granularity.density(wanted, f"{where}.density"))

@@ -26,7 +26,9 @@ def write_masks(path: Path, masks: Mapping[str, Mask]) -> None:
     """
     facts = {n: {"shape": list(m.shape), "block": list(m.block)} for n, m in masks.items()}
     bits = {name: pack_bits(mask.kept.cpu()) for name, mask in masks.items()}
-    save_file(bits, path, metadata={"format": FORMAT, "masks": json.dumps(facts)})
+    part = path.with_name(f"{path.name}.part")  # a name that stands for a whole file
+    save_file(bits, part, metadata={"format": FORMAT, "masks": json.dumps(facts)})
+    part.replace(path)
 
 
 def load_masks(path: Path) -> dict[str, Mask]:
