@@ -10,12 +10,14 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
+from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, resolve_model
+from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model, set_magnitudes
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -76,7 +78,8 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
     """
     ranks = Ranks(world.cpu_group)
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
-    unused = (HOOK_PREFIX,) if init.optimizer else (OPTIM_PREFIX, HOOK_PREFIX)
+    others = (HOOK_PREFIX,) if init.optimizer else (OPTIM_PREFIX, HOOK_PREFIX)
+    unused = (*others, *packed_keys(module.model_cfg))
     try:
         stored = ranks.on_main(lambda: set(read_layout(path)))
         module.restore(
@@ -92,8 +95,26 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
                 False,
             )
         )
+        read_packed(module, path, ranks)
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
+    if not any(ADAPTER in key for key in stored):
+        # The frozen weights are others than those that these were first taken of.
+        set_magnitudes(module.model)
+
+
+def packed_keys(model: ModelConfig) -> tuple[str, ...]:
+    """Names of stored tensors that ``read_packed`` reads, and nobody else."""
+    return tuple(MODEL_PREFIX + name for name in packed_weights(model))
+
+
+def read_packed(module: TrainModule, path: Path, ranks: Ranks) -> None:
+    """Pack the frozen weights of a verified checkpoint, each rank its own part; collective.
+
+    Nothing to do for a model that keeps none packed. Raises CheckpointError.
+    """
+    if packed_weights(module.model_cfg):
+        ranks.reduce(lambda: fill_packed(module.model, RowReader(path)), lambda _: None)
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:
