@@ -18,7 +18,13 @@ from llmtrain.sparsity.choose import (
 )
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 from llmtrain.sparsity.masks import Masks
-from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
+from llmtrain.sparsity.schedule import (
+    cubic_density,
+    density_of_step,
+    sparsity_lines,
+    training_flops,
+)
+from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
 
 __all__ = [
     "Granularity",
@@ -28,13 +34,18 @@ __all__ = [
     "best_kept",
     "block_scores",
     "check_cuts",
+    "cubic_density",
+    "density_of_step",
     "largest",
     "mean_density",
     "pack_bits",
+    "packed_dim",
     "parse_granularity",
     "prune_again",
     "random_kept",
     "random_keys",
     "sparse_layers",
+    "sparsity_lines",
+    "training_flops",
     "unpack_bits",
 ]

@@ -50,6 +50,7 @@ from llmtrain.train.watchdog import Watchdog
 
 # A longer plan is left to its own command: what comes before step 1 fits on a screen.
 _PLAN_LINES = 24
+_CHANGE_LINES = 16
 
 
 def train(cfg: RunConfig, world: World | None = None) -> int:
@@ -243,8 +244,12 @@ def _preamble(
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
     console.say(f"resumed from {resume.path} after step {resume.step}")
-    for line in _changes(cfg, resume):
+    changes = _changes(cfg, resume)
+    for line in changes[:_CHANGE_LINES]:
         console.say(f"  changed since then: {line}")
+    if len(changes) > _CHANGE_LINES:
+        more = len(changes) - _CHANGE_LINES
+        console.say(f"  and {more} more; the run's config.yaml has everything")
 
 
 def _say_nothing_to_do(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
