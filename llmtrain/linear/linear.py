@@ -20,6 +20,7 @@ from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
+from llmtrain.linear.sparse import SparseMatmul
 from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -120,6 +121,7 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
+        self._sparse = False
         self.packed: tuple[str, ...] = ()
         self.adapter: Adapter | None = None
 
@@ -177,15 +179,20 @@ class Linear(nn.Module):
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
         self._format = matmul
-        if self.mask is not None:
+        if self.mask is not None and self._sparse and self._back is None and not matmul.packs:
+            matmul = SparseMatmul(matmul, self.mask)
+        elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
         self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
         self._cache.clear()
 
-    def set_mask(self, mask: Mask | None, back: Mask | None = None) -> None:
+    def set_mask(
+        self, mask: Mask | None, back: Mask | None = None, *, sparse: bool = False
+    ) -> None:
         """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
-        of it. The mask is that of this rank's tensor-parallel part, on its device."""
-        self.mask, self._back = mask, back
+        of it. The mask is that of this rank's tensor-parallel part, on its device. sparse: by
+        ``SparseMatmul``, where number format and masks allow."""
+        self.mask, self._back, self._sparse = mask, back, sparse
         self.set_matmul(self._format)
 
     def set_freed(self) -> None:
