@@ -1,8 +1,8 @@
 """Snapshots in a node's memory, for processes that are started again on the same nodes.
 
-Every rank writes what it holds, as it holds it, to a file in the node's ``/dev/shm``, which outlives
-the processes and not the machine. A run that comes back under the same layout goes on from the
-newest step that every rank finds; otherwise checkpoints are what it has. Two steps are kept, so
+Every rank writes what it holds, as it holds it, to a file in the node's ``/dev/shm``, which
+outlives the processes and not the machine. A run that comes back under the same layout goes on from
+the newest step that every rank finds; otherwise checkpoints are what it has. Two steps are kept, so
 that a kill in the middle of a write leaves one that all ranks have.
 """
 

@@ -1,4 +1,4 @@
-"""``llmtrain convert from-hf|to-hf|to-peft SRC DST``."""
+"""``llmtrain convert from-hf|to-hf|from-peft|to-peft SRC DST``."""
 
 from __future__ import annotations
 
@@ -32,11 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     leaving.add_argument(
         "--dtype", choices=_DTYPES, help="of the weights (default: as they came, or as saved)"
     )
+    leaving.add_argument(
+        "--fp8",
+        action="store_true",
+        help="FP8 weights for the layers that computed in FP8, as compressed-tensors",
+    )
     adapters = actions.add_parser("to-peft", help="the adapters of a run, for peft and vLLM")
     adapters.add_argument("src", metavar="SRC", help="a run's folder, or one checkpoint")
     adapters.add_argument("dst", metavar="DST", help="folder to create")
     adapters.add_argument(
         "--base", metavar="NAME", help="the base model in Hugging Face's format (default: its own)"
+    )
+    brought = actions.add_parser("from-peft", help="a checkpoint of ours from peft's adapters")
+    brought.add_argument("src", metavar="SRC", help="folder with adapter_config.json")
+    brought.add_argument("dst", metavar="DST", help="checkpoint to create")
+    brought.add_argument(
+        "--base", metavar="CKPT", required=True, help="checkpoint of ours that they adapt, or a run"
     )
     for action in (coming, leaving):
         action.add_argument(
@@ -46,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    if args.action == "to-peft":
-        return _to_peft(args)
+    if args.action.endswith("-peft"):
+        return _to_peft(args) if args.action == "to-peft" else _from_peft(args)
     if not args.shard_gb > 0:
         raise LlmtrainError("--shard-gb must be above 0")
     import torch
@@ -62,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         done = from_huggingface(src, dst, **options)
         after = f"llmtrain generate {dst} --prompt ..., or train with init.path={dst}"
     else:
-        done = to_huggingface(src, dst, architecture=args.architecture, **options)
+        options |= {"architecture": args.architecture, "fp8": args.fp8}
+        done = to_huggingface(src, dst, **options)
         after = f'transformers.AutoModelForCausalLM.from_pretrained("{dst}")'
     return _report(done, after)
 
@@ -72,6 +84,13 @@ def _to_peft(args: argparse.Namespace) -> int:
 
     done = to_peft(Path(args.src), Path(args.dst), base=args.base)
     return _report(done, f'peft.PeftModel.from_pretrained(base, "{done.path}")')
+
+
+def _from_peft(args: argparse.Namespace) -> int:
+    from llmtrain.convert import from_peft
+
+    done = from_peft(Path(args.src), Path(args.dst), base=Path(args.base))
+    return _report(done, f"llmtrain generate {done.path} --prompt ..., or init.path={done.path}")
 
 
 def _report(done: Converted, after: str) -> int:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
+from llmtrain.cli.process import OLDEST_TORCH
 from llmtrain.machine import usable_cores
 
 OLDEST_PYTHON = (3, 11)
-OLDEST_TORCH = (2, 11)
 NEEDED = (
     *("numpy", "omegaconf", "safetensors", "tokenizers", "xxhash", "zstandard", "pyarrow"),
     *("rich", "tensorboard"),

@@ -8,9 +8,12 @@ user has set keeps the user's value.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 
+from llmtrain.errors import EnvironmentFault
 from llmtrain.machine import usable_cores
 
 MARK = "LLMTRAIN_PROCESS_READY"
@@ -45,6 +48,23 @@ def wanted_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return new
 
 
+OLDEST_TORCH = (2, 11)
+
+
+def check_torch() -> None:
+    """Raise EnvironmentFault where the installed torch is missing or too old; torch itself stays
+    unimported, which takes a second and fails in odd places in an old one."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    remedy = f"install a newer one: pip install 'torch>={oldest}' (see llmtrain doctor)"
+    try:
+        found = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        raise EnvironmentFault(f"torch is not installed; {remedy}") from None
+    match = re.match(r"(\d+)\.(\d+)", found)
+    if match is not None and (int(match[1]), int(match[2])) < OLDEST_TORCH:
+        raise EnvironmentFault(f"torch {found} is too old for llmtrain; {remedy}")
+
+
 _is_command = False
 
 
@@ -59,6 +79,7 @@ def prepare_process() -> None:
 
     Does nothing where llmtrain is used as a library: the process is not ours to replace.
     """
+    check_torch()
     if not _is_command or os.environ.get(MARK) == str(os.getpid()):
         return
     environment = {**os.environ, **wanted_environment(os.environ), MARK: str(os.getpid())}

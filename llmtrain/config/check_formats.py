@@ -13,7 +13,7 @@ NUMBER_HELP = (
     "write none, ternary, int3 to int16, or a float of 3 to 16 bits with at most 6 for the "
     "exponent, such as e4m3 or e2m1"
 )
-OPERANDS = ("weights", "inputs", "gradients")
+OPERANDS = ("weights", "inputs", "gradients", "kv")
 
 
 def is_number_format(text: str) -> bool:
@@ -43,20 +43,20 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
         where = f"quantization.{name}"
         if not is_number_format(number):
             faults.add(where, f"{number!r} is no number format; {NUMBER_HELP}")
-        elif number != "none" and "fake" not in used:
+        elif number != "none" and name != "kv" and "fake" not in used:
             message = "is read with format: fake only; take it away, or use that format"
             faults.add(where, message, "quantization.format")
     if "fake" in used and set(numbers.values()) == {"none"}:
         faults.add(
             "quantization.format",
-            "fake changes nothing; set quantization.weights, inputs or gradients",
+            "fake changes nothing; set quantization.weights, inputs, gradients or kv",
             *(f"quantization.{name}" for name in OPERANDS),
         )
     scale = section.gradient_scale
     if scale is not None and math.frexp(scale)[0] != 0.5:
         message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
         faults.add("quantization.gradient_scale", message)
-    if used == {"none"}:
+    if used == {"none"} and section.kv == "none":
         faults.add("quantization", "changes nothing; choose a format, or take the section away")
     for i, rule in enumerate(section.rules):
         if not rule.layers:

@@ -44,6 +44,9 @@ class QuantizationConfig:
     weights: str = key("none", "fake: int3 to int16, ternary, a float such as e4m3, or none")
     inputs: str = key("none", "fake: the same of the layers' inputs")
     gradients: str = key("none", "fake: the same of the gradients of their outputs")
+    kv: str = key(
+        "none", "with any format: the same of the keys and values that attention reads, by vector"
+    )
 
 
 @dataclass(frozen=True)

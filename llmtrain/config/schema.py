@@ -21,6 +21,8 @@ from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
+from llmtrain.config.sparsity import LotteryConfig, SparsityConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.watch import WatchdogConfig
 from llmtrain.config.weight_methods import AverageConfig
@@ -384,4 +386,15 @@ class RunConfig:
     numerics: NumericsConfig | None = key(
         None, "measurements of FP8's range", hook="llmtrain.methods.numerics:Numerics"
     )
+    sparsity: SparsityConfig | None = key(
+        None,
+        "which weights of the hidden linear layers exist",
+        hook="llmtrain.methods.sparsity:sparsity",
+    )
+    trainable: list[TrainableConfig] = key(
+        list,
+        "which parameters train when; empty: all of them, all the time",
+        hook="llmtrain.methods.trainable:PartialTraining",
+    )
+    lottery: LotteryConfig | None = key(None, "tickets, for `llmtrain sparsity lottery`")
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -33,6 +33,12 @@ class CheckpointConfig:
         None, "copies in each node's memory, for processes that are started again there", gt=0
     )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
+    save: str = key(
+        "auto",
+        "trainable: leave frozen weights out and refer to the checkpoint of init.path for them; "
+        "all; auto: trainable where only adapters train",
+        choices=("auto", "trainable", "all"),
+    )
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
 

@@ -20,9 +20,11 @@ from llmtrain.checkpoint.safefile import write_small
 from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import new_folder
 from llmtrain.config import load_config
-from llmtrain.config.schema import ModelConfig
+from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
+from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
+from llmtrain.convert.masks import MASKS, export_masks
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -35,18 +37,19 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import low_rank_change
-from llmtrain.model import ADAPTER, adapter_scale, complete, row_pattern
+from llmtrain.linear import Change, Frozen, adapted_weight
+from llmtrain.model import ADAPTER, complete, packed_weights, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint of ours and what it is in transformers. source: where it was converted from;
-    origin: all that is known of that."""
+    """A checkpoint of ours and what it is in transformers. run: the config it was saved with; cfg:
+    its resolved model; source: where it was converted from; origin: all that is known of that."""
 
     path: Path
+    run: RunConfig
     cfg: ModelConfig
     architecture: Architecture
     rules: list[Rule]
@@ -72,7 +75,8 @@ def open_checkpoint(src: Path, architecture: str | None = None) -> OpenedCheckpo
     origin: dict[str, Any] = json.loads(files[META]).get("converted_from") or {}
     plain = folded(cfg)
     kind = _chosen(plain, architecture, origin)
-    return OpenedCheckpoint(found, cfg, kind, rules_for(kind.name, plain), files, origin, notes)
+    rules = rules_for(kind.name, plain)
+    return OpenedCheckpoint(found, run, cfg, kind, rules, files, origin, notes)
 
 
 def to_huggingface(
@@ -82,13 +86,16 @@ def to_huggingface(
     architecture: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    fp8: bool = False,
 ) -> Converted:
     """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
 
-    Adapters are merged into the weights, in float64 and rounded once.
+    Adapters are merged into the weights, in float64 and rounded once. The masks of a sparse model
+    are written beside them (``convert.masks``).
 
     architecture: by name; None: what it was converted from, or the one that computes the same.
-    dtype: None: the one it was converted from, or that of the checkpoint. Raises
+    dtype: None: the one it was converted from, or that of the checkpoint. fp8: layers that compute
+    in FP8 keep the FP8 weights of training (``convert.fp8``). Raises
     CheckpointError when no architecture fits, naming the settings that stand in the way; then
     nothing is written. Multipliers of ``model.scaling`` are folded into the weights.
     """
@@ -101,11 +108,16 @@ def to_huggingface(
         if key.startswith(MODEL_PREFIX)
     }
     origin = opened.origin
-    writer = _Writer(found, layout, opened.rules, cfg)
+    step = int(json.loads(opened.files[META])["step"])
+    casts = fp8_weights(opened.run, cfg, step, kind.name) if fp8 else None
+    writer = _Writer(found, layout, opened.rules, cfg, casts)
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
+        export_masks(found, opened.rules, cfg, temporary / MASKS)
         config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
+        if casts is not None:
+            config["quantization_config"] = casts.config(opened.rules)
         text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         carried = {name: data for name, data in opened.files.items() if name in CARRIED}
         for name, data in {CONFIG: text, **carried}.items():
@@ -144,10 +156,18 @@ class _Writer:
     """Reads a checkpoint and writes files of transformers' tensors."""
 
     def __init__(
-        self, found: Path, layout: dict[str, TensorLayout], rules: list[Rule], cfg: ModelConfig
+        self,
+        found: Path,
+        layout: dict[str, TensorLayout],
+        rules: list[Rule],
+        cfg: ModelConfig,
+        fp8: Fp8Weights | None = None,
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
-        self._rules = rules
+        self._rules, self._fp8 = rules, fp8
+        section = cfg.adapters
+        form = Frozen("" if section is None or section.base is None else section.base)
+        self._packed = dict.fromkeys(packed_weights(cfg), form)
         own = {name for name in layout if ADAPTER not in name}
         lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
@@ -184,30 +204,45 @@ class _Writer:
             whole = torch.empty(self._layout[rule.ours].shape, device="meta")
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             named = zip(rule.theirs, parts, strict=True)
-            found.append(([Target(n, dtype, tuple(p.shape)) for n, p in named], rule))
+            targets = [Target(n, dtype, tuple(p.shape)) for n, p in named]
+            if self._fp8 is not None and rule.ours in self._fp8.names:
+                targets = [t for weight in targets for t in self._fp8.targets(weight)]
+            found.append((targets, rule))
         return found
 
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
         return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
 
-    def _change(self, layer: str) -> Tensor:
-        """What the adapter of a layer adds to its weight."""
-        assert self._cfg.adapters is not None
-        names = [f"{layer}{ADAPTER}{side}.weight" for side in "ab"]
-        a, b = (read_tensor(self._found, MODEL_PREFIX + n, self._layout[n]) for n in names)
-        scale = adapter_scale(self._cfg.adapters)
-        return low_rank_change(a.float(), b.float(), scale, row_pattern(self._cfg, layer))
+    def _change(self, layer: str) -> Change | None:
+        """The adapter of a layer."""
+
+        def read(name: str) -> Tensor:
+            key = f"{layer}.{name}"
+            return read_tensor(self._found, MODEL_PREFIX + key, self._layout[key])
+
+        return whole_change(self._cfg, layer, read)
 
     def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
         for rule in rules:
             key = MODEL_PREFIX + rule.ours
             whole = read_tensor(self._found, key, self._layout[rule.ours])
+            if self._fp8 is not None and rule.ours in self._fp8.names:
+                numbers, scale = self._fp8.cast(rule.ours, whole)
+                for part in rule.split(numbers, self._cfg):
+                    yield from map(in_blocks, self._fp8.values(part, scale))
+                continue
+            if rule.ours in self._packed:
+                # What the run computed with, and the adapters were trained beside.
+                form = self._packed[rule.ours]
+                whole = form.unpack(form.pack(whole), torch.float32)
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
-                whole = whole.float().add_(self._change(layer))
+                change = self._change(layer)
+                assert change is not None
+                whole = adapted_weight(whole, change)
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             del whole
             for part in parts:

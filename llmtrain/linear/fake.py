@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,28 @@ def fake_quantize(x: Tensor, number: str, reach: Reach = ALONE, by_row: bool = F
     return round_float(wide, int(match[1]), int(match[2]), largest).to(x.dtype)
 
 
+class _RoundVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: str) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if number != "ternary":
+            return fake_quantize(flat, number, by_row=True).view(x.shape)
+        wide = flat.float()
+        rounded = round_ternary(wide, wide.abs().mean(1, keepdim=True))
+        return rounded.to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def fake_vectors(x: Tensor, number: str) -> Tensor:
+    """``x`` [..., d] rounded to ``number`` and back with a scale per vector; gradients pass
+    unchanged. For keys and values: no layout divides a vector of one head and token."""
+    out: Tensor = _RoundVectors.apply(x, number)  # type: ignore[no-untyped-call]
+    return out
+
+
 @dataclass(frozen=True)
 class Numbers:
     """Number formats of the three operands; "none": the compute dtype."""
@@ -102,6 +125,8 @@ class FakeMatmul:
     def __init__(self, numbers: Numbers, dtype: torch.dtype) -> None:
         self.name = f"fake w {numbers.weights}, x {numbers.inputs}, g {numbers.gradients}"
         self.numbers, self.dtype = numbers, dtype
+        # Whether what a row comes to depends on the rows that are computed with it.
+        self.whole_input = numbers.inputs != "none"
         self.plain: Matmul = matmul_for(dtype)
 
     def __repr__(self) -> str:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtrain.config.number_formats import QuantizationConfig
-from llmtrain.linear import matmul_for
-from llmtrain.model import hidden_layers, switch_step
+from llmtrain.model import clear_formats, switch_step
 from llmtrain.train.hooks import Hook
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class QuantizationSwitch(Hook):
-    """Sets every hidden linear layer to the compute dtype once ``until`` is reached."""
+    """Sets hidden layers, keys and values to the compute dtype once ``until`` is reached."""
 
     def __init__(self, section: QuantizationConfig) -> None:
         self._at: int | None = None
@@ -38,8 +37,7 @@ class QuantizationSwitch(Hook):
         if self._done or self._at is None or step < self._at:
             return
         self._done = True
-        for _, layer in hidden_layers(trainer.module.model):
-            layer.set_matmul(matmul_for(layer.matmul.dtype))
+        clear_formats(trainer.module.model)
         if not resumed:
             message = "quantization.until: products are in the compute dtype from here on"
             trainer.recorder.event(step, message)

@@ -14,6 +14,7 @@ from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError, EnvironmentFault
 from llmtrain.linear import Linear, Matmul, Numbers, Placement, fake_matmul, fp8_matmul, matmul_for
+from llmtrain.model.attention import Attention
 from llmtrain.model.scaling import multiplier
 
 FP8_FORMATS = ("mus_fp8", "fp8_current")
@@ -135,6 +136,21 @@ def apply_formats(
             check_fp8_device(found.format, torch.cuda.get_device_capability(device))
             check_fp8_shape(found, layer)
         layer.set_matmul(format_matmul(found.format, section, layer.matmul.dtype, scale))
+    set_kv_format(model, section.kv)
+
+
+def set_kv_format(model: nn.Module, name: str) -> None:
+    """Round the keys and values of every block to ``name``; "none": not at all."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kv_format = name
+
+
+def clear_formats(model: nn.Module) -> None:
+    """Compute everything in the compute dtype from now on."""
+    for _, layer in hidden_layers(model):
+        layer.set_matmul(matmul_for(layer.matmul.dtype))
+    set_kv_format(model, "none")
 
 
 def check_fp8_device(name: str, capability: tuple[int, int]) -> None:
@@ -176,6 +192,12 @@ def check_fp8_shape(found: Assignment, layer: Linear) -> None:
         )
 
 
+def reads_whole_input(model: nn.Module) -> bool:
+    """Whether a layer's number format takes a scale from all of its input, so that what a token
+    comes to depends on what is computed with it."""
+    return any(getattr(layer.matmul, "whole_input", False) for _, layer in hidden_layers(model))
+
+
 def format_lines(model: nn.Module, model_cfg: ModelConfig, cfg: RunConfig) -> list[str]:
     """What each kind of layer computes in, for ``--dry-run``: rows of equal words are merged."""
     section = cfg.quantization
@@ -193,6 +215,8 @@ def format_lines(model: nn.Module, model_cfg: ModelConfig, cfg: RunConfig) -> li
         lines.append(f"  {_ranges(blocks)} {kind} [{shape[0]}, {shape[1]}]: {what}{why}")
     if any(name == "mus_fp8" for _, _, name, _ in seen):
         lines.append(f"  gradients times {gradient_scale(cfg, model_cfg):,g} while in static FP8")
+    if section.kv != "none":
+        lines.append(f"  keys and values: {section.kv}, a scale per vector")
     return [*lines, "  embedding and head: the compute dtype"]
 
 

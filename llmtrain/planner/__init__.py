@@ -7,7 +7,7 @@ and ``zero_traffic`` are the same under DeepSpeed. ``step_time`` adds the time o
 or the memory of the model.
 """
 
-from llmtrain.planner.blueprint import Blueprint, Part, draw
+from llmtrain.planner.blueprint import Blueprint, Part, draw, fake_world
 from llmtrain.planner.communication import Traffic, step_traffic
 from llmtrain.planner.memory import Memory, memory_estimate
 from llmtrain.planner.setting import Setting
@@ -20,6 +20,7 @@ __all__ = [
     "Setting",
     "Traffic",
     "draw",
+    "fake_world",
     "memory_estimate",
     "step_traffic",
     "zero_state",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 import llmtrain
 from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.layout import BASE
 from llmtrain.checkpoint.snapshot import Snapshots
 from llmtrain.config import to_dict, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
 from llmtrain.parallel import World
+from llmtrain.train.frozen import LeftOut
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class ResumePoint:
 
 
 class Saver:
-    """Saves and finds the checkpoints of one run."""
+    """Saves and finds the checkpoints of one run. left_out: what they need not hold."""
 
     def __init__(self, cfg: RunConfig, plan: DataPlan, world: World, checkpointer: Checkpointer):
         self.cfg, self.plan, self.world, self.checkpointer = cfg, plan, world, checkpointer
         self._last: int | None = None
+        self.left_out: LeftOut | None = None
         self._origin: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
@@ -73,6 +76,9 @@ class Saver:
             "extra.json": json.dumps(extra),
         }
         files.update(self._tokenizer)
+        if (left := self.left_out) is not None:
+            tensors = {key: value for key, value in tensors.items() if key not in left.names}
+            files[BASE] = left.base.text(self.checkpointer.root)
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
         self._last, self.has_any = step, True
 
@@ -147,13 +153,17 @@ class Saver:
         self._last = None
         return replace(point, step=step, samples=samples, extra=extra, snapshot=True)
 
-    def load(self, resume: ResumePoint, tensors: dict[str, Tensor], unused: Sequence[str]) -> None:
-        """Fill ``tensors`` with the state to go on from. unused: see ``Checkpointer.load``."""
-        if resume.snapshot:
-            assert self.snapshots is not None
-            self.snapshots.load(resume.step, tensors)
-        else:
-            self.checkpointer.load(resume.path, tensors, unused=unused, verify=False)
+    def loader(self, resume: ResumePoint) -> Callable[..., None]:
+        """``Checkpointer.load``, or what stands for it where the state is a snapshot's."""
+        if not resume.snapshot:
+            return self.checkpointer.load
+        step, snapshots = resume.step, self.snapshots
+        assert snapshots is not None
+
+        def load(path: Path, tensors: Mapping[str, Tensor], **options: Any) -> None:
+            snapshots.load(step, tensors)
+
+        return load
 
 
 def _course(cfg: RunConfig, plan: DataPlan) -> dict[str, Any]:

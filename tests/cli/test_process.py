@@ -1,10 +1,14 @@
 """Process settings: what is set before torch loads, and what is left to the user."""
 
+import re
 import subprocess
 import sys
 
+import pytest
+
 from llmtrain import machine
 from llmtrain.cli import process
+from llmtrain.errors import EnvironmentFault
 
 
 def test_the_users_own_settings_win() -> None:
@@ -33,6 +37,24 @@ def test_cores_respect_the_affinity_mask_and_the_quota(monkeypatch, tmp_path) ->
     assert machine.usable_cores() == 1
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert machine.usable_cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [("2.10.1+cu128", "torch 2.10.1+cu128 is too old"), (None, "torch is not installed")],
+)
+def test_another_torch_is_told_before_it_is_imported(found, says, monkeypatch) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise process.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(process.metadata, "version", version)
+    with pytest.raises(EnvironmentFault, match=rf"{re.escape(says)}.*pip install 'torch>=2.11'"):
+        process.prepare_process()
+    for good in ("2.11.0", "2.13.0+cpu", "3.0.0a0+git1234", "unknown"):
+        monkeypatch.setattr(process.metadata, "version", lambda name, good=good: good)
+        process.check_torch()
 
 
 def test_a_library_user_is_never_replaced() -> None:

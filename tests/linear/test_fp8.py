@@ -18,7 +18,7 @@ from llmtrain.linear import (
     fake_matmul,
     fp8_matmul,
 )
-from llmtrain.linear.fake import fake_quantize
+from llmtrain.linear.fake import fake_quantize, fake_vectors
 from llmtrain.ops import E4M3, E5M2, FP8_MAX
 from llmtrain.parallel.tensor import TensorParallel
 
@@ -299,6 +299,25 @@ def test_fake_weights_have_a_scale_per_output_and_zero_rows_stay_zero() -> None:
     error = (rounded.values - weight).abs().amax(1)
     assert (error <= weight.abs().amax(1) / 127 / 2 * 1.001).all() and error[:3].min() > 0
     assert not rounded.values[3].any()
+
+
+@pytest.mark.parametrize(("number", "codes"), [("int4", 7), ("ternary", 1), ("e2m1", 6)])
+def test_vectors_have_a_scale_each_and_gradients_pass(number: str, codes: int) -> None:
+    x = _draw(2, 3, 5, 8, seed=4) * torch.logspace(-6, 6, 5)[:, None]
+    x[0, 0, 0] = 0.0
+    x.requires_grad_()
+    y = fake_vectors(x, number)
+    upstream = _draw(2, 3, 5, 8, seed=5)
+    y.backward(upstream)
+    assert x.grad is not None and torch.equal(x.grad, upstream)
+    wide = x.detach().double()
+    scale = wide.abs().mean(-1, keepdim=True) if number == "ternary" else None
+    scale = wide.abs().amax(-1, keepdim=True) / codes if scale is None else scale
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6] if number == "e2m1" else range(codes + 1)
+    grid = torch.tensor([s * float(v) for v in values for s in (1, -1)], dtype=torch.float64)
+    unit = (wide / scale).nan_to_num()
+    nearest = grid[(unit[..., None] - grid).abs().argmin(-1)] * scale
+    torch.testing.assert_close(y.detach().double(), nearest, rtol=1e-6, atol=0)
 
 
 def test_gradients_pass_fake_rounding_unchanged() -> None:

@@ -14,8 +14,8 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError, EnvironmentFault
 from llmtrain.eval.checkpoint import evaluate_checkpoint
 from llmtrain.eval.loading import load_trained
-from llmtrain.linear import FP32, Linear, Placement
-from llmtrain.model import Decoder, complete, hidden_layers
+from llmtrain.linear import FP32, Linear, Placement, fake_vectors
+from llmtrain.model import Decoder, attention, complete, hidden_layers
 from llmtrain.model.formats import Assignment, check_fp8_device, check_fp8_shape
 
 RULES = [{"layers": ["*.mlp.down"], "format": "fp8_current"}]
@@ -113,6 +113,7 @@ def test_dry_run_says_what_every_layer_computes_in_and_why(
         (["quantization.format=fake"], "fake changes nothing"),
         (["quantization.format=fake", "quantization.weights=int2"], "'int2' is no number format"),
         (["quantization.format=fake", "quantization.inputs=e8m7"], "'e8m7' is no number format"),
+        (["quantization.kv=int99"], "'int99' is no number format"),
         (["quantization.weights=int8"], "is read with format: fake only"),
         (["quantization.format=none"], "changes nothing"),
         (["quantization.gradient_scale=1000"], "1000 is no power of two"),
@@ -145,6 +146,32 @@ def test_an_old_gpu_and_odd_widths_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"blocks\.3\.mlp\.up is 72 x 64 .* multiples of 16"):
         check_fp8_shape(found, layer)
     check_fp8_shape(Assignment("blocks.3.mlp.up", (80, 64), "mus_fp8"), layer)
+
+
+def test_keys_and_values_are_rounded_until_the_switch(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside any format of the products, and only what attention reads."""
+    run = _train(tmp_path / "run", corpus, quantization__format="none", quantization__kv="int4")
+    seen: list[torch.Tensor] = []
+    real = attention.attend
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        seen.extend((k, v))
+        return real(q, k, v, *rest, **more)
+
+    monkeypatch.setattr(attention, "attend", spy)
+    tokens = torch.arange(40).view(2, 20)
+    for changes in ([], ["quantization=null"]):
+        model = load_trained(run, torch.device("cpu"), changes).model
+        with torch.no_grad():
+            model(tokens)
+    for rounded, plain in zip(seen[:2], seen[4:6], strict=True):  # block 0: k, v
+        assert torch.equal(rounded, fake_vectors(plain, "int4"))
+        assert not torch.equal(rounded, plain)
+    assert main(["train", str(tmp_path / "run" / "tiny.yaml"), "--dry-run"]) == 0
+    model = load_trained(run, torch.device("cpu"), ["quantization.until=8step"]).model
+    assert {block.attention.kv_format for block in model.blocks} == {"none"}
 
 
 def test_hidden_layers_are_those_of_the_blocks() -> None:
