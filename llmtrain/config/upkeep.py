@@ -32,6 +32,10 @@ class CheckpointConfig:
     snapshot_every: Duration | None = key(
         None, "copies in each node's memory, for processes that are started again there", gt=0
     )
+    remote: str | None = key(
+        None, "object store that gets a copy of each checkpoint: s3://bucket/runs (extra remote)"
+    )
+    remote_keep: int = key(2, "newest temporary copies kept there", ge=1)
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     save: str = key(
         "auto",

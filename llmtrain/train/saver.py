@@ -15,6 +15,7 @@ import llmtrain
 from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import BASE
+from llmtrain.checkpoint.remote import Copied, Mirror
 from llmtrain.checkpoint.snapshot import Snapshots
 from llmtrain.config import to_dict, to_yaml
 from llmtrain.config.schema import RunConfig
@@ -53,6 +54,9 @@ class Saver:
         self._origin: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
+        self.mirror: Mirror | None = None
+        if cfg.checkpoint.remote is not None and world.is_main:
+            self.mirror = Mirror(cfg.checkpoint.remote, cfg.name, cfg.checkpoint.remote_keep)
         self.has_any = False
         self.snapshots: Snapshots | None = None
         if cfg.checkpoint.snapshot_every is not None:
@@ -98,11 +102,22 @@ class Saver:
 
     def poll(self) -> Saved | None:
         """A save that is on disk since the last call. Raises CheckpointError when it failed."""
-        return self.checkpointer.poll()
+        return self._copy(self.checkpointer.poll())
 
     def wait(self) -> Saved | None:
         """Until everything is on disk. Raises CheckpointError when that failed."""
-        return self.checkpointer.wait()
+        return self._copy(self.checkpointer.wait())
+
+    def _copy(self, saved: Saved | None) -> Saved | None:
+        if saved is not None and self.mirror is not None:
+            self.mirror.push(saved.path, saved.step)
+        return saved
+
+    def copied(self, last: bool = False) -> list[Copied]:
+        """Copies in the object store since the last call. last: wait for all. Main rank only."""
+        if self.mirror is None:
+            return []
+        return self.mirror.finish() if last else self.mirror.poll()
 
     def _resolve(self) -> tuple[Resume, bool]:
         """``checkpoint.resume``; a path is where this run began, not where it goes on for ever.
@@ -127,6 +142,8 @@ class Saver:
 
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
+        if self.cfg.checkpoint.remote is not None and self.cfg.checkpoint.resume != "never":
+            self._bring_home()
         resume, chosen = self._resolve()
         if self.snapshots is not None and (resume.path is None or chosen):
             self.snapshots.clear()  # of another course
@@ -140,6 +157,11 @@ class Saver:
         point = resume_point(self.cfg, self.plan, resume.path, resume.skipped, chosen)
         self._last, self.has_any = point.step, True
         return point if chosen else self._newer_snapshot(point)
+
+    def _bring_home(self) -> None:
+        # Only the main rank has one, and only there it is used.
+        mirror = self.mirror
+        self.checkpointer.on_store(lambda store: mirror and mirror.bring_home(store))
 
     def _newer_snapshot(self, point: ResumePoint) -> ResumePoint:
         """``point``, or a snapshot that is further on the same course."""

@@ -233,12 +233,16 @@ class Trainer:
         saved = self.saver.wait()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied(last=True):
+            self.recorder.copied(self.step_done, copied)
 
     def _collect(self) -> None:
         """Report a background save that has reached the disk; raises when it failed."""
         saved = self.saver.poll()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied():
+            self.recorder.copied(self.step_done, copied)
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Continue after update ``step`` with ``state`` of its checkpoint."""

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,9 +59,13 @@ class Run:
                 dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
             prepare(rank)
             code = main(words)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        else:
             sys.stdout.flush()
-            sys.stderr.flush()
         finally:
+            sys.stderr.flush()
             os._exit(code)
 
     def send(self, number: int = signal.SIGKILL) -> None:
