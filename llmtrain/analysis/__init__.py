@@ -1,0 +1,1 @@
+"""What can be learned from finished runs: laws fitted to their losses."""
