@@ -13,11 +13,13 @@ namespace avx512 {
 extern const llmtrain::KernelSet kernels;
 extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 namespace avx2 {
 extern const llmtrain::KernelSet kernels;
 extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
@@ -31,6 +33,7 @@ namespace baseline {
 extern const llmtrain::KernelSet kernels;
 extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 
 namespace llmtrain {
@@ -109,6 +112,14 @@ const FusedSet& fused_kernels() {
   if (level() == kAvx2) return avx2::fused;
 #endif
   return baseline::fused;
+}
+
+const SparseSet& sparse_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::sparse;
+  if (level() == kAvx2) return avx2::sparse;
+#endif
+  return baseline::sparse;
 }
 
 // Null where the processor has no bfloat16 products.

@@ -6,6 +6,7 @@
 #include "fused.h"
 #include "products.h"
 #include "rows.h"
+#include "sparse.h"
 
 namespace llmtrain {
 
@@ -23,6 +24,8 @@ const RowKernels<T>& rows();
 const Fp8Kernels& fp8_kernels();
 
 const FusedSet& fused_kernels();
+
+const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();

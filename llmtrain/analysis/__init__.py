@@ -1,1 +1,1 @@
-"""What can be learned from finished runs: laws fitted to their losses."""
+"""What finished runs can tell: spectra of changes of weights, laws fitted to losses."""

@@ -11,6 +11,7 @@
         tensors.json                   which piece of which tensor lies in which file
         meta.json                      step, tokens, samples, versions, world size, permanent
         config.yaml data.json tokenizer.json extra.json    whatever the run handed over
+        base.json                      only where frozen weights were left out, see ``Base``
         checksums.json                 size and xxh3_64 of every other file
 
 Nothing here needs torch.
@@ -19,9 +20,10 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from llmtrain.errors import CheckpointError
 META = "meta.json"
 TENSORS = "tensors.json"
 CHECKSUMS = "checksums.json"
+BASE = "base.json"
 LOCK = ".lock"
 TEMPORARY, REPLACED, DELETED, ABANDONED = ".tmp-", ".old-", ".del-", "abandoned-"
 # Names of tensors begin with what they belong to.
@@ -149,18 +152,17 @@ def _digest(files: dict[str, Any]) -> str:
     return hash_bytes(json.dumps(files, sort_keys=True).encode())
 
 
-def size_problems(path: Path, names: Iterable[str] | None = None) -> list[str]:
+def size_problems(path: Path, files: Mapping[str, FileSum] | None = None) -> list[str]:
     """One sentence per file of a checkpoint that is missing or has another size than recorded.
 
-    names: the files that matter; None for all.
+    files: those that matter; None for all in its folder.
     """
     problems = []
     sums = read_checksums(path)
     for name in (META, TENSORS):
         if name not in sums:
             problems.append(f"{path / CHECKSUMS} does not list {name}")
-    for name in sorted(sums if names is None else names):
-        entry = sums[name]
+    for name, entry in sorted((sums if files is None else files).items()):
         try:
             size = (path / name).stat().st_size
         except FileNotFoundError:
@@ -184,7 +186,10 @@ def entry_name(key: str, offset: Sequence[int], shape: Sequence[int], whole: Seq
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor: where it begins, its shape, and the file that holds it."""
+    """A box of a tensor: where it begins, its shape, and the file that holds it.
+
+    file: a name in the checkpoint's folder, or the whole path of a file of its base.
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -222,8 +227,11 @@ def layout_text(tensors: dict[str, TensorLayout]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def read_layout(path: Path) -> dict[str, TensorLayout]:
-    """tensors.json of a checkpoint folder; CheckpointError when missing, damaged or newer."""
+def read_own_layout(path: Path) -> dict[str, TensorLayout]:
+    """tensors.json of a checkpoint folder; CheckpointError when missing, damaged or newer.
+
+    What lies in its base (``read_layout``) is not in it.
+    """
     body = read_json(path / TENSORS)
     if body.get("version") != VERSION:
         raise CheckpointError(
@@ -246,3 +254,96 @@ def read_layout(path: Path) -> dict[str, TensorLayout]:
         }
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / TENSORS} is damaged") from error
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint that holds the frozen weights of others, which left them out.
+
+    path: absolute. content: a hash of the checksums of its files of weights.
+    """
+
+    path: Path
+    content: str
+
+    def text(self, beside: Path) -> str:
+        """base.json of a checkpoint in the folder ``beside``.
+
+        The way from there is kept too, so that a folder with both may be moved.
+        """
+        own = Path(beside).resolve()
+        body = {"path": str(self.path), "relative": os.path.relpath(self.path, own)}
+        return json.dumps({**body, "content": self.content}, indent=1)
+
+
+def content_of(path: Path) -> str:
+    """A hash of the checksums of a checkpoint's own weights; CheckpointError when damaged."""
+    facts = [[s.name, s.bytes, s.digest] for s in _weight_files(path)]
+    return hash_bytes(json.dumps(facts).encode())
+
+
+def _weight_files(path: Path) -> list[FileSum]:
+    """The files with tensors of the model in a checkpoint's own folder."""
+    sums = read_checksums(path)
+    names = {
+        chunk.file
+        for key, layout in read_own_layout(path).items()
+        if key.startswith(MODEL_PREFIX)
+        for chunk in layout.chunks
+    }
+    return [sums[name] for name in sorted(names & sums.keys())]
+
+
+def base_of(path: Path) -> Base | None:
+    """The base of a checkpoint, None for one that holds all its tensors itself.
+
+    Raises CheckpointError naming both when the base is not there or no longer the same.
+    """
+    if not (path / BASE).exists():
+        return None
+    body = read_json(path / BASE)
+    try:
+        there, content = Path(body["path"]), str(body["content"])
+        near = Path(os.path.normpath(path.resolve().parent / str(body["relative"])))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / BASE} is damaged") from error
+    place = next((p for p in (there, near) if p.is_dir()), None)
+    if place is None:
+        raise CheckpointError(
+            f"{path} holds adapters alone and their base, {there}, is not there; move that back, "
+            "or make a link at that place to where it is now"
+        )
+    if content_of(place) != content:
+        raise CheckpointError(
+            f"{path} holds adapters alone and their base, {place}, now holds other weights than "
+            "when they were trained; put the checkpoint back that was there"
+        )
+    return Base(place.resolve(), content)
+
+
+def read_layout(path: Path) -> dict[str, TensorLayout]:
+    """Every tensor of a checkpoint and where it lies, its own folder or the base's.
+
+    Raises CheckpointError when tensors.json is missing or damaged, or the base is.
+    """
+    own, base = read_own_layout(path), base_of(path)
+    return own if base is None else {**_lent(base.path), **own}
+
+
+def _lent(base: Path) -> dict[str, TensorLayout]:
+    """A base's weights, with the whole paths of their files."""
+    return {
+        key: replace(
+            layout, chunks=tuple(replace(c, file=str(base / c.file)) for c in layout.chunks)
+        )
+        for key, layout in read_own_layout(base).items()
+        if key.startswith(MODEL_PREFIX)
+    }
+
+
+def known_files(path: Path) -> dict[str, FileSum]:
+    """Checksums of a checkpoint's files by name, and of its base's weights by whole path."""
+    sums, base = read_checksums(path), base_of(path)
+    if base is not None:
+        sums |= {str(base.path / s.name): s for s in _weight_files(base.path)}
+    return sums

@@ -14,8 +14,8 @@ from llmtrain.checkpoint.layout import (
     META,
     TensorLayout,
     checkpoints_folder,
+    known_files,
     parse_step,
-    read_checksums,
     scan,
 )
 from llmtrain.checkpoint.storage import DTYPES, SafetensorsReader
@@ -38,12 +38,12 @@ def examine(ranks: Ranks, path: Path, prefix: str = "") -> list[str]:
             return problems, []
         parts: list[list[str]] = [[] for _ in range(ranks.size)]
         loads = [0] * ranks.size
-        sums = read_checksums(path)
-        needed = [sums[name] for name in needed_files(path, prefix)]
-        for entry in sorted(needed, key=lambda e: (-e.bytes, e.name)):
+        sums = known_files(path)
+        needed = {name: sums[name].bytes for name in needed_files(path, prefix)}
+        for name in sorted(needed, key=lambda n: (-needed[n], n)):
             least = loads.index(min(loads))
-            parts[least].append(entry.name)
-            loads[least] += entry.bytes
+            parts[least].append(name)
+            loads[least] += needed[name]
         return [], parts
 
     problems, parts = ranks.on_main(shares)

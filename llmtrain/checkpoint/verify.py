@@ -13,6 +13,7 @@ from llmtrain.checkpoint.layout import (
     TENSORS,
     TensorLayout,
     entry_name,
+    known_files,
     read_checksums,
     read_layout,
     size_problems,
@@ -26,12 +27,12 @@ _READERS = 4
 def verify(path: Path) -> list[str]:
     """All that is wrong with a checkpoint folder, one sentence each; empty when it is good.
 
-    Reads every byte. Torch is not needed.
+    Reads every byte, also of the base that it refers to. Torch is not needed.
     """
     problems = cheap_problems(path)
     if problems:
         return problems
-    return checksum_problems(path, sorted(read_checksums(path)))
+    return checksum_problems(path, sorted(known_files(path)))
 
 
 def read_files(path: Path) -> dict[str, bytes]:
@@ -60,7 +61,8 @@ def cheap_problems(path: Path, prefix: str = "") -> list[str]:
     prefix: look only at what a reader of the tensors of such names reads.
     """
     try:
-        problems = size_problems(path, needed_files(path, prefix))
+        sums = known_files(path)
+        problems = size_problems(path, {n: sums[n] for n in needed_files(path, prefix)})
         tensors = read_layout(path) if not problems else {}
         return problems or layout_problems(
             path, {key: layout for key, layout in tensors.items() if key.startswith(prefix)}
@@ -72,9 +74,10 @@ def cheap_problems(path: Path, prefix: str = "") -> list[str]:
 def needed_files(path: Path, prefix: str) -> list[str]:
     """The files of a checkpoint without those that hold only tensors not named ``prefix*``.
 
-    So that a model can be read whose optimizer is damaged or was deleted. Raises CheckpointError.
+    So that a model can be read whose optimizer is damaged or was deleted. Those of its base come by
+    their whole paths. Raises CheckpointError.
     """
-    names = set(read_checksums(path))
+    names = set(known_files(path))
     if prefix and TENSORS in names:
         files: dict[bool, set[str]] = {True: set(), False: set()}
         for key, layout in read_layout(path).items():
@@ -85,7 +88,7 @@ def needed_files(path: Path, prefix: str) -> list[str]:
 
 def checksum_problems(path: Path, names: Sequence[str]) -> list[str]:
     """The files among ``names`` whose bytes are not those that were written."""
-    sums = read_checksums(path)
+    sums = known_files(path)
 
     def problem(name: str) -> str | None:
         try:

@@ -101,6 +101,8 @@ def _list(args: argparse.Namespace) -> int:
     for c in found:
         if c.problem is not None:
             print(c.problem)
+    for line in sorted({_base_line(c.path) for c in found} - {""}):
+        print(line)
     abandoned = Store(root).abandoned()
     if abandoned:
         size = size_text(sum(c.bytes for c in abandoned))
@@ -128,7 +130,20 @@ def _verify(args: argparse.Namespace) -> int:
         if not problems:
             read = f"{size_text(checkpoint.bytes)} read at {size_text(rate)}/s"
             print(f"{checkpoint.path.name}: good ({read})")
+            if line := _base_line(checkpoint.path):
+                print(line)
     return code
+
+
+def _base_line(path: Path) -> str:
+    """Where the frozen weights of a checkpoint lie, "" when in itself."""
+    from llmtrain.checkpoint.layout import base_of
+
+    try:
+        base = base_of(path)
+    except CheckpointError as error:
+        return str(error)
+    return "" if base is None else f"frozen weights: in {base.path}"
 
 
 def _prune(args: argparse.Namespace) -> int:

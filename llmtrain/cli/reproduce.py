@@ -24,6 +24,8 @@ NAMES = (
     "mus-depth",
     "mus-fp8",
     "precision-scaling-laws",
+    "spdf",
+    "lottery-ticket",
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
+from llmtrain.config.check_adapters import check_adapters
 from llmtrain.config.check_continual import check_continual, check_restarts
 from llmtrain.config.check_data import check_data, check_prepare
 from llmtrain.config.check_engine import check_engine
@@ -18,6 +19,8 @@ from llmtrain.config.check_layout import check_layout
 from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
+from llmtrain.config.check_sparsity import check_sparsity
+from llmtrain.config.check_trainable import check_trainable
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
@@ -50,9 +53,12 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     check_continual(cfg, faults, for_training)
     check_layout(cfg, faults)
     check_engine(cfg, faults)
+    check_adapters(cfg, faults)
     check_formats(cfg, faults)
     _check_until(cfg, faults)
     check_scaling(cfg, faults)
+    check_sparsity(cfg, faults)
+    check_trainable(cfg, faults)
     return faults.found
 
 

@@ -30,6 +30,12 @@ class CheckpointConfig:
         list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
     )
     asynchronous: bool = key(True, "write in the background from a copy on the host")
+    save: str = key(
+        "auto",
+        "trainable: leave frozen weights out and refer to the checkpoint of init.path for them; "
+        "all; auto: trainable where only adapters train",
+        choices=("auto", "trainable", "all"),
+    )
     resume: str = key("auto", "auto: newest complete one of the run; never; or a path")
 
 

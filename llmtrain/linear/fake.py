@@ -125,6 +125,8 @@ class FakeMatmul:
     def __init__(self, numbers: Numbers, dtype: torch.dtype) -> None:
         self.name = f"fake w {numbers.weights}, x {numbers.inputs}, g {numbers.gradients}"
         self.numbers, self.dtype = numbers, dtype
+        # Whether what a row comes to depends on the rows that are computed with it.
+        self.whole_input = numbers.inputs != "none"
         self.plain: Matmul = matmul_for(dtype)
 
     def __repr__(self) -> str:

@@ -53,6 +53,8 @@ class Fp8Matmul:
     ) -> None:
         self.name, self.dtype, self.dynamic = name, dtype, dynamic
         self.gradient_scale = gradient_scale
+        # Whether what a row comes to depends on the rows that are computed with it.
+        self.whole_input = dynamic
         self.static = not dynamic
         self.plain, self.wide = matmul_for(dtype), matmul_for(torch.float32)
 

@@ -13,10 +13,18 @@ from llmtrain.linear import Linear, Matmul, Operand, Placement, fake_vectors
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.model.scaling import multiplier
-from llmtrain.ops import Casts, causal_attention, rotate, split_rotary, sqrt_attention
+from llmtrain.ops import (
+    Casts,
+    cached_attention,
+    causal_attention,
+    rotate,
+    split_rotary,
+    sqrt_attention,
+)
 from llmtrain.parallel.collectives import gather_rows
 from llmtrain.parallel.context_attention import context_attention
 from llmtrain.parallel.tensor import TensorParallel
+from llmtrain.parallel.uncompiled import uncompiled
 
 
 @cache
@@ -93,12 +101,15 @@ class Attention(nn.Module):
     ``qkv.weight`` is [(n_heads + 2 n_kv_heads) d_head, d_model] in order of query groups: for
     each key/value head its n_heads / n_kv_heads query heads, the key, the value. So a contiguous
     split along dim 0 is a split by groups (tensor parallelism). n_heads and n_groups: of this
-    rank.
+    rank. index: of the block among all, by which a cache knows it.
     """
 
-    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel | None, index: int = 0
+    ) -> None:
         super().__init__()
         assert cfg.n_kv_heads is not None and cfg.d_head is not None
+        self.index = index
         ranks = 1 if tensor is None else tensor.size
         self.n_heads, self.d_head = cfg.n_heads // ranks, cfg.d_head
         self.n_groups = max(cfg.n_kv_heads // ranks, 1)
@@ -157,8 +168,21 @@ class Attention(nn.Module):
                 q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
         if self.kv_format != "none":
             k, v = fake_vectors(k, self.kv_format), fake_vectors(v, self.kv_format)
-        out: Tensor = self.out(attend(q, k, v, context, root=self.root).reshape(b, s, -1))
+        if context.cache is None:
+            mixed = attend(q, k, v, context, root=self.root)
+        else:
+            mixed = self._attend_cached(q, k, v, context)
+        out: Tensor = self.out(mixed.reshape(b, s, -1))
         return out
+
+    @uncompiled
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """``attend`` of new tokens to themselves and to those in the cache."""
+        assert context.cache is not None
+        keys, values = context.cache.write(self.index, k, v)
+        if context.seen is None:
+            return attend(q, k, v, context, root=self.root)
+        return cached_attention(q, keys, values, context.seen, root=self.root)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, h, s, d], k and v [b, g, s, d] of qkv [b, s, g, h / g + 2, d], normalised."""

@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.mlp_residual = residual_weights(cfg, 2 * index + 1)
         self.recompute, self.dropout = "none", cfg.dropout
         self.attention_norm = Norm(*norm, partial=partial)
-        self.attention = Attention(cfg, matmul, tensor)
+        self.attention = Attention(cfg, matmul, tensor, index)
         self.mlp_norm = Norm(*norm, partial=partial)
         self.mlp = MLP(cfg, matmul, tensor)
         self.attention_dropout = Dropout(f"blocks.{index}.attention", cfg.dropout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import matmul_for
 from llmtrain.model.adapters import add_adapters
 from llmtrain.model.block import RECOMPUTE_MODES, Block
+from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.embedding import Embedding, Head, VocabularyEmbedding
 from llmtrain.model.masks import (
@@ -85,6 +87,7 @@ class Decoder(nn.Module):
         keys: Tensor | None = None,
         part: SplitSequence | None = None,
         hidden: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Any:
         """Logits [b, s, vocab_size] in compute_dtype, or what ``head_fn(hidden, head)`` returns.
 
@@ -94,9 +97,16 @@ class Decoder(nn.Module):
         [b, s] of ``token_keys``, for dropout; None: nothing is dropped. part: the tokens are this
         rank's part of each sequence (context parallelism); then ``positions`` are needed and
         doc_ids not read. Collective over the context ranks. hidden: of the stage before, where
-        this is a later one; a stage that is not the last returns its own (see ``travels``).
+        this is a later one; a stage that is not the last returns its own (see ``travels``). cache:
+        of the tokens before these, for generation; their keys and values are added to it, and the
+        logits are [b, 1, vocab_size], of each row's last token that ``cache.begin`` counts.
         """
+        if cache is not None:
+            positions = cache.positions(tokens.shape[1])
         context = self._context(tokens, positions, doc_ids, keys, part)
+        if cache is not None:
+            seen = None if cache.empty else cache.visible(tokens.shape[1])
+            context = replace(context, cache=cache, seen=seen)
         if hidden is None:
             assert self.first
             x = self.dropout(self._embed(tokens, positions), context.keys)
@@ -110,6 +120,8 @@ class Decoder(nn.Module):
         if self.tensor is not None:
             n, d = tokens.numel(), self.cfg.d_model
             hidden = self.tensor.enter(hidden).reshape(-1, d)[:n].view(*tokens.shape, d)
+        if cache is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), cache.last][:, None]
         return self.head(hidden) if head_fn is None else head_fn(hidden, self.head)
 
     def travels(self, tokens: Tensor) -> Tensor:

@@ -20,6 +20,19 @@ def _block_matrices(cfg: ModelConfig) -> int:
     return cfg.d_model * (q + 2 * kv) + q * cfg.d_model + cfg.d_model * up + ff * cfg.d_model
 
 
+def layer_shape(cfg: ModelConfig, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a hidden linear layer of a resolved ``cfg`` by its name."""
+    q, kv, ff = widths(cfg)
+    up = 2 * ff if cfg.activation == "swiglu" else ff
+    kinds = {
+        "attention.qkv": (q + 2 * kv, cfg.d_model),
+        "attention.out": (cfg.d_model, q),
+        "mlp.up": (up, cfg.d_model),
+        "mlp.down": (cfg.d_model, ff),
+    }
+    return kinds[name.split(".", 2)[2]]
+
+
 def param_counts(cfg: ModelConfig) -> dict[str, int]:
     """Parameters per role (embedding, hidden, norm, head, bias), ``total`` and
     ``non_embedding`` (total without embedding).
@@ -56,8 +69,10 @@ def _head(cfg: ModelConfig) -> int:
     return cfg.d_head
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int, density: float = 1.0) -> float:
     """Model FLOPs of training on one token (forward and backward).
+
+    density: kept share of the hidden layers' weights; a pruned one costs nothing.
 
     6 N + 6 s h d_head n_layers: N counts the elements of the matrices a token is multiplied
     with (blocks and head over the real vocabulary, not the embedding lookup), 2 FLOPs each
@@ -67,7 +82,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    matrices = cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
+    matrices = density * cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
 
 

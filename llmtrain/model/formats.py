@@ -192,6 +192,12 @@ def check_fp8_shape(found: Assignment, layer: Linear) -> None:
         )
 
 
+def reads_whole_input(model: nn.Module) -> bool:
+    """Whether a layer's number format takes a scale from all of its input, so that what a token
+    comes to depends on what is computed with it."""
+    return any(getattr(layer.matmul, "whole_input", False) for _, layer in hidden_layers(model))
+
+
 def format_lines(model: nn.Module, model_cfg: ModelConfig, cfg: RunConfig) -> list[str]:
     """What each kind of layer computes in, for ``--dry-run``: rows of equal words are merged."""
     section = cfg.quantization

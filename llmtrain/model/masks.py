@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.model.cache import KeyValueCache
 from llmtrain.ops import FLEX_MIN_HEAD, first_of_document
 from llmtrain.parallel.context_attention import ContextPlan
 
@@ -21,7 +22,8 @@ class AttentionContext:
     int32, the first key each query sees, or None for plain causal attention. block_mask: the
     same as a BlockMask where flex_attention runs it. keys: of this rank's tokens, for dropout,
     or None for none. plan: instead of first and block_mask, where this rank has a part of each
-    sequence."""
+    sequence. cache: of earlier keys and values, to which this forward adds its own; seen: which of
+    all these each token sees, None where there are no earlier ones."""
 
     shape: tuple[int, int]
     rotary: tuple[Tensor, Tensor] | None
@@ -29,6 +31,8 @@ class AttentionContext:
     block_mask: Any = None
     keys: Tensor | None = None
     plan: ContextPlan | None = None
+    cache: KeyValueCache | None = None
+    seen: Tensor | None = None
 
 
 @cache

@@ -8,6 +8,7 @@ references: the same numbers to round-off, slower.
 
 from llmtrain.ops.attention import (
     attention_reference,
+    cached_attention,
     causal_attention,
     first_of_document,
     sqrt_attention,
@@ -40,6 +41,16 @@ from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
+from llmtrain.ops.sparse import (
+    Packed,
+    masked,
+    pack,
+    repack,
+    sparse_dgrad,
+    sparse_fprop,
+    sparse_wgrad,
+    unpack,
+)
 from llmtrain.ops.window import (
     FLEX_MIN_HEAD,
     Window,
@@ -58,6 +69,7 @@ __all__ = [
     "Casts",
     "Handoff",
     "NormTerms",
+    "Packed",
     "Window",
     "activation_backward_cast",
     "activation_cast",
@@ -66,6 +78,7 @@ __all__ = [
     "attention_partial",
     "attention_partial_backward",
     "attention_reference",
+    "cached_attention",
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",
@@ -81,12 +94,18 @@ __all__ = [
     "kernels_line",
     "kernels_warning",
     "make_window",
+    "masked",
     "merge_partial",
     "native_loaded",
     "norm_join_cast",
+    "pack",
+    "repack",
     "rms_norm",
     "rms_norm_reference",
     "rotate",
+    "sparse_dgrad",
+    "sparse_fprop",
+    "sparse_wgrad",
     "split_rotary",
     "split_rotary_reference",
     "sqrt_attention",
@@ -94,6 +113,7 @@ __all__ = [
     "swiglu",
     "swiglu_reference",
     "token_keys",
+    "unpack",
     "weight_gradient",
     "weight_gradient_reference",
     "window_attention",

@@ -70,6 +70,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = Non
     return out
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, root: bool = False
+) -> Tensor:
+    """Attention of few queries to the keys that ``seen`` [b, s, t] (bool) shows each of them.
+
+    q: [b, h, s, d]; k, v: [b, g, t, d], g dividing h. root: as in ``sqrt_attention``. Returns
+    [b, s, h, d]. In plain PyTorch, without gradients of its own.
+    """
+    b, h, s, d = q.shape
+    groups = k.shape[1]
+    # The heads of a group are more queries of its one key head: k and v are not repeated.
+    many = q.reshape(b, groups, h // groups * s, d)
+    mask = seen[:, None].expand(b, h // groups, s, -1).reshape(b, 1, h // groups * s, -1)
+    if root:
+        out = _root_of_softmax(many, k, v, mask)
+    else:
+        out = F.scaled_dot_product_attention(many, k, v, attn_mask=mask)
+    return out.reshape(b, h, s, d).transpose(1, 2)
+
+
 def sqrt_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> Tensor:
     """sqrt(softmax(q k^T / sqrt(d))) v over earlier positions (2502.05967, section 2.1).
 
@@ -79,14 +99,19 @@ def sqrt_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None)
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     if first is None:
         s = q.shape[2]
         seen = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
     else:
         seen = visible(first)
+    return _root_of_softmax(q, k, v, seen).transpose(1, 2)
+
+
+def _root_of_softmax(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """[b, h, s, d] of q [b, h, s, d], k and v [b, h, t, d]; seen broadcasts to [b, h, s, t]."""
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~seen, -torch.inf)
     # Half the log-softmax, since a root has no finite slope where a weight is 0.
     weights = (0.5 * scores.log_softmax(-1)).exp()
     out: Tensor = weights.to(v.dtype) @ v
-    return out.transpose(1, 2)
+    return out

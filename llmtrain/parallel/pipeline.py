@@ -8,6 +8,7 @@ zero bubble, which defers the gradients of weights (Qi et al. 2023, 2401.10241).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def split_layers(costs: Sequence[float], before: float, after: float, stages: in
     costs: of each layer; before, after: of the embedding and of final norm and head. Every
     stage gets at least one layer. Among equals the earlier stages get more.
     """
+    return list(_split(tuple(costs), before, after, stages))
+
+
+@functools.lru_cache(maxsize=256)
+def _split(costs: tuple[float, ...], before: float, after: float, stages: int) -> tuple[Part, ...]:
     n = len(costs)
     assert 1 <= stages <= n
     sums = [0.0]
@@ -67,7 +73,7 @@ def split_layers(costs: Sequence[float], before: float, after: float, stages: in
         end = best[k][begin][1]
         parts.append(Part(range(begin, end), begin == 0, end == n))
         begin = end
-    return parts
+    return tuple(parts)
 
 
 @dataclass(frozen=True)

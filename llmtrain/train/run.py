@@ -18,7 +18,7 @@ from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
-from llmtrain.eval.generation import generate
+from llmtrain.eval.generation import Sampling, generate
 from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
 from llmtrain.parallel import (
@@ -31,12 +31,13 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed
+from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed, resume_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.fitting import Setting
+from llmtrain.train.frozen import left_out
 from llmtrain.train.hooks import check_hooks, check_states, load_hooks
 from llmtrain.train.metrics import Logger, build_loggers
 from llmtrain.train.module import TrainModule
@@ -45,9 +46,11 @@ from llmtrain.train.saver import ResumePoint, Saver
 from llmtrain.train.signals import SignalWatch
 from llmtrain.train.throughput import Throughput, device_peak
 from llmtrain.train.trainer import Services, Trainer
+from llmtrain.train.watchdog import Watchdog
 
 # A longer plan is left to its own command: what comes before step 1 fits on a screen.
 _PLAN_LINES = 24
+_CHANGE_LINES = 16
 
 
 def train(cfg: RunConfig, world: World | None = None) -> int:
@@ -107,27 +110,38 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
-            load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
-            module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
+            resume_with(module, resume.path, checkpointer.load, setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
             console.say(f"begins with the weights of {begun}")
+        source = begun if resume is None else resume.path
+        goes_on = resume is not None
+        saver.left_out = left_out(cfg, model_cfg, source, goes_on, setting.ranks, console.warn)
         # Only now: what cannot start must leave the run's folder as it is.
         for line in leave_behind(run_folder(cfg), checkpointer, resume, world):
             console.say(line)
         recorder = _recorder(cfg, plan, times, (console, module, resume))
         try:
-            services = Services(times, evaluation, recorder, saver)
-            _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
+            with _watchdog(cfg, world) as watch:
+                services = Services(times, evaluation, recorder, saver, watch)
+                _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
         finally:
             recorder.close()
+
+
+def _watchdog(cfg: RunConfig, world: World) -> Watchdog:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = (world.rank, world.rank - world.local_rank, here, world.size)
+    return Watchdog(cfg.train.watchdog, run_folder(cfg) / "watch", ranks)
 
 
 def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
     """Train, sample; what goes wrong is recorded before it is raised."""
     cfg, recorder = trainer.cfg, trainer.recorder
     try:
+        if trainer.watch.before is not None:
+            recorder.event(0 if resume is None else resume.step, f"before: {trainer.watch.before}")
         if resume is not None:
             trainer.load_state_dict(resume.step, resume.extra)
             # The module has its own by now; those of hooks that this run has not stay unread.
@@ -230,8 +244,12 @@ def _preamble(
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
     console.say(f"resumed from {resume.path} after step {resume.step}")
-    for line in _changes(cfg, resume):
+    changes = _changes(cfg, resume)
+    for line in changes[:_CHANGE_LINES]:
         console.say(f"  changed since then: {line}")
+    if len(changes) > _CHANGE_LINES:
+        more = len(changes) - _CHANGE_LINES
+        console.say(f"  and {more} more; the run's config.yaml has everything")
 
 
 def _say_nothing_to_do(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
@@ -278,17 +296,20 @@ def _samples(
         return
     tokenizer: Tokenizer = load_tokenizer(plan.tokenizer_path)
     module.model.eval()
-    for prompt in cfg.eval.prompts:
-        ids = tokenizer.encode(prompt)
-        if not ids:
-            continue
-        new = generate(
-            module.model,
-            ids,
-            cfg.eval.generate_tokens,
-            cfg.data.seq_len,
-            seed=cfg.seed,
-            eos_id=tokenizer.eos_id,
-        )
-        recorder.sample(step, prompt, tokenizer.decode(new))
+    context = module.model_cfg.max_seq_len
+    assert context is not None
+    # A longer prompt leaves half of the context, or what was asked for, to the continuation.
+    room = context - min(cfg.eval.generate_tokens, context // 2)
+    encoded = [(prompt, tokenizer.encode(prompt)[-room:]) for prompt in cfg.eval.prompts]
+    texts = [(prompt, ids) for prompt, ids in encoded if ids]
+    found = generate(
+        module.model,
+        [ids for _, ids in texts],
+        cfg.eval.generate_tokens,
+        context,
+        Sampling(seed=cfg.seed),
+        eos_id=tokenizer.eos_id,
+    )
+    for (prompt, _), new in zip(texts, found, strict=True):
+        recorder.sample(step, prompt, tokenizer.decode(new.tokens))
     release_gathered(module.model)

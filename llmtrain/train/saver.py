@@ -13,11 +13,13 @@ from torch import Tensor
 
 import llmtrain
 from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
+from llmtrain.checkpoint.layout import BASE
 from llmtrain.config import to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
 from llmtrain.parallel import World
+from llmtrain.train.frozen import LeftOut
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class ResumePoint:
 
 
 class Saver:
-    """Saves and finds the checkpoints of one run."""
+    """Saves and finds the checkpoints of one run. left_out: what they need not hold."""
 
     def __init__(self, cfg: RunConfig, plan: DataPlan, world: World, checkpointer: Checkpointer):
         self.cfg, self.plan, self.world, self.checkpointer = cfg, plan, world, checkpointer
         self._last: int | None = None
+        self.left_out: LeftOut | None = None
         self._origin: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
@@ -64,6 +67,9 @@ class Saver:
             "extra.json": json.dumps(extra),
         }
         files.update(self._tokenizer)
+        if (left := self.left_out) is not None:
+            tensors = {key: value for key, value in tensors.items() if key not in left.names}
+            files[BASE] = left.base.text(self.checkpointer.root)
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
         self._last = step
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.layout_runs import (
     Case,
-    Outcome,
+    alone,
     assert_same,
     build,
     case,
@@ -20,14 +20,14 @@ from helpers.layout_runs import (
 )
 from helpers.ranks import run_ranks
 
-from llmtrain.eval.generation import generate
+from llmtrain.eval.generation import Continuation, Sampling, generate
 from llmtrain.linear import matmul
 from llmtrain.parallel.pipeline import split_layers
 
-# Five layers over two stages, one key/value head, micro-batches of one sequence.
-TIED = case(n_layers=5, tie_embeddings=True, n_kv_heads=1)
+# Five layers over two stages, one key/value head.
+TIED = case(micro=2, n_layers=5, tie_embeddings=True, n_kv_heads=1)
 UNTIED = case(
-    steps=4, n_layers=4, position="learned", dropout=0.1, attention_bias=True,
+    micro=2, n_layers=4, position="learned", dropout=0.1, attention_bias=True,
     attention_out_bias=True, mlp_bias=True, norm="layernorm", norm_bias=True,
 )  # fmt: skip
 
@@ -60,20 +60,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[Case, Outcome]:
-    return {what: train_steps(0, 1, what, {}) for what in (TIED, UNTIED)}
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pipeline_is_the_same_run(layout: str, alone: dict[Case, Outcome]) -> None:
+def test_a_pipeline_is_the_same_run(layout: str) -> None:
     world, parallel, what = LAYOUTS[layout]
     results = run_ranks(world, lambda rank: train_steps(rank, world, what, parallel))
     for ours in results:
-        assert_same(ours, alone[what])
+        assert_same(ours, alone(what))
     found = {name for ours in results for name in ours.weights}
-    assert found == alone[what].weights.keys()
+    assert found == alone(what).weights.keys()
 
 
 @pytest.mark.dist
@@ -107,14 +102,17 @@ def test_evaluation_and_generation() -> None:
     whole.model.eval()
     with torch.no_grad():
         expected = whole.loss(make_batch(3), 1.0).nll
-    text = generate(whole.model, [1, 2, 3], 6, 20, seed=1)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    sampling = Sampling(seed=1)
+    text = generate(whole.model, prompts, 6, 20, sampling)
 
-    def body(rank: int) -> tuple[torch.Tensor, list[int], bool]:
+    def body(rank: int) -> tuple[torch.Tensor, list[Continuation], bool]:
         module = build(rank, 4, TIED, {"pipeline": 2, "tensor": 2})
         module.model.eval()
         with torch.no_grad():
             nll = module.loss(rank_batch(module, 3), 1.0).nll
-        return nll, generate(module.model, [1, 2, 3], 6, 20, seed=1), module.layout.counts_losses
+        texts = generate(module.model, prompts, 6, 20, sampling)
+        return nll, texts, module.layout.counts_losses
 
     for nll, words, counts in run_ranks(4, body):
         assert words == text

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.steps import Sent, build, count_step, fake_group, setting_of, small_run
+from helpers.steps import Sent, build, count_step, setting_of, small_run
 
 from torch.distributed.tensor import DTensor
 
-from llmtrain.planner import Setting, Traffic, draw, step_traffic
+from llmtrain.planner import Setting, Traffic, draw, fake_world, step_traffic
 
 
 def predicted(setting: Setting, rank: int = 0, stage: int = 0) -> Sent:
@@ -51,6 +51,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, ADAPTERS | TENSOR | MICRO),
     (2, ADAPTERS | TENSOR | PLAIN),
     (2, {"model__adapters": {"targets": ["blocks.1.*", "blocks.2.mlp.up"]}} | TENSOR),
+    (2, {"model__adapters": {"rank": 3, "kind": "dora"}} | TENSOR | PLAIN),
     (4, ADAPTERS | TENSOR | PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE | TENSOR),
@@ -119,7 +120,7 @@ def test_a_step_of_one_of_many_ranks_moves_what_the_formulas_say(
     world: int, changes: dict[str, Any], compute: torch.dtype
 ) -> None:
     setting = setting_of(small_run(train__global_batch_size=2 * world, **changes), world, compute)
-    with fake_group(0, world):
+    with fake_world(0, world):
         sent = count_step(0, setting)
     assert sent == predicted(setting)
 

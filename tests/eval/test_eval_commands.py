@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.ranks import run_ranks
 from helpers.tiny import make_corpus, records, tiny_config
 
@@ -15,7 +14,6 @@ from llmtrain import parallel
 from llmtrain.cli.main import main
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import HeldoutSet
-from llmtrain.eval.generation import generate
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +90,22 @@ def test_generate_continues_and_is_reproducible(
     assert outs[0] != outs[2]
 
 
+def test_generate_takes_several_prompts_and_ends_at_the_context(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "alpha ", "--prompt", "beta gamma", "--temperature", "0"]
+    assert main(["generate", str(run), *words, "--tokens", "3", "--batch", "1"]) == 0
+    alone = capsys.readouterr()
+    assert main(["generate", str(run), *words, "--tokens", "3"]) == 0
+    assert capsys.readouterr() == alone
+    assert alone.out.startswith("alpha ") and "\nbeta gamma" in alone.out and not alone.err
+    assert main(["generate", str(run), *words, "--tokens", "999"]) == 0
+    assert "model.max_seq_len" in capsys.readouterr().err
+    assert main(["generate", str(run), "--prompt", "alpha " * 99]) == 2
+    assert "shorten it" in capsys.readouterr().err
+    assert main(["generate", str(run), *words, "--top-p", "0"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -164,23 +178,3 @@ def test_a_model_is_read_although_its_optimizer_is_damaged_or_gone(
     assert capsys.readouterr().err == ""
     assert main(["checkpoint", "verify", str(path)]) == 2
     assert "optim-00000" in capsys.readouterr().out
-
-
-class Fixed(torch.nn.Module):
-    """Logits that prefer (last token + 1) mod 7, and record what they were shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.longest = 0
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.longest = max(self.longest, tokens.shape[1])
-        return torch.nn.functional.one_hot((tokens + 1) % 7, 7).float() * 50
-
-
-def test_sampling_rules() -> None:
-    model = Fixed()
-    assert generate(model, [0], 5, 4, temperature=0) == [1, 2, 3, 4, 5]
-    assert generate(model, [0], 9, 4, temperature=0.5, eos_id=3) == [1, 2]
-    assert model.longest == 4

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.config import RunConfig, from_dict
@@ -82,20 +80,6 @@ def step(module: TrainModule, batch: Batch) -> None:
     batch = module.receive(batch)
     module.forward_backward(batch, float(batch.weights.sum()), 1)
     module.update(module.gradient_norm(), 1e-3)
-
-
-@contextmanager
-def fake_group(rank: int, world: int) -> Iterator[None]:
-    """This process as one of ``world`` that never communicate; results of collectives are
-    whatever the memory holds."""
-    if world == 1:
-        yield
-        return
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class CountTraffic(TorchDispatchMode):

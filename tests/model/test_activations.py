@@ -8,14 +8,14 @@ import pytest
 import torch
 from helpers.memory import allocated
 from helpers.ranks import run_ranks
-from helpers.steps import batch_of, build, fake_group, setting_of, small_run, step
+from helpers.steps import batch_of, build, setting_of, small_run, step
 from torch import Tensor
 
 from llmtrain import ops
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model import ActivationSplit, block_activation_bytes, complete
 from llmtrain.parallel.tensor import local
-from llmtrain.planner import Setting
+from llmtrain.planner import Setting, fake_world
 from llmtrain.planner.memory import activation_split
 
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_a_block_keeps_what_the_formula_says(shape: str, split: str, mode: str) 
     world = parallel.get("parallel__tensor", 1) * parallel.get("parallel__context", 1)
     kept = []
     for setting in settings(world, torch.float32, changes):
-        with fake_group(0, world):
+        with fake_world(0, world):
             kept.append(kept_after_forward(0, setting))
     # Split norms of queries and keys divide twice by a number, and each keeps it as 8 bytes.
     extra = 4 * 8 if setting.degrees.tensor > 1 and setting.model.qk_norm == "full" else 0

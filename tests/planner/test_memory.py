@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.memory import allocated
-from helpers.steps import batch_of, build, fake_group, setting_of, small_run, step
+from helpers.steps import batch_of, build, setting_of, small_run, step
 
 from llmtrain import ops
 from llmtrain.merge.copies import empty_copy
-from llmtrain.planner import Setting, draw, memory_estimate
+from llmtrain.planner import Setting, draw, fake_world, memory_estimate
 
 pytestmark = pytest.mark.skipif(
     not ops.native_loaded(), reason="the compiled kernels are not built"
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 def measured(setting: Setting) -> tuple[int, int]:
     """Bytes that rank 0 holds between steps, and the most in two steps."""
-    with fake_group(0, setting.degrees.world):
+    with fake_world(0, setting.degrees.world):
         made = allocated(lambda: build(setting, 0))
         batch = batch_of(setting)
         first = allocated(lambda: step(made.result, batch))
@@ -94,7 +94,7 @@ def test_copies_of_a_penalty_are_counted(world: int) -> None:
     cases = (({"penalty__kind": "l2"}, 1), (ewc, 2), ({**ewc, "penalty__offload": True}, 0))
     for section, copies in cases:
         setting = setting_of(small_run(**DEEP, **section), world)
-        with fake_group(0, setting.degrees.world):
+        with fake_world(0, setting.degrees.world):
             params = build(setting, 0).params
             found = allocated(lambda n=copies, p=params: [empty_copy(p, False) for _ in range(n)])
         assert memory_estimate(setting, draw(setting)).state.get("penalty", 0) == found.kept

@@ -1,0 +1,94 @@
+"""Rules of the ``sparsity`` section."""
+
+from __future__ import annotations
+
+from llmtrain.config.faults import Collector
+from llmtrain.config.length import part_of_run
+from llmtrain.config.schema import RunConfig
+
+_LENGTH = ("train.duration", "train.global_batch_size", "data.seq_len")
+_CHANGING = ("set", "rigl", "gradual")
+
+
+def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
+    """What no single key of the section can be blamed for."""
+    section = cfg.sparsity
+    if section is None:
+        return
+    method, grouped = section.method, ":" in section.granularity
+    if grouped and method in _CHANGING:
+        faults.add(
+            "sparsity.granularity",
+            f"{section.granularity} cannot follow method: {method}; take unstructured or blocks",
+            "sparsity.method",
+        )
+    if method == "slope" and (not grouped or section.granularity.endswith("t")):
+        faults.add(
+            "sparsity.granularity",
+            f"slope prunes N of M, not {section.granularity}; write 2:4",
+            "sparsity.method",
+        )
+    _check_times(cfg, faults)
+    _check_company(cfg, faults)
+    for i, rule in enumerate(section.rules):
+        if not rule.layers:
+            message = "is empty; write patterns of layer names, such as blocks.0.*"
+            faults.add(f"sparsity.rules.{i}.layers", message)
+    if section.masks is not None and not section.masks.strip():
+        faults.add("sparsity.masks", "is empty; name a file of masks, or leave it null")
+    if section.masks is not None and section.choose != "random":
+        message = "is not read beside sparsity.masks; take one of them away"
+        faults.add("sparsity.choose", message, "sparsity.masks")
+
+
+def _check_times(cfg: RunConfig, faults: Collector) -> None:
+    section = cfg.sparsity
+    assert section is not None
+    for name in ("until", "start", "end", "every"):
+        value = getattr(section, name)
+        if value is not None and part_of_run(cfg, value) > 1:
+            faults.add(
+                f"sparsity.{name}",
+                f"{value} is after the end of the run ({cfg.train.duration}); make it earlier",
+                *_LENGTH,
+            )
+    if section.method == "gradual" and part_of_run(cfg, section.start) >= part_of_run(
+        cfg, section.end
+    ):
+        faults.add(
+            "sparsity.start",
+            f"{section.start} is not before sparsity.end {section.end}; make it earlier",
+            "sparsity.end",
+            *_LENGTH,
+        )
+
+
+def _check_company(cfg: RunConfig, faults: Collector) -> None:
+    section, adapters = cfg.sparsity, cfg.model.adapters
+    assert section is not None
+    if cfg.parallel.engine == "deepspeed":
+        faults.add(
+            "sparsity",
+            "does not work with parallel.engine deepspeed; use the native engine",
+            "parallel.engine",
+        )
+    if section.method in _CHANGING and cfg.average is not None:
+        faults.add(
+            "sparsity.method",
+            f"{section.method} changes the masks, and averaged weights would not follow; use "
+            "static, or take average away",
+            "average",
+        )
+    if section.method in _CHANGING and adapters is not None and adapters.freeze:
+        faults.add(
+            "sparsity.method",
+            f"{section.method} follows weights that learn, and model.adapters freezes them; use "
+            "static, or model.adapters.freeze: false",
+            "model.adapters",
+        )
+    if section.method == "slope" and adapters is not None and adapters.freeze:
+        faults.add(
+            "model.adapters.freeze",
+            "must be false with sparsity.method slope, which trains the weights too",
+            "sparsity.method",
+        )

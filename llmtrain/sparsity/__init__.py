@@ -1,0 +1,57 @@
+"""Sparse hidden layers: one kind of mask, how it is chosen, where it applies, how it is stored.
+
+``Granularity`` says what is kept together, ``sparse_layers`` which layers a config makes sparse,
+``Masks`` holds the masks of this rank's layers under any layout. The products are those of
+``llmtrain.linear.MaskedMatmul``; the methods that use and change masks are hooks in
+``llmtrain.methods``.
+"""
+
+from llmtrain.linear import Mask
+from llmtrain.sparsity.auto import Case, Choice, cases_of, choice_lines, pick_products
+from llmtrain.sparsity.bits import pack_bits, unpack_bits
+from llmtrain.sparsity.choose import (
+    best_kept,
+    block_scores,
+    largest,
+    prune_again,
+    random_kept,
+    random_keys,
+)
+from llmtrain.sparsity.granularity import Granularity, parse_granularity
+from llmtrain.sparsity.masks import Masks
+from llmtrain.sparsity.schedule import (
+    cubic_density,
+    density_of_step,
+    sparsity_lines,
+    training_flops,
+)
+from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
+
+__all__ = [
+    "Case",
+    "Choice",
+    "Granularity",
+    "Mask",
+    "Masks",
+    "Sparse",
+    "best_kept",
+    "block_scores",
+    "cases_of",
+    "check_cuts",
+    "choice_lines",
+    "cubic_density",
+    "density_of_step",
+    "largest",
+    "mean_density",
+    "pack_bits",
+    "packed_dim",
+    "parse_granularity",
+    "pick_products",
+    "prune_again",
+    "random_kept",
+    "random_keys",
+    "sparse_layers",
+    "sparsity_lines",
+    "training_flops",
+    "unpack_bits",
+]

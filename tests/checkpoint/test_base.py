@@ -1,0 +1,168 @@
+"""Checkpoints that leave out frozen weights and refer to the checkpoint that holds them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.hf_folders import run_convert
+from helpers.ranks import run_ranks
+from helpers.tiny import make_corpus, records, tiny_config
+
+from llmtrain.checkpoint import export_model, verify
+from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.layout import (
+    checksums_text,
+    read_checksums,
+    read_layout,
+    read_own_layout,
+)
+from llmtrain.checkpoint.safefile import write_small
+from llmtrain.cli.main import main
+from llmtrain.config import load_config
+from llmtrain.eval.loading import load_trained
+from llmtrain.parallel import init_world
+from llmtrain.train.run import train
+
+ADAPTED = [
+    "model.adapters.rank=3",
+    "optim.lr=0.02",
+    "train.duration=4step",
+    "checkpoint.every=2step",
+]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {key: read_tensor(path, key, layout) for key, layout in read_layout(path).items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and two runs that adapt it: one saves all, one its adapters alone."""
+    folder = tmp_path_factory.mktemp("base")
+    config = tiny_config(folder, make_corpus(folder, documents=40), train__duration="2step")
+    assert main(["train", str(config)]) == 0
+    words = [*ADAPTED, f"init.path={folder}/runs/tiny"]
+    assert main(["train", str(config), *words, "name=all", "checkpoint.save=all"]) == 0
+    assert main(["train", str(config), *words, "name=few"]) == 0
+    return folder / "runs"
+
+
+def test_only_adapters_are_stored_and_all_is_read(runs: Path) -> None:
+    few, everything = (runs / n / "checkpoints/step-00000004" for n in ("few", "all"))
+    own = read_own_layout(few)
+    assert own and all(".adapter." in key for key in own)
+    assert any(key.startswith("optim.") for key in own)
+    base = json.loads((few / "base.json").read_text())
+    assert base["path"] == str((runs / "tiny/checkpoints/step-00000002").resolve())
+    ours, theirs = tensors(few), tensors(everything)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    sizes = [
+        sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (few, everything)
+    ]
+    assert sizes[0] < 0.5 * sizes[1]
+    assert verify(few) == []
+
+
+def test_resume_is_exact(runs: Path) -> None:
+    config = next(runs.parent.glob("*.yaml"))
+    again = [*ADAPTED, f"init.path={runs}/tiny", "name=again"]
+    assert main(["train", str(config), *again, "train.stop_after=2step"]) == 0
+    assert main(["train", str(config), *again]) == 0
+    few, ours = (records(runs / name) for name in ("few", "again"))
+    assert [r["loss"] for r in few] == [r["loss"] for r in ours]
+    last = [runs / n / "checkpoints/step-00000004" for n in ("few", "again")]
+    assert all(".adapter." in key for key in read_own_layout(last[1]))
+    first, second = map(tensors, last)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def on_rank(rank: int, config: str, words: list[str]) -> int:
+    return train(load_config(config, words), init_world("cpu"))
+
+
+@pytest.mark.dist
+def test_other_layouts_go_on(runs: Path) -> None:
+    """Saved under tensor parallelism, resumed on one process."""
+    config = str(next(runs.parent.glob("*.yaml")))
+    words = [*ADAPTED, f"init.path={runs}/tiny", "name=moved"]
+    split = [*words, "train.stop_after=2step", "parallel.tensor=2", "train.micro_batch_size=4"]
+    assert run_ranks(2, lambda rank: on_rank(rank, config, split)) == [0, 0]
+    assert main(["train", config, *words]) == 0
+    for one, other in zip(records(runs / "few"), records(runs / "moved"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+
+
+def test_readers_need_not_know(runs: Path, tmp_path: Path) -> None:
+    few, everything = runs / "few", runs / "all"
+    models = [load_trained(path, torch.device("cpu")).model for path in (few, everything)]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
+    for action in ("to-hf", "to-peft"):
+        for path in (few, everything):
+            assert run_convert(action, path, tmp_path / action / path.name) == 0
+        file = "model" if action == "to-hf" else "adapter_model"
+        one, other = (tmp_path / action / n / f"{file}.safetensors" for n in ("few", "all"))
+        assert one.read_bytes() == other.read_bytes()
+    exported = [export_model(path, tmp_path / path.name)[0] for path in (few, everything)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    merged = ["merge", "soup", str(few), str(everything), "--out", str(tmp_path / "mean")]
+    assert main(merged) == 0
+
+
+def test_a_base_that_moved_or_changed(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "runs"
+    shutil.copytree(runs, moved)
+    few, base = moved / "few/checkpoints/step-00000004", moved / "tiny/checkpoints/step-00000002"
+    assert verify(few) == []  # the old place is still there
+    link = json.loads((few / "base.json").read_text())
+
+    def refer(**changes: Any) -> None:
+        # As if it had been saved so: the checksums are right.
+        (few / "base.json").unlink()
+        written = write_small(few / "base.json", json.dumps(link | changes).encode())
+        sums = read_checksums(few) | {"base.json": written}
+        (few / "checksums.json").write_bytes(checksums_text(sums.values()))
+
+    refer(path="/nowhere/base")
+    assert verify(few) == []  # by the way from its own folder
+    base.rename(base.with_name("elsewhere"))
+    assert main(["eval", str(few)]) == 2
+    said = capsys.readouterr().err
+    assert f"{few} holds adapters alone and their base, /nowhere/base, is not there" in said
+    base.with_name("elsewhere").rename(base)
+    file = next(base.glob("model-*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert any("damaged: its checksum" in text for text in verify(few))
+    other = runs / "all/checkpoints/step-00000004"
+    shutil.rmtree(base)
+    shutil.copytree(other, base)
+    [text] = verify(few)
+    assert f"their base, {base}, now holds other weights than when they were trained" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "checkpoint.save: trainable needs model.adapters"),
+        (["model.adapters.rank=2"], "checkpoint.save: trainable needs init.path"),
+    ],
+)
+def test_nothing_to_refer_to(
+    runs: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = next(runs.parent.glob("*.yaml"))
+    assert main(["train", str(config), *words, "checkpoint.save=trainable", "name=bad"]) == 2
+    assert says in capsys.readouterr().err
+    assert not (runs / "bad").exists()
