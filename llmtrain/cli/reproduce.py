@@ -23,6 +23,7 @@ NAMES = (
     "mus-transfer",
     "mus-depth",
     "mus-fp8",
+    "precision-scaling-laws",
     "spdf",
     "lottery-ticket",
 )

@@ -60,12 +60,19 @@ class Claim:
     within: float = 0.0
 
 
+# Losses and folders of the runs, by label -> lines of the result, drawing, data for the JSON file.
+Study = Callable[
+    [dict[str, list[dict[str, float]]], Mapping[str, Sequence[Path]]], tuple[list[str], str, Any]
+]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
-    is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
+    is enough for it, as for a study, which computes the whole result itself. corpus: folder of
+    results -> ``prepare`` of the miniature."""
 
     name: str
     title: str
@@ -76,6 +83,7 @@ class Experiment:
     seeds: int = 3
     costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
     sweep: Sweep | None = None
+    study: Study | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
 
 

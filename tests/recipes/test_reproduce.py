@@ -117,12 +117,15 @@ def test_runs_are_made_once_and_the_result_is_written(
 @pytest.mark.parametrize("scale", ["small", "paper"])
 def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     out = tmp_path / "jobs"
-    assert main(["reproduce", name, "--scale", scale, "--seeds", "2", "--out", str(out)]) == 0
     trials = _experiment(name).trials(scale)
+    seeds = 2 if len(trials) < 100 else 1
+    command = ["reproduce", name, "--scale", scale, "--seeds", str(seeds), "--out", str(out)]
+    assert main(command) == 0
     jobs = sorted(out.glob("*.sbatch"))
     scorings = {trial.scoring for trial in trials} - {None}
-    assert len(jobs) == 2 * (len(trials) + len(scorings))
-    for file in [*jobs, out / "submit.sh"]:
+    assert len(jobs) == seeds * (len(trials) + len(scorings))
+    # They differ in names alone.
+    for file in [*jobs[:20], out / "submit.sh"]:
         subprocess.run(["bash", "-n", str(file)], check=True)
     for config in out.glob("*.yaml"):
         cfg = load_config(config, for_training=name != "sfa")
@@ -132,7 +135,7 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     for word in re.findall(r"\$\{?(job_\w+)", submit):
         assert f"\n{word}=$(sbatch" in submit
     after = sum(t.trunk is not None or t.scoring is not None for t in trials) + len(scorings)
-    assert len(re.findall("dependency", submit)) == 2 * after
+    assert len(re.findall("dependency", submit)) == seeds * after
 
 
 @pytest.mark.parametrize("name", NAMES)
