@@ -49,7 +49,8 @@ def left_out(
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))
-    if found is None and (wanted == "trainable" or model.adapters.base is not None):
+    never = model.adapters.base is not None or cfg.parallel.engine == "deepspeed"
+    if found is None and model.adapters.freeze and (wanted == "trainable" or never):
         raise ConfigError(
             f"checkpoint.save: {source} holds the frozen weights itself, as a run saves them from "
             "its start; begin a new run with it as init.path, or set checkpoint.save=auto"

@@ -32,12 +32,12 @@ from llmtrain.parallel import (
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
 from llmtrain.train.begin import (
+    apart,
     begin_with,
     begins_anew,
     find_init,
     find_needed,
-    packed_keys,
-    read_packed,
+    read_apart,
 )
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
@@ -116,9 +116,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
             load, path = checkpointer.load, resume.path
-            others = (HOOK_PREFIX, *packed_keys(model_cfg))
+            others = (HOOK_PREFIX, *apart(module))
             module.restore(lambda tensors: load(path, tensors, unused=others, verify=False))
-            read_packed(module, path, setting.ranks)
+            read_apart(module, path, setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
