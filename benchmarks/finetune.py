@@ -196,9 +196,9 @@ def main() -> None:
     """Run everything and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "finetune")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--width", type=int, default=448)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full-rounds", type=int, default=1, help="of them with full finetuning")
@@ -232,9 +232,8 @@ def main() -> None:
             )
     goals = verdict(runs)
     for key, value in goals.items():
-        print(
-            f"{key}: {value['value']:.3f}" + (f" (goal {value['goal']})" if value["goal"] else "")
-        )
+        goal = "" if value["goal"] is None else f" (goal {value['goal']})"
+        print(f"{key}: {value['value']:.3f}{goal}")
     result = {
         "model": {"parameters": n_params, "width": args.width, "layers": args.layers},
         "threads": args.threads,

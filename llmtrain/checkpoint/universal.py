@@ -57,8 +57,8 @@ def to_deepspeed(source: Path, dst: Path) -> Path:
     layout, files = read_layout(path), read_files(path)
     if BASE in files:
         raise CheckpointError(
-            f"{path} leaves out the frozen weights, which a universal checkpoint has to hold with a "
-            "state of the optimizer; go on with parallel.engine=deepspeed from it directly"
+            f"{path} leaves out the frozen weights, which a universal checkpoint has to hold; a run "
+            "with parallel.engine=deepspeed resumes from it directly"
         )
     names = [key.removeprefix("model.") for key in layout if key.startswith("model.")]
     row_parallel = _split_along_columns(path, files)
