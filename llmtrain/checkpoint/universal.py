@@ -57,7 +57,7 @@ def to_deepspeed(source: Path, dst: Path) -> Path:
     layout, files = read_layout(path), read_files(path)
     if BASE in files:
         raise CheckpointError(
-            f"{path} leaves out the frozen weights, which a universal checkpoint has to hold; a run "
+            f"{path} leaves out the frozen weights, which a universal checkpoint must hold; a run "
             "with parallel.engine=deepspeed resumes from it directly"
         )
     names = [key.removeprefix("model.") for key in layout if key.startswith("model.")]
