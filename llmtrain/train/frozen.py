@@ -45,7 +45,9 @@ def left_out(
     where ``trainable`` is asked for and the frozen weights lie in no other checkpoint.
     """
     wanted = cfg.checkpoint.save
-    if wanted == "all" or source is None or model.adapters is None or cfg.average is not None:
+    if wanted == "all" or source is None or model.adapters is None:
+        return None
+    if cfg.average is not None or cfg.trainable:  # These may change what adapters leave alone.
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))

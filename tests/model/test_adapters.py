@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layout_runs import Case, Outcome, assert_same, case, train_steps
+from helpers.layout_runs import Case, alone, assert_same, case, train_steps
 from helpers.memory import allocated
 from helpers.ranks import run_ranks
 
@@ -161,7 +161,7 @@ def test_frozen_weights_save_no_inputs() -> None:
 def adapted(**changes: Any) -> Case:
     """eps: where a gradient is round-off alone, Adam would make a whole step of it."""
     section = AdapterConfig(**{"rank": 3, **changes})
-    what = case(steps=6, n_layers=3, adapters=section, attention_bias=True)
+    what = case(n_layers=3, adapters=section, attention_bias=True)
     return dataclasses.replace(
         what, optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"]))
     )
@@ -186,20 +186,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[Case, Outcome]:
-    return {}
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_is_the_same_run(layout: str, alone: dict[Any, Outcome]) -> None:
+def test_any_layout_is_the_same_run(layout: str) -> None:
     world, parallel, what = LAYOUTS[layout]
-    key = repr(what)
-    if key not in alone:
-        alone[key] = train_steps(0, 1, what, {})
     for ours in run_ranks(world, lambda rank: train_steps(rank, world, what, parallel)):
-        assert_same(ours, alone[key])
+        assert_same(ours, alone(what))
 
 
 @pytest.mark.parametrize(
