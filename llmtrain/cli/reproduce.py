@@ -25,6 +25,7 @@ NAMES = (
     "mus-fp8",
     "spdf",
     "lottery-ticket",
+    "slope",
 )
 
 
