@@ -26,6 +26,7 @@ NAMES = (
     "spdf",
     "lottery-ticket",
     "slope",
+    "sparse-ift",
 )
 
 

@@ -98,8 +98,8 @@ EXPERIMENT = Experiment(
     name="slope",
     title="2:4 weights pruned twice, and low-rank adapters at the end",
     paper=(
-        "SLoPe (2405.16325), GPT-2 Small, accuracy of the dense model, of SLoPe without adapters and "
-        "with adapters of rank 2.1%:",
+        "SLoPe (2405.16325), GPT-2 Small, accuracy of the dense model, of SLoPe without adapters "
+        "and with adapters of rank 2.1%:",
         "MMLU 22.9, 23.0, 23.0; ARC-C 20.7, 19.3, 19.3; OpenBookQA 16.2, 16.0, 16.4; WinoGrande "
         "50.6, 50.1, 50.8; HellaSwag 28.5, 27.5, 27.5; PIQA 59.8, 57.4, 57.6.",
         "BERT-large on SQuAD: dense 90.44, without 89.1, with rank 6.25% 89.5. Speed of training "
