@@ -34,6 +34,7 @@ COMMANDS = (
     "checkpoint",
     "convert",
     "merge",
+    "compare",
     "report",
     "reproduce",
     "sparsity",

@@ -22,6 +22,7 @@ from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
 from llmtrain.config.sparsity import LotteryConfig, SparsityConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.watch import WatchdogConfig
 from llmtrain.config.weight_methods import AverageConfig
@@ -386,6 +387,11 @@ class RunConfig:
         None,
         "which weights of the hidden linear layers exist",
         hook="llmtrain.methods.sparsity:sparsity",
+    )
+    trainable: list[TrainableConfig] = key(
+        list,
+        "which parameters train when; empty: all of them, all the time",
+        hook="llmtrain.methods.trainable:PartialTraining",
     )
     lottery: LotteryConfig | None = key(None, "tickets, for `llmtrain sparsity lottery`")
     hooks: list[HookConfig] = key(list, "hooks by import path")

@@ -64,6 +64,12 @@ class SparsityConfig:
     adapters_at: Duration = key(
         lambda: dur("0.99dur"), "slope: where model.adapters begin to take part", gt=0
     )
+    products: str = key(
+        "auto",
+        "on a CPU, auto: each shape is timed once, sparse against dense, and the faster kept; "
+        "sparse, dense: always. Elsewhere products are dense",
+        choices=("auto", "sparse", "dense"),
+    )
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def to_peft(src: Path, dst: Path, *, base: str | None = None) -> Converted:
         raise CheckpointError(f"{opened.path} has no adapters (model.adapters); use convert to-hf")
     if not cfg.adapters.freeze:
         raise CheckpointError(
-            f"{opened.path} has trained the model's own weights too (adapters.freeze: false), "
-            "which PEFT's format does not hold; use convert to-hf"
+            f"{opened.path} has trained the model's own weights too "
+            "(model.adapters.freeze: false), which PEFT's format does not hold; use convert to-hf"
         )
     _check_matrices(opened)
     layout = read_layout(opened.path)

@@ -20,9 +20,18 @@ from llmtrain.config import RunConfig, to_dict
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.convert.masks import checkpoint_masks
 from llmtrain.data.plan import DataPlan
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import flops_per_token, resolve_model
-from llmtrain.sparsity import Masks, Sparse, check_cuts, density_of_step, sparse_layers
+from llmtrain.ops import native_loaded
+from llmtrain.parallel.world import pick_device
+from llmtrain.sparsity import (
+    Masks,
+    Sparse,
+    check_cuts,
+    choice_lines,
+    density_of_step,
+    sparse_layers,
+)
 from llmtrain.sparsity.storage import fit_masks, load_masks
 from llmtrain.train.hooks import Hook
 
@@ -51,6 +60,19 @@ def sparsity(section: SparsityConfig) -> StaticMask:
     return kinds[section.method](section)
 
 
+def check_products(cfg: RunConfig, section: SparsityConfig) -> None:
+    """Raise ConfigError where sparse products were asked for by name and cannot run."""
+    reasons = (
+        (pick_device(cfg.device, 0).type != "cpu", "they run on a CPU only"),
+        (not native_loaded(), "the compiled kernels are not in use (make build)"),
+        (cfg.train.compile, "train.compile does not know them"),
+        (section.method == "slope", "they have no second mask, as slope needs"),
+    )
+    for holds, text in reasons if section.products == "sparse" else ():
+        if holds:
+            raise ConfigError(f"sparsity.products: sparse: {text}; use auto")
+
+
 class StaticMask(Hook):
     """The masks of a run, from its start to ``until``."""
 
@@ -69,6 +91,7 @@ class StaticMask(Hook):
         model_cfg = resolve_model(cfg, plan.vocab_size)
         self._sparse = sparse_layers(model_cfg, self.cfg)
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
+        check_products(cfg, self.cfg)
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""
@@ -89,6 +112,8 @@ class StaticMask(Hook):
         else:
             self.first(trainer, masks)
         masks.install(self.seed(trainer))
+        for line in choice_lines(masks.cases, masks.choices):
+            trainer.recorder.event(trainer.step_done, line)
         self.zero(trainer, masks.layers)
         self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
@@ -120,6 +145,8 @@ class StaticMask(Hook):
             module = trainer.module
             sparse = sparse_layers(module.model_cfg, self.cfg)
             self.masks = Masks(module.model, module.params, module.layout, sparse, self.double)
+            # Compiled blocks fuse dense products, and know no others.
+            self.masks.products = "dense" if trainer.cfg.train.compile else self.cfg.products
         return self.masks
 
     def zero(self, trainer: Trainer, names: Any) -> None:

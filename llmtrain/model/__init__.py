@@ -49,6 +49,7 @@ from llmtrain.model.sharding import (
     shard_over_tensor,
     tensor_placements,
 )
+from llmtrain.model.trainable import Trainable, limit_training
 
 __all__ = [
     "ADAPTER",
@@ -59,6 +60,7 @@ __all__ = [
     "Decoder",
     "Head",
     "KeyValueCache",
+    "Trainable",
     "activation_bytes",
     "adapted_parts",
     "apply_formats",
@@ -82,6 +84,7 @@ __all__ = [
     "keep_own_parts",
     "layer_names",
     "layer_shape",
+    "limit_training",
     "multiplier",
     "packed_layers",
     "packed_names",

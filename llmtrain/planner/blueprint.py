@@ -20,6 +20,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from llmtrain.model import (
     Decoder,
     check_tensor_degree,
+    limit_training,
     packed_names,
     param_roles,
     partial_parameters,
@@ -104,6 +105,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         with torch.device("meta"):
             model = Decoder(model_cfg, compute, layout.tensor)
+        limit_training(model, model_cfg, cfg)
         roles, partial = param_roles(model), set(partial_parameters(model))
         packed = packed_names(model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -7,6 +7,7 @@
 """
 
 from llmtrain.linear import Mask
+from llmtrain.sparsity.auto import Case, Choice, cases_of, choice_lines, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import (
     best_kept,
@@ -27,13 +28,17 @@ from llmtrain.sparsity.schedule import (
 from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
 
 __all__ = [
+    "Case",
+    "Choice",
     "Granularity",
     "Mask",
     "Masks",
     "Sparse",
     "best_kept",
     "block_scores",
+    "cases_of",
     "check_cuts",
+    "choice_lines",
     "cubic_density",
     "density_of_step",
     "largest",
@@ -41,6 +46,7 @@ __all__ = [
     "pack_bits",
     "packed_dim",
     "parse_granularity",
+    "pick_products",
     "prune_again",
     "random_kept",
     "random_keys",

@@ -71,6 +71,31 @@ def _found(setting: Setting, needed: Needed, warn: Warn) -> Path:
     return fits.path
 
 
+def resume_with(module: TrainModule, path: Path, load: Callable[..., None], ranks: Ranks) -> None:
+    """Replace the module's state by a checkpoint's; collective. load: of a ``Checkpointer``.
+
+    With ``trainable`` the checkpoint has the moments of what was training then; those of other
+    parameters begin anew.
+    """
+    unused: Sequence[str] = (HOOK_PREFIX, *packed_keys(module.model_cfg))
+    stored: Mapping[str, Any] | None = None
+    if module.cfg.trainable:
+        unused, stored = (OPTIM_PREFIX, *unused), read_layout(path)
+    module.restore(
+        lambda tensors: load(
+            path,
+            {
+                key: value
+                for key, value in tensors.items()
+                if stored is None or key in stored or not key.startswith(OPTIM_PREFIX)
+            },
+            unused=unused,
+            verify=False,
+        )
+    )
+    read_packed(module, path, ranks)
+
+
 def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) -> None:
     """Replace the module's weights by those of a checkpoint that was found to fit; collective.
 
@@ -78,8 +103,14 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
     """
     ranks = Ranks(world.cpu_group)
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
-    others = (HOOK_PREFIX,) if init.optimizer else (OPTIM_PREFIX, HOOK_PREFIX)
+    all_moments = init.optimizer and not module.cfg.trainable
+    others = (HOOK_PREFIX,) if all_moments else (OPTIM_PREFIX, HOOK_PREFIX)
     unused = (*others, *packed_keys(module.model_cfg))
+
+    def may_lack(key: str) -> bool:
+        moments = bool(module.cfg.trainable) and key.startswith(OPTIM_PREFIX)
+        return ADAPTER in key or moments
+
     try:
         stored = ranks.on_main(lambda: set(read_layout(path)))
         module.restore(
@@ -89,7 +120,7 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
                 {
                     key: value
                     for key, value in tensors.items()
-                    if key.startswith(prefixes) and (ADAPTER not in key or key in stored)
+                    if key.startswith(prefixes) and (key in stored or not may_lack(key))
                 },
                 unused,
                 False,

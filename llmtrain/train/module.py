@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmtrain.model import (
     compile_blocks,
     hidden_layers,
     init_weights,
+    limit_training,
     packed_names,
     param_roles,
     rate_factors,
@@ -152,6 +153,7 @@ class TrainModule:
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
+        limit_training(model, model_cfg, cfg)
         lay_out(model, cfg, precision, layout)
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
@@ -303,6 +305,23 @@ class TrainModule:
     def drop_gradients(self) -> None:
         """Forget the gradients of this step."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def train_only(self, names: Container[str]) -> None:
+        """Of the parameters that ever train freeze all but these, until the next call.
+
+        A frozen one keeps its value to the bit and has neither gradient nor moments; one that
+        thaws begins with new moments.
+        """
+        for group in self.groups:
+            for name, param in zip(group.names, group.params, strict=True):
+                trains = name in names
+                # FSDP2 gives what it gathers the same as the shard has.
+                param.requires_grad_(trains)
+                if not trains:
+                    param.grad = None
+                    self.optimizer.state.pop(param, None)
+                elif not self.optimizer.state.get(param):
+                    create_state(self.optimizer, [param])
 
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule of a run of ``total_steps``."""

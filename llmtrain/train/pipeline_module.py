@@ -21,8 +21,10 @@ from llmtrain.loss import LossOutput
 from llmtrain.model import (
     Decoder,
     KeyValueCache,
+    Trainable,
     check_tensor_degree,
     init_weights,
+    limit_training,
     param_roles,
     rate_factors,
     stage_parts,
@@ -112,11 +114,14 @@ class PipelineModule(TrainModule):
         self._schedules: dict[tuple[Any, ...], Any] = {}
         chain = Chain(self.pipeline, model_cfg)
         parts = stage_parts(model_cfg, cfg.data.seq_len, self.pipeline.stages)
+        if cfg.trainable:
+            Trainable(cfg, model_cfg).check_stages(parts)
         self.params, self.roles = {}, {}
         for index in self.pipeline.own:
             with torch.device("meta"):
                 decoder = Decoder(model_cfg, precision.compute, layout.tensor, parts[index])
             self.roles |= param_roles(decoder)
+            limit_training(decoder, model_cfg, cfg)
             stage = Stage(self, decoder)
             lay_out(decoder, cfg, precision, layout, root=stage)
             stage.to_empty(device=self.device)

@@ -31,14 +31,7 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import (
-    begin_with,
-    begins_anew,
-    find_init,
-    find_needed,
-    packed_keys,
-    read_packed,
-)
+from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed, resume_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -117,10 +110,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
-            load, path = checkpointer.load, resume.path
-            others = (HOOK_PREFIX, *packed_keys(model_cfg))
-            module.restore(lambda tensors: load(path, tensors, unused=others, verify=False))
-            read_packed(module, path, setting.ranks)
+            resume_with(module, resume.path, checkpointer.load, setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)

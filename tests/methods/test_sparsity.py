@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -313,3 +314,30 @@ def test_what_cannot_be_is_refused(
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_sparse_products_learn_what_masked_dense_ones_do(
+    tmp_path: Path, corpus: Path, static: Path
+) -> None:
+    ours = run(tmp_path, corpus, "sparsity={density: 0.25, products: sparse}")
+    torch.testing.assert_close(losses(ours), losses(static), rtol=1e-5, atol=1e-5)
+    assert outside_is_zero(ours, 8)
+
+
+def test_the_log_says_which_products_a_layer_gets(
+    tmp_path: Path, corpus: Path, capsys: Any
+) -> None:
+    run(tmp_path, corpus, STATIC, "train.duration=1step")
+    line = "blocks.0.attention.qkv and 1 more (64x32 unstructured, 25% kept, float32)"
+    assert f"{line}: dense products (too small to matter)" in capsys.readouterr().out
+    assert main(["train", str(config(tmp_path, corpus)), STATIC, "--dry-run"]) == 0
+    assert f"products of sparse layers:\n  {line}: dense" in capsys.readouterr().out
+
+
+def test_sparse_products_that_cannot_run_are_refused(
+    tmp_path: Path, corpus: Path, capsys: Any
+) -> None:
+    path = config(tmp_path, corpus)
+    section = "sparsity={density: 0.25, products: sparse}"
+    assert main(["train", str(path), section, "train.compile=true"]) == 2
+    assert "sparsity.products: sparse: train.compile does not know them" in capsys.readouterr().err
