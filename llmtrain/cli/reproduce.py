@@ -26,6 +26,8 @@ NAMES = (
     "precision-scaling-laws",
     "spdf",
     "lottery-ticket",
+    "slope",
+    "sparse-ift",
 )
 
 
