@@ -59,7 +59,7 @@ def run(
         said = [Path(folder, name) for name in ("out", "err")]
         for file in said:
             file.touch()
-        ask = _server("parallel.engine=deepspeed" in arguments, json.dumps(environment))
+        ask = _server("parallel.engine=deepspeed" in arguments)
         code = ask(
             {"arguments": ["llmtrain", *arguments], "ranks": ranks, "environment": env,
              "folder": os.getcwd(), "said": [str(file) for file in said], "timeout": timeout}
@@ -71,14 +71,16 @@ def run(
 
 
 @functools.cache
-def _server(deepspeed: bool, environment: str) -> Any:
+def _server(deepspeed: bool) -> Any:
     """A function that sends a job and waits for its exit code; the server ends with this process.
 
     DeepSpeed changes torch where it is imported: runs on it have a server of their own.
     """
+    from helpers.tiny import environment
+
     from llmtrain.cli.process import wanted_environment
 
-    env: dict[str, str] = json.loads(environment)
+    env = environment()
     server = subprocess.Popen(
         [sys.executable, "-m", "helpers.warm", *(["deepspeed"] if deepspeed else [])],
         env=env | wanted_environment(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
