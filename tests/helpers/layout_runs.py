@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.data.batch import Batch
 from llmtrain.model import complete
 from llmtrain.parallel import Fragment, World, build_layout, local_boxes
@@ -44,6 +45,7 @@ class Case:
     steps: int = STEPS
     seq_len: int = SEQ
     quantization: QuantizationConfig | None = None
+    trainable: tuple[TrainableConfig, ...] = ()
 
 
 @dataclass
@@ -79,6 +81,7 @@ def configs(what: Case, parallel: dict[str, Any]) -> tuple[RunConfig, ModelConfi
         parallel=replace(cfg.parallel, **parallel),
         train=replace(cfg.train, global_batch_size=BATCH, **dict(what.train)),
         quantization=what.quantization,
+        trainable=list(what.trainable),
     )
     return cfg, complete(cfg.model, VOCAB, what.seq_len)
 

@@ -1,0 +1,1 @@
+"""What trained weights are like: spectra of the change between two models."""
