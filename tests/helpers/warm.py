@@ -55,19 +55,32 @@ def run(
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "warm",
             "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
         }  # fmt: skip
+    job = {"words": ["llmtrain", *arguments], "ranks": ranks, "environment": env}
+    return _fork(job, timeout, deepspeed="parallel.engine=deepspeed" in arguments)
+
+
+def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python -c code *arguments`` with some variables of its environment; output is kept."""
+    from helpers.tiny import environment
+
+    words = ["-c", *arguments]
+    job = {"words": words, "ranks": 1, "environment": environment(**variables), "code": code}
+    return _fork(job, 120.0)
+
+
+def _fork(
+    job: dict[str, Any], timeout: float, deepspeed: bool = False
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="warm-") as folder:
         said = [Path(folder, name) for name in ("out", "err")]
         for file in said:
             file.touch()
-        ask = _server("parallel.engine=deepspeed" in arguments)
-        code = ask(
-            {"arguments": ["llmtrain", *arguments], "ranks": ranks, "environment": env,
-             "folder": os.getcwd(), "said": [str(file) for file in said], "timeout": timeout}
-        )  # fmt: skip
+        place = {"folder": os.getcwd(), "said": list(map(str, said)), "timeout": timeout}
+        code = _server(deepspeed)(job | place)
         out, err = (file.read_text() for file in said)
     if code is None:
-        raise subprocess.TimeoutExpired(arguments, timeout, out, err)
-    return subprocess.CompletedProcess(arguments, code, out, err)
+        raise subprocess.TimeoutExpired(job["words"], timeout, out, err)
+    return subprocess.CompletedProcess(job["words"], code, out, err)
 
 
 @functools.cache
@@ -100,8 +113,8 @@ def _server(deepspeed: bool) -> Any:
     return ask
 
 
-def serve() -> None:
-    """The server: forks each job that comes on stdin. Returns only in a child that has run one."""
+def serve() -> dict[str, Any]:
+    """The server: forks each job that comes on stdin. Returns only in a child, with its job."""
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -115,7 +128,7 @@ def serve() -> None:
                 jobs.close()
                 answers.close()
                 become(rank, job)
-                return
+                return dict(job)
             children.add(child)
         answers.write(json.dumps(ended(children, job["timeout"])) + "\n")
         answers.flush()
@@ -170,7 +183,7 @@ def become(rank: int, job: dict[str, Any]) -> None:
 
     os.environ.update(wanted_environment(os.environ), **{MARK: str(os.getpid())})
     os.chdir(job["folder"])
-    sys.argv[:] = job["arguments"]
+    sys.argv[:] = job["words"]
 
 
 if __name__ == "__main__":
@@ -186,8 +199,11 @@ if __name__ == "__main__":
     # What is imported is no garbage: children need not look through it, nor take it down.
     gc.collect()
     gc.freeze()
-    serve()
-    # Only a child comes here; it ends as the installed command does.
-    from llmtrain.cli.main import entry
+    job = serve()
+    if "code" in job:
+        exec(compile(job["code"], "<code>", "exec"), {"__name__": "__main__"})
+    else:
+        # Ends as the installed command does.
+        from llmtrain.cli.main import entry
 
-    entry()
+        entry()
