@@ -13,6 +13,11 @@ SCALES = ("mini", "small", "paper")
 MINI_SOURCES = ("code", "docs", "math")
 
 
+Judge = Callable[
+    [dict[str, list[dict[str, float]]], Mapping[str, Sequence[Path]]], tuple[list[str], str]
+]
+
+
 @dataclass(frozen=True)
 class Scoring:
     """Scores that a run selects its samples by. by: label of an earlier run of the same seed, whose
@@ -29,7 +34,8 @@ class Trial:
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
     leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
     A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
-    an earlier trial of the seed has made in the same way, with that trial's label."""
+    an earlier trial of the seed has made in the same way, with that trial's label. begins: label of
+    the earlier run of the same seed with whose weights it begins."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +44,7 @@ class Trial:
     overrides: Sequence[str] = ()
     scoring: Scoring | None = None
     shares: Mapping[str, str] = field(default_factory=dict)
+    begins: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
-    is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
+    is enough for it. corpus: folder of results -> ``prepare`` of the miniature. judge: in place of
+    table, claims and plot: losses and folders of the seeds, by label -> (lines, the SVG)."""
 
     name: str
     title: str
@@ -75,6 +83,7 @@ class Experiment:
     costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
     sweep: Sweep | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
+    judge: Judge | None = None
 
 
 def slug(label: str) -> str:

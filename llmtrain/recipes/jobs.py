@@ -93,6 +93,9 @@ def _command(
         wait = _name(experiment, trial.scoring.method, seed)
         select = {**data["data"]["select"], "scores": f"runs/{wait}.parquet"}
         data["data"] = {**data["data"], "select": select}
+    if trial.begins is not None:
+        wait = _name(experiment, trial.begins, seed)
+        data["init"] = {"path": f"runs/{wait}"}
     sequence = "continual" in data
     cfg = from_dict(data, for_training=not sequence)
     config.write_text(to_yaml(cfg), encoding="utf-8")

@@ -55,7 +55,10 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     finally:
         close_world()
     costs = experiment.costs(made) if experiment.costs is not None else ()
-    lines, drawing = _result(experiment, losses, costs)
+    if experiment.judge is not None:
+        lines, drawing = experiment.judge(losses, made)
+    else:
+        lines, drawing = _result(experiment, losses, costs)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
@@ -92,6 +95,8 @@ def _make(
             _score(trial.scoring, folders, file, world)
             select = {**data["data"]["select"], "scores": str(file)}
             data["data"] = {**data["data"], "select": select}
+        if trial.begins is not None:
+            data["init"] = {"path": str(folders[trial.begins])}
         if "continual" in data:
             return _sequence(trial, data, folders, world)
         cfg = from_dict(data, for_training=True)
