@@ -70,7 +70,7 @@ quickstart: $(KERNELS)  ## prepare a corpus, train a small model on it, write th
 	@echo "next         docs/quickstart.md"
 
 test: $(KERNELS)  ## the tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster" -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -20,9 +20,10 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.folder import CONFIG, ModelFolder
 from llmtrain.convert.incoming import open_huggingface
 from llmtrain.convert.names import Rule
+from llmtrain.convert.scaling import fold_factor
 from llmtrain.errors import CheckpointError
-from llmtrain.linear import low_rank_change
-from llmtrain.model import ADAPTER, PARTS, adapter_scale, complete, row_pattern
+from llmtrain.linear import adapted_weight
+from llmtrain.model import ADAPTER, PARTS, complete, whole_change
 
 _FUSED = {"attention.qkv": ("qkv", PARTS["attention.qkv"]), "mlp.up": ("gated", PARTS["mlp.up"])}
 
@@ -31,8 +32,9 @@ _FUSED = {"attention.qkv": ("qkv", PARTS["attention.qkv"]), "mlp.up": ("gated", 
 class Matrices:
     """A model as its matrices: ``blocks.3.attention.q``, ``blocks.0.mlp.gate``, ``embedding`` ...
 
-    What lies in one tensor here (q, k and v; gate and up) is taken apart, and adapters are part
-    of the weights. path: the checkpoint or folder; warnings: newer checkpoints passed over.
+    What lies in one tensor here (q, k and v; gate and up) is taken apart; adapters and the
+    multipliers of a parametrisation are part of the weights. path: the checkpoint or
+    folder; warnings: newer checkpoints passed over.
     """
 
     path: Path
@@ -90,13 +92,12 @@ class _Ours:
         self._path, self._layout, self._cfg = path, layout, cfg
 
     def __call__(self, layer: str) -> Tensor:
-        whole = self._tensor(f"{layer}.weight").float()
-        cfg, side = self._cfg, f"{layer}{ADAPTER}"
-        if cfg.adapters is None or f"{MODEL_PREFIX}{side}a.weight" not in self._layout:
+        name = f"{layer}.weight"
+        whole = self._tensor(name).float() * fold_factor(self._cfg, name)
+        if f"{MODEL_PREFIX}{layer}{ADAPTER}a.weight" not in self._layout:
             return whole
-        a, b = (self._tensor(f"{side}{x}.weight").float() for x in "ab")
-        change = low_rank_change(a, b, adapter_scale(cfg.adapters), row_pattern(cfg, layer))
-        return whole + change
+        change = whole_change(self._cfg, layer, lambda side: self._tensor(f"{layer}.{side}"))
+        return whole if change is None else adapted_weight(whole, change)
 
     def _tensor(self, name: str) -> Tensor:
         key = MODEL_PREFIX + name

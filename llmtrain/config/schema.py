@@ -24,6 +24,7 @@ from llmtrain.config.selection import SelectConfig
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
+from llmtrain.config.watch import WatchdogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias", "adapter")
@@ -324,6 +325,7 @@ class TrainConfig:
     compile: bool = key(False, "torch.compile each block")
     deterministic: bool = key(False, "deterministic kernels, slower")
     gc_every: int = key(100, "steps between garbage collections; 0: leave it to Python", ge=0)
+    watchdog: WatchdogConfig = key(WatchdogConfig)
 
 
 @dataclass(frozen=True)

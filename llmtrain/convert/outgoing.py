@@ -36,8 +36,8 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import low_rank_change
-from llmtrain.model import ADAPTER, adapter_scale, complete, row_pattern
+from llmtrain.linear import Change, Frozen, adapted_weight
+from llmtrain.model import ADAPTER, complete, packed_weights, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -162,6 +162,9 @@ class _Writer:
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
         self._rules, self._fp8 = rules, fp8
+        section = cfg.adapters
+        form = Frozen("" if section is None or section.base is None else section.base)
+        self._packed = dict.fromkeys(packed_weights(cfg), form)
         own = {name for name in layout if ADAPTER not in name}
         lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
@@ -207,13 +210,14 @@ class _Writer:
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
         return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
 
-    def _change(self, layer: str) -> Tensor:
-        """What the adapter of a layer adds to its weight."""
-        assert self._cfg.adapters is not None
-        names = [f"{layer}{ADAPTER}{side}.weight" for side in "ab"]
-        a, b = (read_tensor(self._found, MODEL_PREFIX + n, self._layout[n]) for n in names)
-        scale = adapter_scale(self._cfg.adapters)
-        return low_rank_change(a.float(), b.float(), scale, row_pattern(self._cfg, layer))
+    def _change(self, layer: str) -> Change | None:
+        """The adapter of a layer."""
+
+        def read(name: str) -> Tensor:
+            key = f"{layer}.{name}"
+            return read_tensor(self._found, MODEL_PREFIX + key, self._layout[key])
+
+        return whole_change(self._cfg, layer, read)
 
     def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
         for rule in rules:
@@ -224,12 +228,18 @@ class _Writer:
                 for part in rule.split(numbers, self._cfg):
                     yield from map(in_blocks, self._fp8.values(part, scale))
                 continue
+            if rule.ours in self._packed:
+                # What the run computed with, and the adapters were trained beside.
+                form = self._packed[rule.ours]
+                whole = form.unpack(form.pack(whole), torch.float32)
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
-                whole = whole.float().add_(self._change(layer))
+                change = self._change(layer)
+                assert change is not None
+                whole = adapted_weight(whole, change)
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             del whole
             for part in parts:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from llmtrain.linear.frozen import FrozenMatmul, Parts, frozen_matmul
 from llmtrain.linear.function import Plan, apply_linear
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
-from llmtrain.linear.operand import Operand, Reach
+from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -71,13 +72,27 @@ class OperandCache:
         return OperandCache()
 
 
+PACKED = ("codes", "scales", "row_scales")
+
+
+class Adapter(Protocol):
+    """What stands beside a layer; ``linear.adapter.LowRank`` is one. directed: whether it scales
+    the rows of the result (``direct``)."""
+
+    directed: bool
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def direct(self, z: Tensor, weight: Tensor, plan: Plan) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = scale x weight^T + bias. weight: [out_features, in_features], bias: [out_features].
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: a module
-    (x, y) -> y, see ``linear.adapter``. The float32 weights are
+    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: see
+    ``linear.adapter``. The float32 weights are
     uninitialised until ``llmtrain.model.init_weights``.
     """
 
@@ -103,7 +118,33 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
-        self.adapter: nn.Module | None = None
+        self.packed: tuple[str, ...] = ()
+        self.adapter: Adapter | None = None
+
+    def freeze(self, name: str) -> None:
+        """Keep the weight packed in a format of ``linear.frozen`` from now on, as ``codes``,
+        ``scales`` and ``row_scales``; they hold nothing until ``fill_frozen``."""
+        matmul = frozen_matmul(name, self.matmul.dtype)
+        with self.weight.device:
+            parts = matmul.form.empty(self.out_features, self.in_features)
+        del self.weight
+        for leaf, part in zip(PACKED, parts, strict=True):
+            if part is not None:
+                self.register_parameter(leaf, nn.Parameter(part, requires_grad=False))
+        self.packed = PACKED[: sum(part is not None for part in parts)]
+        self.set_matmul(matmul)
+
+    def packed_parts(self) -> Parts:
+        """The packed weight as this rank's memory holds it: under FSDP2 its own rows."""
+        found = [getattr(self, leaf) for leaf in self.packed]
+        return Parts(*(p.to_local() if isinstance(p, DTensor) else p for p in found))
+
+    def rows(self) -> Tensor:
+        """The rows of the weight in this rank's memory, as the products read them, float32."""
+        if isinstance(self.matmul, FrozenMatmul):
+            return self.matmul.form.unpack(self.packed_parts(), self.matmul.dtype).float()
+        stored = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return stored.to(self.matmul.dtype).float()
 
     @property
     def adaptable(self) -> bool:
@@ -112,7 +153,12 @@ class Linear(nn.Module):
 
     def tensor_placement(self, name: str) -> TensorPlacement:
         """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
-        return self.placement.weight if name == "weight" else self.placement.bias
+        if name == "bias":
+            return self.placement.bias
+        whole = name != "weight" and getattr(self, name).shape[1] == 1
+        # The scales of whole rows are the same on all ranks that share the rows.
+        shares = whole and self.placement is Placement.ROW
+        return Replicate() if shares else self.placement.weight
 
     def tensor_partial(self, name: str) -> bool:
         """Whether this rank's gradient of a replicated parameter is one summand of it."""
@@ -120,10 +166,11 @@ class Linear(nn.Module):
         return name == "bias" and self.plan.by_tokens and self.placement is Placement.ROW
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as this rank computes with them."""
+        """Weight (its codes where it is packed) and bias as this rank computes with them."""
+        weight = local(getattr(self, self.packed[0]) if self.packed else self.weight)
         if self.bias is None:
-            return local(self.weight), None
-        return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
+            return weight, None
+        return weight, local(self.bias, partial=self.tensor_partial("bias"))
 
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
@@ -141,13 +188,16 @@ class Linear(nn.Module):
 
     def set_freed(self) -> None:
         """FSDP2 owns the weight from now on: see ``Plan.freed``."""
-        self.plan = replace(self.plan, freed=True)
+        # Packed codes are what it gathers and frees.
+        self.plan = replace(self.plan, freed=not self.packed)
 
     def operand(self) -> Operand:
         """The weight as the products read it; the parameter itself where its dtype fits."""
         return self._operand(self.parts()[0])
 
     def _operand(self, weight: Tensor) -> Operand:
+        if self.packed:
+            return Packed(weight, *(local(getattr(self, leaf)) for leaf in self.packed[1:]))
         reach = self.plan.weight_reach
         if self.plan.freed:
             return self.matmul.operand(weight, reach)
@@ -157,11 +207,20 @@ class Linear(nn.Module):
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
         parts of both under ``placement`` are those of ``apply_linear``."""
         weight, bias = self.parts()
-        y = apply_linear(x, weight, bias, self._operand(weight), self.plan)
-        if self.adapter is None:
-            return y
-        adapted: Tensor = self.adapter(x, y)
-        return adapted
+        operand = self._operand(weight)
+        adapter = self.adapter
+        if adapter is None:
+            return apply_linear(x, weight, bias, operand, self.plan)
+        if not adapter.directed:
+            adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan))
+            return adapted
+        y = adapter(x, apply_linear(x, weight, None, operand, self.plan))
+        if isinstance(self.matmul, FrozenMatmul):
+            read = self.matmul.weight(operand)
+        else:
+            read = plain(operand, self.matmul.dtype)
+        adapted = adapter.direct(y, read, self.plan)
+        return adapted if bias is None else adapted + bias.to(adapted.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from llmtrain.model import PARTS, adapted_parts
+from llmtrain.model import PARTS, adapted_parts, is_directed
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.setting import Setting
 
@@ -45,8 +45,9 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
         passes = 2 if split and not stage.first else 1
         for i in stage.blocks:
             for kind in PARTS:
-                adapted = len(adapted_parts(model, f"blocks.{i}.{kind}"))
-                width = adapted * model.adapters.rank
+                parts = adapted_parts(model, f"blocks.{i}.{kind}")
+                adapted = len(parts)
+                width = adapted * max((part.rank for part in parts), default=0)
                 if kind in _COLUMN:
                     add(GATHER, forwards, model.d_model)
                     add(SCATTER, int(before), model.d_model)
@@ -57,5 +58,9 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
                     add(GATHER, int(before), model.d_model)
                     add(SCATTER, forwards * bool(adapted), width)
                     add(GATHER, passes * bool(adapted), width)
+                    if adapted and is_directed(model.adapters):
+                        # Squares of rows in float32, whatever the layout of the tokens.
+                        calls[REDUCE] += forwards
+                        values[REDUCE] += forwards * model.d_model * 4 // setting.item
                 before = before or adapted > 0
     return {kind: (count, values[kind]) for kind, count in calls.items() if count}

@@ -10,12 +10,14 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
+from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, resolve_model
+from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model, set_magnitudes
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -75,10 +77,10 @@ def resume_with(module: TrainModule, path: Path, load: Callable[..., None]) -> N
     With ``trainable`` the checkpoint has the moments of what was training then; those of other
     parameters begin anew.
     """
-    unused: Sequence[str] = (HOOK_PREFIX,)
+    unused = (HOOK_PREFIX, *packed_keys(module.model_cfg))
     stored: Mapping[str, Any] | None = None
     if module.cfg.trainable:
-        unused, stored = (OPTIM_PREFIX, HOOK_PREFIX), read_layout(path)
+        unused, stored = (OPTIM_PREFIX, *unused), read_layout(path)
     module.restore(
         lambda tensors: load(
             path,
@@ -101,7 +103,8 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
     ranks = Ranks(world.cpu_group)
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
     all_moments = init.optimizer and not module.cfg.trainable
-    unused = (HOOK_PREFIX,) if all_moments else (OPTIM_PREFIX, HOOK_PREFIX)
+    others = (HOOK_PREFIX,) if all_moments else (OPTIM_PREFIX, HOOK_PREFIX)
+    unused = (*others, *packed_keys(module.model_cfg))
 
     def may_lack(key: str) -> bool:
         moments = bool(module.cfg.trainable) and key.startswith(OPTIM_PREFIX)
@@ -122,8 +125,26 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
                 False,
             )
         )
+        read_packed(module, path, ranks)
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
+    if not any(ADAPTER in key for key in stored):
+        # The frozen weights are others than those that these were first taken of.
+        set_magnitudes(module.model)
+
+
+def packed_keys(model: ModelConfig) -> tuple[str, ...]:
+    """Names of stored tensors that ``read_packed`` reads, and nobody else."""
+    return tuple(MODEL_PREFIX + name for name in packed_weights(model))
+
+
+def read_packed(module: TrainModule, path: Path, ranks: Ranks) -> None:
+    """Pack the frozen weights of a verified checkpoint, each rank its own part; collective.
+
+    Nothing to do for a model that keeps none packed. Raises CheckpointError.
+    """
+    if packed_weights(module.model_cfg):
+        ranks.reduce(lambda: fill_packed(module.model, RowReader(path)), lambda _: None)
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:

@@ -13,7 +13,7 @@ from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import MODEL_PREFIX, Base
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
-from llmtrain.model import Decoder
+from llmtrain.model import Decoder, unpacked
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LeftOut:
 def frozen_names(model: ModelConfig) -> frozenset[str]:
     """Stored names of the parameters that do not train, of the whole model."""
     with torch.device("meta"):
-        params = Decoder(model, torch.float32).named_parameters()
+        params = Decoder(unpacked(model), torch.float32).named_parameters()
     return frozenset(MODEL_PREFIX + name for name, param in params if not param.requires_grad)
 
 
@@ -49,10 +49,10 @@ def left_out(
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))
-    if found is None and wanted == "trainable":
+    if found is None and (wanted == "trainable" or model.adapters.base is not None):
         raise ConfigError(
             f"checkpoint.save: {source} holds the frozen weights itself, as a run saves them from "
-            "its start; set checkpoint.save=auto, or begin a new run with it as init.path"
+            "its start; begin a new run with it as init.path, or set checkpoint.save=auto"
         )
     if found is None:
         return None

@@ -23,6 +23,7 @@ from llmtrain.model import (
     hidden_layers,
     init_weights,
     limit_training,
+    packed_names,
     param_roles,
     rate_factors,
     shard_over_tensor,
@@ -90,6 +91,12 @@ class StepResult:
     skipped: bool
 
 
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, without those that are packed weights."""
+    packed = packed_names(model)
+    return {name: p for name, p in model.named_parameters() if name not in packed}
+
+
 def lay_out(
     model: Decoder,
     cfg: RunConfig,
@@ -151,7 +158,7 @@ class TrainModule:
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
-        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.params: dict[str, nn.Parameter] = plain_parameters(model)
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)

@@ -33,7 +33,7 @@ from llmtrain.optim import build_groups, build_optimizer, create_state
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.pipeline import Pipeline, build_pipeline, ends_group
-from llmtrain.train.module import StepSums, TrainModule, lay_out
+from llmtrain.train.module import StepSums, TrainModule, lay_out, plain_parameters
 
 TIED = "embedding.weight"
 
@@ -126,7 +126,7 @@ class PipelineModule(TrainModule):
             lay_out(decoder, cfg, precision, layout, root=stage)
             stage.to_empty(device=self.device)
             init_weights(decoder, cfg.seed)
-            self.params |= dict(decoder.named_parameters())
+            self.params |= plain_parameters(decoder)
             chain.stages.append(stage)
         self.model = chain
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))

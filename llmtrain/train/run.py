@@ -31,7 +31,14 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed, resume_with
+from llmtrain.train.begin import (
+    begin_with,
+    begins_anew,
+    find_init,
+    find_needed,
+    read_packed,
+    resume_with,
+)
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -46,6 +53,7 @@ from llmtrain.train.saver import ResumePoint, Saver
 from llmtrain.train.signals import SignalWatch
 from llmtrain.train.throughput import Throughput, device_peak
 from llmtrain.train.trainer import Services, Trainer
+from llmtrain.train.watchdog import Watchdog
 
 # A longer plan is left to its own command: what comes before step 1 fits on a screen.
 _PLAN_LINES = 24
@@ -109,6 +117,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
             resume_with(module, resume.path, checkpointer.load)
+            read_packed(module, resume.path, setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
@@ -121,16 +130,25 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             console.say(line)
         recorder = _recorder(cfg, plan, times, (console, module, resume))
         try:
-            services = Services(times, evaluation, recorder, saver)
-            _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
+            with _watchdog(cfg, world) as watch:
+                services = Services(times, evaluation, recorder, saver, watch)
+                _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
         finally:
             recorder.close()
+
+
+def _watchdog(cfg: RunConfig, world: World) -> Watchdog:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = (world.rank, world.rank - world.local_rank, here, world.size)
+    return Watchdog(cfg.train.watchdog, run_folder(cfg) / "watch", ranks)
 
 
 def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
     """Train, sample; what goes wrong is recorded before it is raised."""
     cfg, recorder = trainer.cfg, trainer.recorder
     try:
+        if trainer.watch.before is not None:
+            recorder.event(0 if resume is None else resume.step, f"before: {trainer.watch.before}")
         if resume is not None:
             trainer.load_state_dict(resume.step, resume.extra)
             # The module has its own by now; those of hooks that this run has not stay unread.

@@ -24,6 +24,7 @@ from llmtrain.train.module import StepResult, TrainModule
 from llmtrain.train.recorder import Recorder
 from llmtrain.train.saver import Saver
 from llmtrain.train.signals import SignalWatch
+from llmtrain.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -43,6 +44,7 @@ class Trainer:
         self.clockwork = services.clockwork
         self.evaluation, self.recorder = services.evaluation, services.recorder
         self.saver = services.saver
+        self.watch = services.watch
         self.guard = Guard(cfg.guard)
         self.schedule = module.schedule(self.clockwork.total)
         self.step_done = 0
@@ -68,9 +70,11 @@ class Trainer:
         times = self.clockwork
         batches: Iterator[Batch] = loader.iterate(self.step_done, times.stop)
         self.recorder.begin(self.step_done)
+        self.watch.begin(self.step_done)
         try:
             for batch in batches:
                 result, stop = self.step(batch, signals)
+                self.watch.at("log")
                 self.recorder.step(result, loader.wait_seconds)
                 self._collect()
                 if self.cfg.train.gc_every and result.step % self.cfg.train.gc_every == 0:
@@ -81,8 +85,10 @@ class Trainer:
                     self.evaluate()
                 if times.saves(result.step) and result.step != times.stop:
                     self.save()
+                self.watch.at("data")
         finally:
             loader.close()
+        self.watch.at("end")
         for hook in self.hooks:
             hook.on_run_end(self)
         if not self.saver.has(self.step_done):
@@ -109,17 +115,22 @@ class Trainer:
         batch = self.module.receive(batch)
         for hook in self.hooks:
             hook.before_batch(self, batch)
+        self.watch.at("exchange")
         weight, told = self.world.sum([self.module.token_weight(batch), signals.pending])
+        self.watch.at("forward and backward")
         sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
         for hook in self.hooks:
             hook.after_backward(self)
+        self.watch.at("norm")
         norm = self.module.gradient_norm()
+        self.watch.at("loss")
         (loss,) = self.world.sum([float(sums.loss)])
         # Equal on all ranks to the last bit, or they might come to different verdicts.
         norm.fill_(self.world.max([float(norm)])[0])
         step = self.step_done + 1
         verdict = self.guard.judge(step, loss, float(norm), self._sample_range(step))
         lr = self.cfg.optim.lr * self.schedule.factor(self.step_done)
+        self.watch.at("update")
         if verdict.skip:
             self.module.drop_gradients()
         else:
@@ -129,6 +140,7 @@ class Trainer:
         if verdict.event:
             self.recorder.event(step, verdict.event)
         result = StepResult(step, loss, float(norm), lr, weight, verdict.skip)
+        self.watch.at("hooks", step)
         for hook in self.hooks:
             hook.after_step(self, result)
         return result, told > 0
@@ -136,6 +148,7 @@ class Trainer:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out loss per domain, recorded and handed to the hooks."""
         self.recorder.pause()
+        self.watch.at("evaluation")
         metrics = self.last_evaluation = self.evaluation.run(self.module)
         self.recorder.evaluation(self.step_done, metrics)
         for hook in self.hooks:
@@ -146,6 +159,7 @@ class Trainer:
     def save(self, final: bool = False) -> None:
         """Checkpoint now (in the background when configured so)."""
         self.recorder.pause()
+        self.watch.at("checkpoint")
         for hook in self.hooks:
             hook.on_checkpoint(self)
         permanent = final or self.clockwork.keeps(self.step_done)
@@ -210,3 +224,4 @@ class Services:
     evaluation: Evaluation
     recorder: Recorder
     saver: Saver
+    watch: Watchdog

@@ -31,7 +31,7 @@ from llmtrain.train.module import TrainModule
 # full_tensor() of a tensor over two mesh dimensions says that it gathers twice.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-VOCAB, BATCH, SEQ, STEPS = 101, 12, 20, 10
+VOCAB, BATCH, SEQ, STEPS = 101, 12, 20, 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
     """What is trained: changes to the tiny model, to other sections, and the length."""
 
     model: tuple[tuple[str, Any], ...] = ()
-    train: tuple[tuple[str, Any], ...] = (("micro_batch_size", 1),)
+    train: tuple[tuple[str, Any], ...] = (("micro_batch_size", 3),)
     optim: tuple[tuple[str, Any], ...] = ()
     compute: torch.dtype = torch.float32
     steps: int = STEPS
@@ -57,7 +57,7 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def case(steps: int = STEPS, seq_len: int = SEQ, micro: int = 1, **model: Any) -> Case:
+def case(steps: int = STEPS, seq_len: int = SEQ, micro: int = 3, **model: Any) -> Case:
     """A case by the model's keys."""
     train = (("micro_batch_size", micro),)
     return Case(tuple(model.items()), train, steps=steps, seq_len=seq_len)
@@ -180,6 +180,17 @@ def train_steps(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> 
     module = build(rank, world, what, parallel)
     steps = [one_step(module, step) for step in range(what.steps)]
     return outcome(module, steps)
+
+
+def alone(what: Case) -> Outcome:
+    """The run of one process: what others are held against. Computed once."""
+    key = repr(what)
+    if key not in _ALONE:
+        _ALONE[key] = train_steps(0, 1, what, {})
+    return _ALONE[key]
+
+
+_ALONE: dict[str, Outcome] = {}
 
 
 def outcome(module: TrainModule, steps: list[tuple[float, float]]) -> Outcome:
