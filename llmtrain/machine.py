@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 
 # A process that lost another one; that one's own code says why.
 EXIT_LOST = 1
@@ -42,3 +43,15 @@ def tell_launcher(code: int) -> None:
             out.seek(0)
             out.truncate()
             out.write(str(code))
+
+
+def processor_name() -> str:
+    """The model of the CPU as Linux tells it, such as "AMD EPYC 7763"; elsewhere its family."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

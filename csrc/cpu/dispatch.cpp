@@ -11,11 +11,15 @@
 
 namespace avx512 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 namespace avx2 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
@@ -27,7 +31,9 @@ extern const llmtrain::AttentionKernels attention;
 #endif
 namespace baseline {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
+extern const llmtrain::SparseSet sparse;
 }
 
 namespace llmtrain {
@@ -98,6 +104,22 @@ const Fp8Kernels& fp8_kernels() {
   if (level() == kAvx2) return avx2::fp8;
 #endif
   return baseline::fp8;
+}
+
+const FusedSet& fused_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::fused;
+  if (level() == kAvx2) return avx2::fused;
+#endif
+  return baseline::fused;
+}
+
+const SparseSet& sparse_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::sparse;
+  if (level() == kAvx2) return avx2::sparse;
+#endif
+  return baseline::sparse;
 }
 
 // Null where the processor has no bfloat16 products.

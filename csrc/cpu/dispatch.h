@@ -3,8 +3,10 @@
 
 #include "attention.h"
 #include "fp8.h"
+#include "fused.h"
 #include "products.h"
 #include "rows.h"
+#include "sparse.h"
 
 namespace llmtrain {
 
@@ -20,6 +22,10 @@ template <class T>
 const RowKernels<T>& rows();
 
 const Fp8Kernels& fp8_kernels();
+
+const FusedSet& fused_kernels();
+
+const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();

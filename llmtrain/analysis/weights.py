@@ -94,8 +94,6 @@ class _Ours:
     def __call__(self, layer: str) -> Tensor:
         name = f"{layer}.weight"
         whole = self._tensor(name).float() * fold_factor(self._cfg, name)
-        if f"{MODEL_PREFIX}{layer}{ADAPTER}a.weight" not in self._layout:
-            return whole
         change = whole_change(self._cfg, layer, lambda side: self._tensor(f"{layer}.{side}"))
         return whole if change is None else adapted_weight(whole, change)
 

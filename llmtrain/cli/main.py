@@ -37,6 +37,7 @@ COMMANDS = (
     "compare",
     "report",
     "reproduce",
+    "sparsity",
     "plan",
     "launch",
     "doctor",

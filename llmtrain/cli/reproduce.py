@@ -24,6 +24,8 @@ NAMES = (
     "mus-transfer",
     "mus-depth",
     "mus-fp8",
+    "spdf",
+    "lottery-ticket",
 )
 
 

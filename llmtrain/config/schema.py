@@ -21,7 +21,7 @@ from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
-from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.config.sparsity import LotteryConfig, SparsityConfig
 from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 from llmtrain.config.watch import WatchdogConfig
@@ -393,4 +393,5 @@ class RunConfig:
         "which parameters train when; empty: all of them, all the time",
         hook="llmtrain.methods.trainable:PartialTraining",
     )
+    lottery: LotteryConfig | None = key(None, "tickets, for `llmtrain sparsity lottery`")
     hooks: list[HookConfig] = key(list, "hooks by import path")

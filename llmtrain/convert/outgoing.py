@@ -24,6 +24,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
+from llmtrain.convert.masks import MASKS, export_masks
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -89,7 +90,8 @@ def to_huggingface(
 ) -> Converted:
     """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
 
-    Adapters are merged into the weights, in float64 and rounded once.
+    Adapters are merged into the weights, in float64 and rounded once. The masks of a sparse model
+    are written beside them (``convert.masks``).
 
     architecture: by name; None: what it was converted from, or the one that computes the same.
     dtype: None: the one it was converted from, or that of the checkpoint. fp8: layers that compute
@@ -112,6 +114,7 @@ def to_huggingface(
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
+        export_masks(found, opened.rules, cfg, temporary / MASKS)
         config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
         if casts is not None:
             config["quantization_config"] = casts.config(opened.rules)

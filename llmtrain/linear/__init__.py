@@ -16,6 +16,7 @@ from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
+from llmtrain.linear.sparse import SparseLinear, SparseMatmul
 
 __all__ = [
     "BF16",
@@ -36,6 +37,8 @@ __all__ = [
     "Placement",
     "Plan",
     "Reach",
+    "SparseLinear",
+    "SparseMatmul",
     "adapted_weight",
     "apply_linear",
     "backward_for",

@@ -13,12 +13,15 @@ from torch.distributed.tensor.placement_types import Placement as TensorPlacemen
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from llmtrain.linear.fp8 import Fp8Matmul
 from llmtrain.linear.frozen import FrozenMatmul, Parts, frozen_matmul
-from llmtrain.linear.function import Plan, apply_linear
+from llmtrain.linear.function import Given, Plan, apply_linear
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
+from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.tensor import TensorParallel, local
 
 
@@ -118,6 +121,7 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
+        self._sparse = False
         self.packed: tuple[str, ...] = ()
         self.adapter: Adapter | None = None
 
@@ -175,15 +179,20 @@ class Linear(nn.Module):
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
         self._format = matmul
-        if self.mask is not None:
+        if self.mask is not None and self._sparse and self._back is None and not matmul.packs:
+            matmul = SparseMatmul(matmul, self.mask)
+        elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
         self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
         self._cache.clear()
 
-    def set_mask(self, mask: Mask | None, back: Mask | None = None) -> None:
+    def set_mask(
+        self, mask: Mask | None, back: Mask | None = None, *, sparse: bool = False
+    ) -> None:
         """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
-        of it. The mask is that of this rank's tensor-parallel part, on its device."""
-        self.mask, self._back = mask, back
+        of it. The mask is that of this rank's tensor-parallel part, on its device. sparse: by
+        ``SparseMatmul``, where number format and masks allow."""
+        self.mask, self._back, self._sparse = mask, back, sparse
         self.set_matmul(self._format)
 
     def set_freed(self) -> None:
@@ -203,18 +212,47 @@ class Linear(nn.Module):
             return self.matmul.operand(weight, reach)
         return self._cache.get(weight, self.matmul, reach)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def takes_casts(self, x: Tensor) -> bool:
+        """Whether what makes this layer's input ``x`` may cast it to e4m3 for it."""
+        static = isinstance(self.matmul, Fp8Matmul) and self.matmul.static
+        return static and x.dtype == self.matmul.dtype
+
+    def wants(self, x: Tensor) -> tuple[bool, bool]:
+        """Of a cast input like ``x``: whether its transposed copy is used, and whether anything
+        reads the values themselves."""
+        column = self.plan.column
+        gathers = column is not None and column.sequence
+        turned = x.is_cuda and torch.is_grad_enabled() and self.weight.requires_grad
+        reads = self.adapter is not None or bool(self._forward_pre_hooks or self._forward_hooks)
+        return turned and not gathers, reads
+
+    def handoff(self, y: Tensor) -> Handoff | None:
+        """Where the gradient of the output may be left in e5m2; ``y``: like the output."""
+        row = self.plan.row
+        if not self.takes_casts(y) or (row is not None and row.sequence):
+            return None
+        if self.adapter is not None and self.adapter.directed:
+            return None  # The product's own gradient is another one.
+        assert isinstance(self.matmul, Fp8Matmul)
+        return Handoff(self.matmul.gradient_scale, y.is_cuda and self.weight.requires_grad)
+
+    def forward(
+        self, x: Tensor, casts: Casts | None = None, handoff: Handoff | None = None
+    ) -> Tensor:
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
-        parts of both under ``placement`` are those of ``apply_linear``."""
+        parts of both under ``placement`` are those of ``apply_linear``.
+
+        casts: x in e4m3, where its producer has cast it (``takes_casts``). handoff: see there.
+        """
         weight, bias = self.parts()
-        operand = self._operand(weight)
+        operand, given = self._operand(weight), Given(casts, handoff)
         adapter = self.adapter
         if adapter is None:
-            return apply_linear(x, weight, bias, operand, self.plan)
+            return apply_linear(x, weight, bias, operand, self.plan, given)
         if not adapter.directed:
-            adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan))
+            adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan, given))
             return adapted
-        y = adapter(x, apply_linear(x, weight, None, operand, self.plan))
+        y = adapter(x, apply_linear(x, weight, None, operand, self.plan, given))
         if isinstance(self.matmul, FrozenMatmul):
             read = self.matmul.weight(operand)
         else:

@@ -9,12 +9,17 @@ from llmtrain.optim.clip import (
     sum_over_parts,
 )
 from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
+from llmtrain.optim.lion import Lion
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
+from llmtrain.optim.sparse import SparseAdamW, SparseLion
 from llmtrain.optim.state import create_state, state_tensors
 
 __all__ = [
+    "Lion",
     "ParamGroup",
     "Schedule",
+    "SparseAdamW",
+    "SparseLion",
     "build_groups",
     "build_optimizer",
     "clip_gradients",

@@ -19,10 +19,12 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
     A frozen product gathers no input again, and its backward runs only where an adapter comes
     before it. An adapter moves its r values a token (r for each of a fused layer's matrices): a
     column-parallel layer's B gathers them and reduces their gradient, a row-parallel layer's A
-    the other way. values: elements of all payloads together.
+    the other way. values: elements of all payloads together. Where the weights train as well,
+    inputs are gathered again and every backward runs.
     """
     model, parallel = setting.model, setting.cfg.parallel
     assert model.adapters is not None
+    trains = not model.adapters.freeze
     split = parallel.pipeline_schedule == "zero_bubble" and setting.degrees.pipeline > 1
     forwards = 2 if setting.cfg.train.recompute == "full" else 1
     again = 0 if parallel.keep_gathered else 1
@@ -41,7 +43,7 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
 
     for stage in stages:
         # A later stage passes the gradient of its input on in any case.
-        before = not stage.first
+        before = trains or not stage.first
         passes = 2 if split and not stage.first else 1
         for i in stage.blocks:
             for kind in PARTS:
@@ -49,13 +51,13 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
                 adapted = len(parts)
                 width = adapted * max((part.rank for part in parts), default=0)
                 if kind in _COLUMN:
-                    add(GATHER, forwards, model.d_model)
+                    add(GATHER, forwards + again * trains, model.d_model)
                     add(SCATTER, int(before), model.d_model)
                     add(GATHER, (forwards + again) * bool(adapted), width)
                     add(SCATTER, int(bool(adapted)), width)
                 else:
                     add(SCATTER, forwards, model.d_model)
-                    add(GATHER, int(before), model.d_model)
+                    add(GATHER, passes if trains else int(before), model.d_model)
                     add(SCATTER, forwards * bool(adapted), width)
                     add(GATHER, passes * bool(adapted), width)
                     if adapted and is_directed(model.adapters):

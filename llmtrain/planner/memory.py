@@ -19,6 +19,7 @@ from llmtrain.model import ActivationSplit, activation_bytes, block_activation_b
 from llmtrain.model.flops import widths
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
+from llmtrain.planner.sparse import mask_memory
 
 FLOAT = 4  # bytes of a float32
 
@@ -151,6 +152,8 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
         tied = setting.model.tie_embeddings
         cast = [p for p in plain if p.role in ("hidden", "head") or (tied and _is_table(p))]
         found["compute copies"] = setting.item * _elements(cast)
+    if setting.cfg.sparsity is not None:
+        found |= mask_memory(setting, parts)
     return found
 
 

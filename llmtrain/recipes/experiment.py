@@ -34,8 +34,9 @@ class Trial:
     (plain data, without name, out and seed); a branch has ``trunk`` (the label of the run it
     leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
     A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
-    an earlier trial of the seed has made in the same way, with that trial's label. begins: label of
-    the earlier run of the same seed with whose weights it begins."""
+    an earlier trial of the seed has made in the same way, with that trial's label. One with a
+    section ``lottery`` is made once a seed, and ``level`` says which of its runs is meant. begins:
+    label of the earlier run of the same seed with whose weights it begins."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Trial:
     overrides: Sequence[str] = ()
     scoring: Scoring | None = None
     shares: Mapping[str, str] = field(default_factory=dict)
+    level: int = 0
     begins: str | None = None
 
 

@@ -100,7 +100,9 @@ def _command(
     cfg = from_dict(data, for_training=not sequence)
     config.write_text(to_yaml(cfg), encoding="utf-8")
     files.append(config)
-    return ["continual" if sequence else "train", config.name], wait
+    kinds = {"continual": ["continual"], "lottery": ["sparsity", "lottery"]}
+    words = next((w for section, w in kinds.items() if section in data), ["train"])
+    return [*words, config.name], wait
 
 
 def _name(experiment: Experiment, label: str, seed: int) -> str:

@@ -13,6 +13,7 @@ from llmtrain.config.diff import diff_configs
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import ConfigError
 from llmtrain.eval.scoring import Request, score
+from llmtrain.finetune.lottery import run_lottery
 from llmtrain.finetune.plan import plan_sequence
 from llmtrain.finetune.sequence import RESULT, run_sequence
 from llmtrain.parallel import World, close_world, init_world
@@ -99,6 +100,10 @@ def _make(
             data["init"] = {"path": str(folders[trial.begins])}
         if "continual" in data:
             return _sequence(trial, data, folders, world)
+        if "lottery" in data:
+            cfg = from_dict({**data, "name": f"{experiment.name}-s{seed}"}, for_training=True)
+            run_lottery(cfg, lambda line: None, world)
+            return out / cfg.name / f"level-{trial.level:02d}"
         cfg = from_dict(data, for_training=True)
         if not done(cfg, out / name):
             train(cfg, world)

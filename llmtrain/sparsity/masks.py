@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
 from llmtrain.parallel import Layout, local_boxes
+from llmtrain.sparsity.auto import Case, Choice, case_of, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import best_kept, block_scores, prune_again, random_kept
-from llmtrain.sparsity.select import Sparse
+from llmtrain.sparsity.select import Sparse, packed_dim
 
 Box = tuple[tuple[int, int], tuple[int, int]]
 
@@ -45,6 +46,10 @@ class Masks:
         self.sparse = {name: sparse[name] for name in self.layers}
         self.params = {name: params[f"{name}.weight"] for name in self.layers}
         self.kept: dict[str, Tensor] = {}
+        # "auto", "sparse" or "dense", see ``sparsity.products``; what was chosen, and for what.
+        self.products = "dense"
+        self.cases: dict[str, Case] = {}
+        self.choices: dict[Case, Choice] = {}
         self._bits: dict[str, Tensor] = {}
         self._boxes = {name: self._own_box(name) for name in self.layers}
 
@@ -91,7 +96,7 @@ class Masks:
         """The mask of a whole layer, on every rank. Collective."""
         bits = self._stored(name, self.kept[name])
         full = bits.full_tensor() if isinstance(bits, DTensor) else bits
-        dim = self._packed_dim(name)
+        dim = packed_dim(name)
         grid = self.sparse[name].granularity.grid(self.sparse[name].shape)
         return unpack_bits(full, grid[dim], dim)
 
@@ -104,9 +109,27 @@ class Masks:
 
     def install(self, seed: int = 0, names: Iterable[str] | None = None) -> None:
         """Let layers compute with their masks. seed: of the second pruning, where ``double``."""
-        for name in self.layers if names is None else names:
+        names = list(self.layers if names is None else names)
+        self._choose(names)
+        for name in names:
             back = self._second(name, seed) if self.double else None
-            self.layers[name].set_mask(self.mask(name), back)
+            chosen = self.choices.get(self.cases[name]) if name in self.cases else None
+            sparse = self.products == "sparse" if chosen is None else chosen.faster
+            self.layers[name].set_mask(self.mask(name), back, sparse=sparse)
+
+    def _choose(self, names: Iterable[str]) -> None:
+        """Decide where sparse products are faster, if asked to. Collective."""
+        if self.products != "auto" or self.double or self.device.type != "cpu":
+            return
+        for name in names:
+            kept, layer = self.kept[name], self.layers[name]
+            if layer.matmul.packs and layer.mask is None:
+                continue  # FP8 and the like are always dense
+            density = float(kept.double().mean()) if kept.numel() else 1.0
+            box, block = self._boxes[name][1], self.sparse[name].granularity.block
+            self.cases[name] = case_of(box, block, density, layer.matmul.dtype)
+        new = set(self.cases.values()) - self.choices.keys()
+        self.choices |= pick_products(new, self.layout.world.cpu_group)
 
     def mask(self, name: str) -> Mask:
         """The mask of this rank's part of a layer."""
@@ -156,13 +179,9 @@ class Masks:
         """Kept share of this rank's part of a layer."""
         return self.mask(name).density
 
-    def _packed_dim(self, name: str) -> int:
-        # Not the dimension that tensor parallelism splits, so that its parts are whole bytes.
-        return 0 if self.layers[name].placement is Placement.ROW else 1
-
     def _stored(self, name: str, kept: Tensor | None) -> Tensor:
         """The bits of a layer's mask as a checkpoint holds them; None: room for them."""
-        sparse, dim = self.sparse[name], self._packed_dim(name)
+        sparse, dim = self.sparse[name], packed_dim(name)
         grid = list(sparse.granularity.grid(sparse.shape))
         size = list(self._boxes[name][1])
         own = [-(-n // b) for n, b in zip(size, sparse.granularity.block, strict=True)]
@@ -191,7 +210,7 @@ class Masks:
     def take_room(self) -> None:
         """Take over the masks that were read into ``room``."""
         for name, bits in self._bits.items():
-            dim = self._packed_dim(name)
+            dim = packed_dim(name)
             size = self._boxes[name][1][dim]
             blocks = -(-size // self.sparse[name].granularity.block[dim])
             own = bits.to_local() if isinstance(bits, DTensor) else bits

@@ -71,13 +71,13 @@ def _found(setting: Setting, needed: Needed, warn: Warn) -> Path:
     return fits.path
 
 
-def resume_with(module: TrainModule, path: Path, load: Callable[..., None]) -> None:
+def resume_with(module: TrainModule, path: Path, load: Callable[..., None], ranks: Ranks) -> None:
     """Replace the module's state by a checkpoint's; collective. load: of a ``Checkpointer``.
 
     With ``trainable`` the checkpoint has the moments of what was training then; those of other
     parameters begin anew.
     """
-    unused = (HOOK_PREFIX, *packed_keys(module.model_cfg))
+    unused: Sequence[str] = (HOOK_PREFIX, *packed_keys(module.model_cfg))
     stored: Mapping[str, Any] | None = None
     if module.cfg.trainable:
         unused, stored = (OPTIM_PREFIX, *unused), read_layout(path)
@@ -93,6 +93,7 @@ def resume_with(module: TrainModule, path: Path, load: Callable[..., None]) -> N
             verify=False,
         )
     )
+    read_packed(module, path, ranks)
 
 
 def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) -> None:

@@ -29,6 +29,15 @@ from llmtrain.parallel.hardware import DTYPES, Precision, resolve_precision, tie
 from llmtrain.parallel.mesh import resolve_degrees
 from llmtrain.parallel.world import pick_device
 from llmtrain.planner import Setting
+from llmtrain.sparsity import (
+    cases_of,
+    check_cuts,
+    choice_lines,
+    pick_products,
+    sparse_layers,
+    sparsity_lines,
+    training_flops,
+)
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import human, table
 from llmtrain.train.layout_text import layout_lines
@@ -52,7 +61,7 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     layout = layout_lines(setting)
     sections = [
         [hardware],
-        _model_lines(cfg, model_cfg, precision),
+        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting, on_cpu),
         _length_lines(cfg, times, model_cfg),
         ["data:", *("  " + line for line in plan.tree().splitlines())],
         layout,
@@ -98,7 +107,25 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
         lines += format_lines(model, model_cfg, cfg)
+    if cfg.sparsity is not None:
+        sparse = sparse_layers(model_cfg, cfg.sparsity)
+        check_cuts(sparse, model_cfg, cfg.parallel.tensor, cfg.sparsity.method == "slope")
+        lines += table(sparsity_lines(model_cfg, cfg.sparsity))
     return lines
+
+
+def _sparse_lines(setting: Setting, on_cpu: bool) -> list[str]:
+    """Which products sparse layers get, timed where this machine has not done so before."""
+    section = setting.cfg.sparsity
+    if section is None:
+        return []
+    layers = sparse_layers(setting.model, section)
+    if section.products != "auto" or not on_cpu or setting.cfg.train.compile:
+        kind = section.products if section.products != "auto" and on_cpu else "dense"
+        return [f"products of {len(layers)} sparse layers: {kind}"]
+    cases = cases_of(layers, setting.cfg.parallel.tensor, setting.precision.compute)
+    choices = pick_products(cases.values())
+    return ["products of sparse layers:", *("  " + t for t in choice_lines(cases, choices))]
 
 
 def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
@@ -118,12 +145,14 @@ def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
 def _length_lines(cfg: RunConfig, times: Clockwork, model_cfg: ModelConfig) -> list[str]:
     tokens = times.total * times.tokens_per_step
     per_token = flops_per_token(model_cfg, cfg.data.seq_len)
+    in_all, dense = training_flops(cfg, model_cfg), per_token * tokens
+    of_dense = "" if cfg.sparsity is None else f" ({in_all / dense:.3g} of the dense run's)"
     schedule = cfg.schedule
     return [
         "length:",
         f"  {times.total:,} steps x {cfg.train.global_batch_size} sequences x "
         f"{cfg.data.seq_len} tokens = {tokens:,} tokens",
-        f"  {human(per_token)} FLOPs per token, {human(per_token * tokens)} in all",
+        f"  {human(in_all / tokens)} FLOPs per token, {human(in_all)} in all{of_dense}",
         f"  learning rate: {schedule.name}, warmup {schedule.warmup}, peak {cfg.optim.lr:g}",
         f"  evaluation every {_every(times.eval_every)}, checkpoint every "
         f"{_every(times.save_every)}",

@@ -31,14 +31,7 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import (
-    begin_with,
-    begins_anew,
-    find_init,
-    find_needed,
-    read_packed,
-    resume_with,
-)
+from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed, resume_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -57,6 +50,7 @@ from llmtrain.train.watchdog import Watchdog
 
 # A longer plan is left to its own command: what comes before step 1 fits on a screen.
 _PLAN_LINES = 24
+_CHANGE_LINES = 16
 
 
 def train(cfg: RunConfig, world: World | None = None) -> int:
@@ -116,8 +110,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
-            resume_with(module, resume.path, checkpointer.load)
-            read_packed(module, resume.path, setting.ranks)
+            resume_with(module, resume.path, checkpointer.load, setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
@@ -251,8 +244,12 @@ def _preamble(
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
     console.say(f"resumed from {resume.path} after step {resume.step}")
-    for line in _changes(cfg, resume):
+    changes = _changes(cfg, resume)
+    for line in changes[:_CHANGE_LINES]:
         console.say(f"  changed since then: {line}")
+    if len(changes) > _CHANGE_LINES:
+        more = len(changes) - _CHANGE_LINES
+        console.say(f"  and {more} more; the run's config.yaml has everything")
 
 
 def _say_nothing_to_do(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llmtrain.model import layer_names
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
 from llmtrain.sparsity import sparse_layers, unpack_bits
+from llmtrain.sparsity.storage import load_masks
 from llmtrain.train.run import train
 
 SLOPE = "sparsity={method: slope, granularity: '2:4', adapters_at: 1step}"
@@ -169,6 +171,26 @@ def test_a_mask_of_the_largest_weights_of_a_dense_model(
     assert (scores.masked_fill(~groups, 9).amin(1) >= scores.masked_fill(groups, -1).amax(1)).all()
 
 
+def test_masks_of_a_checkpoint_begin_another_run_and_leave_with_the_weights(
+    tmp_path: Path, corpus: Path, rigl: Path
+) -> None:
+    words = [f"sparsity={{density: 0.25, masks: '{rigl}'}}", "train.stop_after=2step"]
+    other = run(tmp_path, corpus, *words)
+    masks, given = kept(other, 2), kept(rigl)
+    assert all(torch.equal(masks[name], given[name]) for name in given)
+    file = config(tmp_path, corpus)
+    gone = [words[0].replace("runs/tiny", "nowhere"), "train.stop_after=3step"]
+    assert main(["train", str(file), *gone]) == 0  # a resumed run has its own
+    assert main(["convert", "to-hf", str(rigl), str(tmp_path / "hf")]) == 0
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_masks(tmp_path / "hf" / "masks.safetensors")
+    assert len(exported) == 2 * 7
+    for name, mask in exported.items():
+        assert torch.equal(mask.kept, weights[name] != 0), name
+    layers = list(exported.values())
+    assert sum(int(m.kept.sum()) for m in layers) == sum(int(m.sum()) for m in given.values())
+
+
 def test_gradual_pruning_follows_the_cubic_and_only_prunes(tmp_path: Path, corpus: Path) -> None:
     section = "sparsity={method: gradual, density: 0.2, start: 1step, end: 5step, every: 2step}"
     found = run(tmp_path, corpus, section)
@@ -252,6 +274,22 @@ def test_a_resumed_run_cannot_ask_for_other_masks(
     assert told in capsys.readouterr().err
 
 
+def test_dry_run_says_what_is_kept_and_what_it_saves(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = "sparsity={density: 0.25, rules: [{layers: [blocks.0.*], density: 1}]}"
+    assert main(["train", str(config(tmp_path, corpus)), "--dry-run", section]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "attention.qkv 1 64 x 32 dense 1 2,048",
+        "attention.qkv 1 64 x 32 unstructured 0.25 512",
+        "hidden 15,360 0.625 9,600 in all",
+        "of the dense run's)",
+        "masked copies 30.00 KiB",
+    ):
+        assert line in text, line
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -275,3 +313,30 @@ def test_what_cannot_be_is_refused(
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_sparse_products_learn_what_masked_dense_ones_do(
+    tmp_path: Path, corpus: Path, static: Path
+) -> None:
+    ours = run(tmp_path, corpus, "sparsity={density: 0.25, products: sparse}")
+    torch.testing.assert_close(losses(ours), losses(static), rtol=1e-5, atol=1e-5)
+    assert outside_is_zero(ours, 8)
+
+
+def test_the_log_says_which_products_a_layer_gets(
+    tmp_path: Path, corpus: Path, capsys: Any
+) -> None:
+    run(tmp_path, corpus, STATIC, "train.duration=1step")
+    line = "blocks.0.attention.qkv and 1 more (64x32 unstructured, 25% kept, float32)"
+    assert f"{line}: dense products (too small to matter)" in capsys.readouterr().out
+    assert main(["train", str(config(tmp_path, corpus)), STATIC, "--dry-run"]) == 0
+    assert f"products of sparse layers:\n  {line}: dense" in capsys.readouterr().out
+
+
+def test_sparse_products_that_cannot_run_are_refused(
+    tmp_path: Path, corpus: Path, capsys: Any
+) -> None:
+    path = config(tmp_path, corpus)
+    section = "sparsity={density: 0.25, products: sparse}"
+    assert main(["train", str(path), section, "train.compile=true"]) == 2
+    assert "sparsity.products: sparse: train.compile does not know them" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+// Runs every sparse kernel on two threads over buffers of exactly the sizes it may touch, for the
+// sanitizers that tests/ops/test_sparse.py compiles this with, and compares with plain loops.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "sparse.h"
+
+namespace KERNEL_SET {
+extern const llmtrain::SparseSet sparse;
+}
+
+using namespace llmtrain;
+using Floats = std::vector<float>;
+
+namespace {
+
+uint32_t state = 1;
+float number() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / (1 << 24) - 0.5f;
+}
+
+Floats numbers(int64_t n) {
+  Floats out(n);
+  for (float& x : out) x = number();
+  return out;
+}
+
+// Halves of [0, n) on a thread each, as parallel_for cuts it.
+void halves(int64_t n, const std::function<void(int64_t, int64_t)>& work) {
+  std::thread other(work, n / 2, n);
+  work(0, n / 2);
+  other.join();
+}
+
+struct Matrix {
+  std::vector<int32_t> starts{0}, columns_of;
+  Floats values;
+  SparseSide side;
+};
+
+Matrix matrix(const Floats& dense, const std::vector<bool>& kept, int64_t rows, int64_t columns,
+              int64_t height, int64_t width, int64_t chunk) {
+  Matrix m;
+  m.side = {nullptr, nullptr, nullptr, rows, columns, height, width, chunk};
+  const int64_t across = (columns + width - 1) / width, bands = m.side.bands();
+  for (int64_t c = 0; c < m.side.chunks(); ++c)
+    for (int64_t b = 0; b < bands; ++b) {
+      for (int64_t t = c * chunk / width; t < across && t * width < (c + 1) * chunk; ++t) {
+        if (!kept[b * across + t]) continue;
+        m.columns_of.push_back(static_cast<int32_t>(t * width - c * chunk));
+        for (int64_t j = t * width; j < (t + 1) * width; ++j)
+          for (int64_t r = b * height; r < (b + 1) * height; ++r)
+            m.values.push_back(r < rows && j < columns
+                                   ? dense[r * columns + j]
+                                   : 0.0f);
+      }
+      m.starts.push_back(static_cast<int32_t>(m.columns_of.size()));
+    }
+  m.side.starts = m.starts.data();
+  m.side.columns_of = m.columns_of.data();
+  m.side.values = m.values.data();
+  return m;
+}
+
+void expect(float a, double b, const char* what) {
+  if (std::fabs(a - b) < 1e-4) return;
+  std::printf("%s: %g is not %g\n", what, a, b);
+  std::exit(1);
+}
+
+void run(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t width) {
+  const SparseSet& kernels = KERNEL_SET::sparse;
+  const int64_t chunk = 64 * height, down = (rows + height - 1) / height;
+  const int64_t across = (columns + width - 1) / width, size = height * width;
+  Floats weight = numbers(rows * columns);
+  std::vector<bool> kept(down * across);
+  for (size_t i = 0; i < kept.size(); ++i) kept[i] = number() < 0.0f;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      if (!kept[r / height * across + c / width]) weight[r * columns + c] = 0.0f;
+  Matrix m = matrix(weight, kept, rows, columns, height, width, chunk);
+  const Floats x = numbers(tokens * columns), dy = numbers(tokens * rows);
+
+  Floats y(tokens * rows);
+  const SparseProduct<float> product{m.side, x.data(), y.data(), tokens, 2};
+  const int64_t group = 2 * kernels.f32.panel(height), groups = (tokens + group - 1) / group;
+  halves(groups, [&](int64_t begin, int64_t end) {
+    Floats scratch(kernels.f32.scratch(product));
+    for (int64_t i = begin; i < end; ++i) kernels.f32.group(product, i, scratch.data());
+  });
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0;
+      for (int64_t c = 0; c < columns; ++c) sum += double{x[t * columns + c]} * weight[r * columns + c];
+      expect(y[t * rows + r], sum, "product");
+    }
+
+  const int64_t chunks = (tokens + kTokens - 1) / kTokens, runs = m.side.chunks() * m.side.bands();
+  Floats dy_turned(chunks * down * height * kTokens), x_turned(chunks * across * width * kTokens);
+  halves(chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.f32.turn(dy.data(), tokens, rows, height, dy_turned.data(), i);
+      kernels.f32.turn(x.data(), tokens, columns, width, x_turned.data(), i);
+    }
+  });
+  Floats grad(m.values.size(), NAN);
+  const SparseGradient gradient{m.side, dy_turned.data(), x_turned.data(), grad.data(), tokens};
+  for (int64_t c = 0; c < m.side.chunks(); ++c)
+    halves(m.side.bands(), [&](int64_t begin, int64_t end) { kernels.gradient(gradient, c, begin, end); });
+
+  const int64_t tiles = static_cast<int64_t>(m.columns_of.size());
+  std::vector<int32_t> place(tiles);
+  for (int64_t i = 0; i < tiles; ++i) place[i] = static_cast<int32_t>(tiles - 1 - i);
+  Floats packed(tiles * size, NAN), across_copy(tiles * size, NAN), first(tiles * size), second(tiles * size);
+  const SparseCopies copies{m.side, place.data(), packed.data(), across_copy.data()};
+  halves(runs, [&](int64_t begin, int64_t end) { kernels.repack(copies, weight.data(), begin, end); });
+  for (int64_t i = 0; i < tiles * size; ++i) expect(packed[i], m.values[i], "repack");
+  Floats dense(rows * columns);
+  const SparseUpdate update{copies, grad.data(), first.data(), second.data(), dense.data(),
+                            0.9f, 0.9f, 0.99f, 0.1f, 1e-8f, 10.0f};
+  halves(runs, [&](int64_t begin, int64_t end) { kernels.adamw(update, begin, end); });
+  halves(runs, [&](int64_t begin, int64_t end) { kernels.lion(update, begin, end); });
+
+  int64_t tile = 0;
+  for (int64_t i = 0; i < runs; ++i)
+    for (; tile < m.starts[i + 1]; ++tile)
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t h = 0; h < height; ++h) {
+          const int64_t r = i % m.side.bands() * height + h;
+          const int64_t c = i / m.side.bands() * chunk + m.columns_of[tile] + j;
+          if (r >= rows || c >= columns) continue;
+          double sum = 0;
+          for (int64_t t = 0; t < tokens; ++t)
+            sum += double{dy[t * rows + r]} * x[t * columns + c];
+          expect(grad[tile * size + j * height + h], sum, "gradient");
+          const float value = packed[tile * size + j * height + h];
+          expect(dense[r * columns + c], value, "dense copy");
+          expect(across_copy[place[tile] * size + h * width + j], value, "transposed copy");
+        }
+}
+
+}  // namespace
+
+int main() {
+  for (const int64_t height : {1, 2, 4})
+    for (const int64_t width : {1, 2, 4}) {
+      run(37, 301, 83, height, width);
+      run(6, 9, 2 * kTokens + 5, height, width);
+      run(3, 2, 1, height, width);
+    }
+  std::printf("clean\n");
+  return 0;
+}
