@@ -73,7 +73,8 @@ class Experiment:
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
     is enough for it. corpus: folder of results -> ``prepare`` of the miniature. judge: in place of
-    table, claims and plot: losses and folders of the seeds, by label -> (lines, the SVG)."""
+    table, claims and plot: losses and folders of the seeds, by label -> (lines, the SVG).
+    tasks: of lm-evaluation-harness, for the runs at the other scales."""
 
     name: str
     title: str
@@ -86,6 +87,7 @@ class Experiment:
     sweep: Sweep | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
     judge: Judge | None = None
+    tasks: str = ""
 
 
 def slug(label: str) -> str:

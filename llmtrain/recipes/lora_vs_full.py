@@ -219,4 +219,5 @@ EXPERIMENT = Experiment(
     baseline=BASE,
     corpus=byte_corpus,
     judge=judge,
+    tasks="hellaswag,arc_challenge,winogrande",
 )

@@ -208,6 +208,9 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     assert len(jobs) == 2 * (len(trials) + len(scorings))
     for file in [*jobs, out / "submit.sh"]:
         subprocess.run(["bash", "-n", str(file)], check=True)
+    if name == "lora-vs-full":
+        tasks = (out / "tasks.sh").read_text()
+        assert tasks.count("--tasks hellaswag,arc_challenge,winogrande") == 2 * len(trials)
     for config in out.glob("*.yaml"):
         cfg = load_config(config, for_training=name != "sfa")
         if name == "sfa":
