@@ -20,6 +20,7 @@ NAMES = (
     "skill-it",
     "data-ablation",
     "sfa",
+    "lora-vs-full",
     "mus-transfer",
     "mus-depth",
     "mus-fp8",
