@@ -10,6 +10,7 @@ from __future__ import annotations
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_GUARD = 3
+EXIT_HANG = 4
 EXIT_PREEMPTED = 75
 
 

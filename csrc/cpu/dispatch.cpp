@@ -11,11 +11,13 @@
 
 namespace avx512 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 extern const llmtrain::SparseSet sparse;
 }
 namespace avx2 {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 extern const llmtrain::SparseSet sparse;
 }
@@ -29,6 +31,7 @@ extern const llmtrain::AttentionKernels attention;
 #endif
 namespace baseline {
 extern const llmtrain::KernelSet kernels;
+extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 extern const llmtrain::SparseSet sparse;
 }
@@ -101,6 +104,14 @@ const Fp8Kernels& fp8_kernels() {
   if (level() == kAvx2) return avx2::fp8;
 #endif
   return baseline::fp8;
+}
+
+const FusedSet& fused_kernels() {
+#ifdef __x86_64__
+  if (level() <= kAvx512) return avx512::fused;
+  if (level() == kAvx2) return avx2::fused;
+#endif
+  return baseline::fused;
 }
 
 const SparseSet& sparse_kernels() {

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "fp8.h"
+#include "fused.h"
 #include "products.h"
 #include "rows.h"
 #include "sparse.h"
@@ -21,6 +22,8 @@ template <class T>
 const RowKernels<T>& rows();
 
 const Fp8Kernels& fp8_kernels();
+
+const FusedSet& fused_kernels();
 
 const SparseSet& sparse_kernels();
 

@@ -55,9 +55,16 @@ inline float reciprocal(float x) {
   return y * (2.0f - x * y);
 }
 
-inline float sigmoid(float x) {
+// sigmoid(x) and 1 - sigmoid(x), each to its own last digits; 0 beyond -80 and 80, so that products
+// with a huge x vanish.
+struct Logistic {
+  float value, rest;
+};
+
+inline Logistic logistic(float x) {
   const float bounded = x < -80.0f ? -80.0f : x;
-  return reciprocal(1.0f + exponential(-bounded));
+  const float e = exponential(-bounded), r = reciprocal(1.0f + e);
+  return {x < -80.0f ? 0.0f : r, x > 80.0f ? 0.0f : e * r};
 }
 
 }  // namespace KERNEL_SET

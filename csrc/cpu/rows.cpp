@@ -81,7 +81,7 @@ void swiglu(const T* x, T* out, int64_t f, int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = 0; i < f; ++i) {
       const float g = load(pairs[2 * i]);
-      store(y[i], g * sigmoid(g) * load(pairs[2 * i + 1]));
+      store(y[i], g * logistic(g).value * load(pairs[2 * i + 1]));
     }
   }
 }
@@ -95,9 +95,9 @@ void swiglu_backward(const T* dy, const T* x, T* dx, int64_t f, int64_t begin, i
 #pragma omp simd
     for (int64_t i = 0; i < f; ++i) {
       const float g = load(pairs[2 * i]), dout = load(grad[i]);
-      const float s = sigmoid(g);
-      store(d_pairs[2 * i], dout * load(pairs[2 * i + 1]) * s * (1.0f + g * (1.0f - s)));
-      store(d_pairs[2 * i + 1], dout * g * s);
+      const Logistic s = logistic(g);
+      store(d_pairs[2 * i], dout * load(pairs[2 * i + 1]) * s.value * (1.0f + g * s.rest));
+      store(d_pairs[2 * i + 1], dout * g * s.value);
     }
   }
 }

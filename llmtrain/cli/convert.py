@@ -1,4 +1,4 @@
-"""``llmtrain convert from-hf|to-hf|to-peft SRC DST``."""
+"""``llmtrain convert from-hf|to-hf|from-peft|to-peft SRC DST``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapters.add_argument(
         "--base", metavar="NAME", help="the base model in Hugging Face's format (default: its own)"
     )
+    brought = actions.add_parser("from-peft", help="a checkpoint of ours from peft's adapters")
+    brought.add_argument("src", metavar="SRC", help="folder with adapter_config.json")
+    brought.add_argument("dst", metavar="DST", help="checkpoint to create")
+    brought.add_argument(
+        "--base", metavar="CKPT", required=True, help="checkpoint of ours that they adapt, or a run"
+    )
     for action in (coming, leaving):
         action.add_argument(
             "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default: 5)"
@@ -51,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    if args.action == "to-peft":
-        return _to_peft(args)
+    if args.action.endswith("-peft"):
+        return _to_peft(args) if args.action == "to-peft" else _from_peft(args)
     if not args.shard_gb > 0:
         raise LlmtrainError("--shard-gb must be above 0")
     import torch
@@ -78,6 +84,13 @@ def _to_peft(args: argparse.Namespace) -> int:
 
     done = to_peft(Path(args.src), Path(args.dst), base=args.base)
     return _report(done, f'peft.PeftModel.from_pretrained(base, "{done.path}")')
+
+
+def _from_peft(args: argparse.Namespace) -> int:
+    from llmtrain.convert import from_peft
+
+    done = from_peft(Path(args.src), Path(args.dst), base=Path(args.base))
+    return _report(done, f"llmtrain generate {done.path} --prompt ..., or init.path={done.path}")
 
 
 def _report(done: Converted, after: str) -> int:

@@ -15,7 +15,14 @@ from typing import NoReturn
 
 import llmtrain
 from llmtrain.cli.chorus import said_elsewhere
-from llmtrain.errors import EXIT_BAD_INPUT, EXIT_GUARD, EXIT_PREEMPTED, ConfigError, LlmtrainError
+from llmtrain.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_GUARD,
+    EXIT_PREEMPTED,
+    ConfigError,
+    LlmtrainError,
+)
+from llmtrain.machine import EXIT_LOST, tell_launcher
 
 COMMANDS = (
     "train",
@@ -27,13 +34,14 @@ COMMANDS = (
     "checkpoint",
     "convert",
     "merge",
+    "compare",
     "report",
     "reproduce",
+    "sparsity",
     "plan",
     "launch",
     "doctor",
 )
-EXIT_LOST = 1
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 TRACEBACK = "LLMTRAIN_TRACEBACK"
@@ -102,25 +110,9 @@ def entry() -> NoReturn:
         # interpreter on its way out and hide the exit code. All is closed and flushed by now.
         sys.stdout.flush()
         sys.stderr.flush()
-        _tell_launcher(code)
+        tell_launcher(code)
         os._exit(code)
     sys.exit(code)
-
-
-def _tell_launcher(code: int) -> None:
-    """torchrun turns every failure into 1; launch/local.sh reads the real code from this file.
-
-    The first rank's counts, but where it was left waiting or lost a rank that failed, that one's.
-    """
-    file = os.environ.get("LLMTRAIN_EXIT_FILE")
-    if not file:
-        return
-    with open(file, "r+") as out:
-        first = os.environ.get("RANK", "0") == "0" and code != EXIT_LOST
-        if first or out.read().strip() in ("", str(EXIT_LOST)):
-            out.seek(0)
-            out.truncate()
-            out.write(str(code))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,7 +178,8 @@ def _print_help() -> None:
         "Pretrain, continue and evaluate language models from one YAML file.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "llmtrain COMMAND --help explains a command, llmtrain --version names the version.\n"
-        "Exit codes: 0 done, 2 bad input, 3 stopped by the guard, 75 preempted and saved."
+        "Exit codes: 0 done, 2 bad input, 3 stopped by the guard, "
+        "4 ended by the watchdog, 75 preempted and saved."
     )
 
 

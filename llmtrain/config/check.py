@@ -20,6 +20,7 @@ from llmtrain.config.check_online import check_online
 from llmtrain.config.check_scaling import check_scaling
 from llmtrain.config.check_selection import check_selection
 from llmtrain.config.check_sparsity import check_sparsity
+from llmtrain.config.check_trainable import check_trainable
 from llmtrain.config.faults import Collector, Fault, nearest, raise_faults
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
@@ -57,6 +58,7 @@ def find_faults(cfg: RunConfig, *, for_training: bool = False) -> list[Fault]:
     _check_until(cfg, faults)
     check_scaling(cfg, faults)
     check_sparsity(cfg, faults)
+    check_trainable(cfg, faults)
     return faults.found
 
 

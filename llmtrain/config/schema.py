@@ -21,8 +21,10 @@ from llmtrain.config.number_formats import NumericsConfig, QuantizationConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.selection import SelectConfig
-from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.config.sparsity import LotteryConfig, SparsityConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.config.upkeep import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
+from llmtrain.config.watch import WatchdogConfig
 from llmtrain.config.weight_methods import AverageConfig
 
 ROLES = ("embedding", "hidden", "norm", "head", "bias", "adapter")
@@ -323,6 +325,10 @@ class TrainConfig:
     compile: bool = key(False, "torch.compile each block")
     deterministic: bool = key(False, "deterministic kernels, slower")
     gc_every: int = key(100, "steps between garbage collections; 0: leave it to Python", ge=0)
+    watchdog: WatchdogConfig = key(WatchdogConfig)
+    verify_replicas: Duration | None = key(
+        None, "how often copies of the same weights on several ranks are compared", gt=0
+    )
 
 
 @dataclass(frozen=True)
@@ -385,4 +391,10 @@ class RunConfig:
         "which weights of the hidden linear layers exist",
         hook="llmtrain.methods.sparsity:sparsity",
     )
+    trainable: list[TrainableConfig] = key(
+        list,
+        "which parameters train when; empty: all of them, all the time",
+        hook="llmtrain.methods.trainable:PartialTraining",
+    )
+    lottery: LotteryConfig | None = key(None, "tickets, for `llmtrain sparsity lottery`")
     hooks: list[HookConfig] = key(list, "hooks by import path")

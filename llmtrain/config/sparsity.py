@@ -14,7 +14,7 @@ class SparsityRule:
 
     layers: list[str] = key(list, "patterns of layer names, such as blocks.0.* or *.mlp.down")
     density: float | None = key(
-        None, "their share of kept weights; 1: dense; null: the section's", gt=0, le=1
+        None, "their share of kept weights; 1: dense; null: the section's", ge=0, le=1
     )
     granularity: str | None = key(None, "their granularity; null: the section's")
 
@@ -36,7 +36,7 @@ class SparsityConfig:
         "(outputs x inputs), N of M inputs such as 2:4, or of inputs and of outputs: 2:4t",
     )
     density: float | None = key(
-        None, "share of kept weights, of every layer; null: that of N:M", gt=0, le=1
+        None, "share of kept weights, of every layer; null: that of N:M", ge=0, le=1
     )
     rules: list[SparsityRule] = key(list, "other densities by layer; the last that matches counts")
     choose: str = key(
@@ -69,4 +69,18 @@ class SparsityConfig:
         "on a CPU, auto: each shape is timed once, sparse against dense, and the faster kept; "
         "sparse, dense: always. Elsewhere products are dense",
         choices=("auto", "sparse", "dense"),
+    )
+
+
+@dataclass(frozen=True)
+class LotteryConfig:
+    """Iterative magnitude pruning with rewinding, for ``llmtrain sparsity lottery``."""
+
+    levels: int = key(8, "prunings, one after the other; level k keeps (1 - prune)^k", ge=1, le=99)
+    prune: float = key(0.2, "share of the kept weights that goes at each level", gt=0, lt=1)
+    rewind: Duration = key(
+        lambda: dur("0.05dur"), "where each level begins again, with the weights of then", gt=0
+    )
+    points: int = key(
+        5, "places on the line between two levels where the loss is measured; 0: none", ge=0, le=99
     )

@@ -7,6 +7,7 @@
 from llmtrain.convert.incoming import from_huggingface
 from llmtrain.convert.outgoing import to_huggingface
 from llmtrain.convert.peft import to_peft
+from llmtrain.convert.peft_incoming import from_peft
 from llmtrain.convert.writing import Converted
 
-__all__ = ["Converted", "from_huggingface", "to_huggingface", "to_peft"]
+__all__ = ["Converted", "from_huggingface", "from_peft", "to_huggingface", "to_peft"]

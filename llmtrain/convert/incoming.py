@@ -78,6 +78,19 @@ def from_huggingface(
     return Converted(Path(dst), architecture.name, n_params, size, notes)
 
 
+def open_huggingface(src: Path) -> tuple[ModelFolder, ModelConfig, list[Rule]]:
+    """An opened Hugging Face folder, its model resolved, and which of its tensors make up ours.
+
+    Raises CheckpointError as ``from_huggingface`` does.
+    """
+    folder = open_folder(Path(src).expanduser())
+    architecture = architecture_of(folder.config, str(folder.path / CONFIG))
+    cfg, _ = _model_config(folder, architecture)
+    rules = _found_names(folder, rules_for(architecture.name, cfg))
+    _check_tensors(folder, rules, _our_shapes(cfg), cfg)
+    return folder, cfg, rules
+
+
 def _origin(folder: ModelFolder, architecture: Architecture) -> dict[str, Any]:
     """What the way back wants to know."""
     ids = {key: folder.config[key] for key in _IDS if folder.config.get(key) is not None}

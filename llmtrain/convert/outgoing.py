@@ -24,6 +24,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
+from llmtrain.convert.masks import MASKS, export_masks
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -36,8 +37,8 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import low_rank_change
-from llmtrain.model import ADAPTER, adapter_scale, complete, row_pattern
+from llmtrain.linear import Change, Frozen, adapted_weight
+from llmtrain.model import ADAPTER, complete, packed_weights, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -89,7 +90,8 @@ def to_huggingface(
 ) -> Converted:
     """Write the model of a checkpoint (or of a run's newest good one) as ``transformers`` does.
 
-    Adapters are merged into the weights, in float64 and rounded once.
+    Adapters are merged into the weights, in float64 and rounded once. The masks of a sparse model
+    are written beside them (``convert.masks``).
 
     architecture: by name; None: what it was converted from, or the one that computes the same.
     dtype: None: the one it was converted from, or that of the checkpoint. fp8: layers that compute
@@ -112,6 +114,7 @@ def to_huggingface(
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
+        export_masks(found, opened.rules, cfg, temporary / MASKS)
         config = kind.write(plain) | _ids(found, origin) | {"torch_dtype": _NAMES.get(target)}
         if casts is not None:
             config["quantization_config"] = casts.config(opened.rules)
@@ -162,6 +165,9 @@ class _Writer:
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
         self._rules, self._fp8 = rules, fp8
+        section = cfg.adapters
+        form = Frozen("" if section is None or section.base is None else section.base)
+        self._packed = dict.fromkeys(packed_weights(cfg), form)
         own = {name for name in layout if ADAPTER not in name}
         lacking = sorted({rule.ours for rule in rules} ^ own)
         if lacking:
@@ -207,13 +213,14 @@ class _Writer:
     def _trimmed(self, rule: Rule, whole: Tensor) -> Tensor:
         return whole[: self._cfg.vocab_size] if rule.ours in VOCABULARY else whole
 
-    def _change(self, layer: str) -> Tensor:
-        """What the adapter of a layer adds to its weight."""
-        assert self._cfg.adapters is not None
-        names = [f"{layer}{ADAPTER}{side}.weight" for side in "ab"]
-        a, b = (read_tensor(self._found, MODEL_PREFIX + n, self._layout[n]) for n in names)
-        scale = adapter_scale(self._cfg.adapters)
-        return low_rank_change(a.float(), b.float(), scale, row_pattern(self._cfg, layer))
+    def _change(self, layer: str) -> Change | None:
+        """The adapter of a layer."""
+
+        def read(name: str) -> Tensor:
+            key = f"{layer}.{name}"
+            return read_tensor(self._found, MODEL_PREFIX + key, self._layout[key])
+
+        return whole_change(self._cfg, layer, read)
 
     def _values(self, rules: list[Rule]) -> Iterator[Iterator[Tensor]]:
         for rule in rules:
@@ -224,12 +231,18 @@ class _Writer:
                 for part in rule.split(numbers, self._cfg):
                     yield from map(in_blocks, self._fp8.values(part, scale))
                 continue
+            if rule.ours in self._packed:
+                # What the run computed with, and the adapters were trained beside.
+                form = self._packed[rule.ours]
+                whole = form.unpack(form.pack(whole), torch.float32)
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
-                whole = whole.float().add_(self._change(layer))
+                change = self._change(layer)
+                assert change is not None
+                whole = adapted_weight(whole, change)
             parts = rule.split(self._trimmed(rule, whole), self._cfg)
             del whole
             for part in parts:

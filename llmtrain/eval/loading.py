@@ -12,6 +12,7 @@ import torch
 from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.loading import find, load_into
+from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +21,9 @@ from llmtrain.model import (
     Decoder,
     apply_formats,
     check_tensor_degree,
+    fill_packed,
+    packed_names,
+    packed_weights,
     resolve_model,
     shard_over_tensor,
 )
@@ -78,10 +82,25 @@ def load_trained(
         assert layout.state is not None
         shard_over_tensor(model, layout.state["tensor"])
     model.to_empty(device=device)
-    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-    load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX), False)
+    packed = packed_names(model)
+    tensors = {f"model.{n}": p for n, p in model.named_parameters() if n not in packed}
+    apart = tuple(f"model.{name}" for name in packed_weights(model_cfg))
+    load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX, *apart), False)
+    if packed:
+        fill_packed(model, RowReader(found))
     tokenizer_file = found / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     step = int(json.loads(files["meta.json"])["step"])
     apply_formats(model, model_cfg, cfg, device, step)
     return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)
+
+
+def require_plain(trained: Trained, what: str) -> Trained:
+    """``trained``; CheckpointError where its frozen weights are packed, for those who work on the
+    weights themselves. what: who."""
+    if packed_names(trained.model):
+        raise CheckpointError(
+            f"{trained.path} has packed weights (model.adapters.base), which {what} cannot work "
+            "on; merge them with convert to-hf and from-hf first"
+        )
+    return trained

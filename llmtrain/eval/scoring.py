@@ -23,7 +23,7 @@ from llmtrain.data.packing import Pick
 from llmtrain.data.scores import LOSSES, Piece, ScoreParts, describe, pieces_of, read_scores
 from llmtrain.data.source import TokenSource
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.eval.loading import Trained, load_trained
+from llmtrain.eval.loading import Trained, load_trained, require_plain
 from llmtrain.eval.probes import FORWARD, INFLUENCE, Scorer, scorer
 from llmtrain.parallel import World, build_layout, close_world, init_world
 
@@ -162,6 +162,8 @@ class _Scoring:
         plain = ["precision.compute=fp32", "quantization=null"]
         exact = plain if self.request.method == "influence" else []
         trained = load_trained(path, self.world.device, exact, self.layout)
+        if exact:
+            require_plain(trained, self.request.method)
         self.say(f"{self.request.method} by {path} (step {trained.step})")
         _check_fit(self.cfg, self.catalogue, trained)
         target: list[Batch] = []

@@ -20,7 +20,7 @@ from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.errors import CheckpointError, ConfigError, LlmtrainError
 from llmtrain.finetune.plan import Sequence, Stage
-from llmtrain.model import ADAPTER, Decoder, check_tensor_degree, resolve_model
+from llmtrain.model import ADAPTER, Decoder, check_tensor_degree, resolve_model, unpacked
 
 TOKENIZER = "tokenizer.json"
 # Keys of a model that a task may change: they neither shape the weights nor give them a meaning.
@@ -197,7 +197,7 @@ def _checkpoint(path: Path) -> Path:
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of the model's tensors in a checkpoint."""
     with torch.device("meta"):
-        decoder = Decoder(model, torch.float32)
+        decoder = Decoder(unpacked(model), torch.float32)
     return {MODEL_PREFIX + name: tuple(p.shape) for name, p in decoder.named_parameters()}
 
 

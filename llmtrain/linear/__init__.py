@@ -6,9 +6,10 @@ one autograd function, so that every format works under every layout. Adapters (
 the third factor. A ``Mask`` makes a layer sparse in whatever format it computes.
 """
 
-from llmtrain.linear.adapter import LowRank, low_rank_change
+from llmtrain.linear.adapter import Change, LowRank, adapted_weight
 from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
+from llmtrain.linear.frozen import Frozen, FrozenMatmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.masked import Mask, MaskedMatmul
@@ -21,6 +22,9 @@ __all__ = [
     "BF16",
     "FP32",
     "FP32_ONEDNN",
+    "Change",
+    "Frozen",
+    "FrozenMatmul",
     "Linear",
     "LowRank",
     "Mask",
@@ -35,11 +39,11 @@ __all__ = [
     "Reach",
     "SparseLinear",
     "SparseMatmul",
+    "adapted_weight",
     "apply_linear",
     "backward_for",
     "fake_matmul",
     "fake_vectors",
     "fp8_matmul",
-    "low_rank_change",
     "matmul_for",
 ]

@@ -55,6 +55,7 @@ class Fp8Matmul:
         self.gradient_scale = gradient_scale
         # Whether what a row comes to depends on the rows that are computed with it.
         self.whole_input = dynamic
+        self.static = not dynamic
         self.plain, self.wide = matmul_for(dtype), matmul_for(torch.float32)
 
     def __repr__(self) -> str:

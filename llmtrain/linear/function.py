@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from llmtrain.linear.operand import (
     start_gather,
 )
 from llmtrain.linear.placement import Placement
+from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.collectives import (
     all_reduce,
     reduce_scatter,
@@ -97,6 +98,21 @@ class Plan:
         return column is not None and column.sequence and not column.keep_gathered
 
 
+class Given(NamedTuple):
+    """What a layer's neighbours have cast for it already. casts: its input in e4m3; handoff: where
+    its output's gradient will be in e5m2. Both are of ``Linear``, which says when."""
+
+    casts: Casts | None = None
+    handoff: Handoff | None = None
+
+
+NOTHING = Given()
+
+
+def _packed(casts: Casts) -> Packed:
+    return Packed(casts.plain.flatten(0, -2), None, casts.turned)
+
+
 class _Needed:
     """Which gradients the backward pass that runs now is for.
 
@@ -133,18 +149,23 @@ class _LinearFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         plan: Plan,
+        given: Given,
         *operand_parts: Tensor | None,
     ) -> Tensor:
         matmul = plan.matmul
         operand = from_parts(matmul.packs, *operand_parts)
-        flat = x.reshape(-1, x.shape[-1]).to(matmul.dtype)
-        ctx.plan = plan
-        ctx.x_shape, ctx.x_dtype, ctx.rows = x.shape, x.dtype, len(flat)
+        ctx.plan, ctx.handoff = plan, given.handoff
+        ctx.x_shape, ctx.x_dtype, ctx.rows = x.shape, x.dtype, x.shape[:-1].numel()
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         gathers = plan.column is not None and plan.column.sequence
-        kept = matmul.pack_input(flat, plan.input_reach, needs_weight and not gathers)
+        kept: Operand
+        if given.casts is not None:
+            kept = _packed(given.casts)
+        else:
+            flat = x.reshape(-1, x.shape[-1]).to(matmul.dtype)
+            kept = matmul.pack_input(flat, plan.input_reach, needs_weight and not gathers)
         full = _gathered(kept, plan)
         if plan.column is not None and plan.column.keep_gathered:
             kept = full
@@ -164,10 +185,17 @@ class _LinearFunction(torch.autograd.Function):
         needs_x = needs_x and _Needed.inputs
         needs_weight, needs_bias = needs_weight and _Needed.weights, needs_bias and _Needed.weights
         kept, operand = _saved(ctx, needs_x, needs_weight)
-        flat = grad.reshape(-1, grad.shape[-1]).to(matmul.dtype)
-        db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         gathers = plan.row is not None and plan.row.sequence
-        packed = matmul.pack_grad(flat, plan.grad_reach, needs_weight and not gathers)
+        casts = None if ctx.handoff is None else ctx.handoff.take(grad)
+        db = None
+        if needs_bias or casts is None:
+            flat = grad.reshape(-1, grad.shape[-1]).to(matmul.dtype)
+            db = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
+        packed: Operand
+        if casts is not None:
+            packed = _packed(casts)
+        else:
+            packed = matmul.pack_grad(flat, plan.grad_reach, needs_weight and not gathers)
         if gathers:
             assert plan.row is not None
             packed = first_rows(gather(packed, plan.row.group), ctx.rows)
@@ -189,7 +217,7 @@ class _LinearFunction(torch.autograd.Function):
             reducing.wait()
         if dx is not None:
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
-        return dx, dw, db, *(None,) * 4
+        return dx, dw, db, *(None,) * 5
 
 
 def _save(ctx: Any, x: Operand | None, weight: Tensor, operand: Operand | None) -> None:
@@ -236,7 +264,12 @@ def _start_reduction(dx: Tensor, tensor: TensorParallel | None) -> tuple[Tensor,
 
 
 def apply_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operand: Operand,
+    plan: Plan,
+    given: Given = NOTHING,
 ) -> Tensor:
     """``plan.scale`` times ``x`` [..., in] times ``weight`` [out, in] transposed, plus ``bias``
     [out], all local parts.
@@ -248,11 +281,18 @@ def apply_linear(
     dtype. A weight that needs no gradient costs no saved input.
     """
     run = _run if plan.tensor is None else _run_in_group
-    return run(x, weight, bias, operand, plan)
+    return run(x, weight, bias, operand, plan, given)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, plan: Plan) -> Tensor:
-    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, *parts_of(operand))  # type: ignore[no-untyped-call]
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operand: Operand,
+    plan: Plan,
+    given: Given,
+) -> Tensor:
+    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, given, *parts_of(operand))  # type: ignore[no-untyped-call]
     return out
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from llmtrain.linear.function import Plan, apply_linear
+from llmtrain.linear.fp8 import Fp8Matmul
+from llmtrain.linear.frozen import FrozenMatmul, Parts, frozen_matmul
+from llmtrain.linear.function import Given, Plan, apply_linear
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
-from llmtrain.linear.operand import Operand, Reach
+from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
 from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.tensor import TensorParallel, local
 
 
@@ -72,13 +76,30 @@ class OperandCache:
         return OperandCache()
 
 
+PACKED = ("codes", "scales", "row_scales")
+
+
+class Adapter(Protocol):
+    """What stands beside a layer; ``linear.adapter.LowRank`` is one. directed: whether it scales
+    the rows of the result (``direct``)."""
+
+    directed: bool
+    sharded: bool
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def direct(
+        self, z: Tensor, stored: Tensor, read: Callable[[], Tensor], plan: Plan
+    ) -> Tensor: ...
+
+
 class Linear(nn.Module):
     """y = scale x weight^T + bias. weight: [out_features, in_features], bias: [out_features].
 
     role: the parameter group of the weight ("hidden", "head"). placement: see ``Placement``; it
     takes effect among the ranks of ``tensor``. matmul: number format of the products; y has its
-    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: a module
-    (x, y) -> y, see ``linear.adapter``. The float32 weights are
+    dtype. scale: a constant, the forward multiplier of a parametrisation. adapter: see
+    ``linear.adapter``. The float32 weights are
     uninitialised until ``llmtrain.model.init_weights``.
     """
 
@@ -105,7 +126,33 @@ class Linear(nn.Module):
         self.mask: Mask | None = None
         self._back: Mask | None = None
         self._sparse = False
-        self.adapter: nn.Module | None = None
+        self.packed: tuple[str, ...] = ()
+        self.adapter: Adapter | None = None
+
+    def freeze(self, name: str) -> None:
+        """Keep the weight packed in a format of ``linear.frozen`` from now on, as ``codes``,
+        ``scales`` and ``row_scales``; they hold nothing until ``fill_frozen``."""
+        matmul = frozen_matmul(name, self.matmul.dtype)
+        with self.weight.device:
+            parts = matmul.form.empty(self.out_features, self.in_features)
+        del self.weight
+        for leaf, part in zip(PACKED, parts, strict=True):
+            if part is not None:
+                self.register_parameter(leaf, nn.Parameter(part, requires_grad=False))
+        self.packed = PACKED[: sum(part is not None for part in parts)]
+        self.set_matmul(matmul)
+
+    def packed_parts(self) -> Parts:
+        """The packed weight as this rank's memory holds it: under FSDP2 its own rows."""
+        found = [getattr(self, leaf) for leaf in self.packed]
+        return Parts(*(p.to_local() if isinstance(p, DTensor) else p for p in found))
+
+    def rows(self) -> Tensor:
+        """The rows of the weight in this rank's memory, as the products read them, float32."""
+        if isinstance(self.matmul, FrozenMatmul):
+            return self.matmul.form.unpack(self.packed_parts(), self.matmul.dtype).float()
+        stored = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        return stored.to(self.matmul.dtype).float()
 
     @property
     def adaptable(self) -> bool:
@@ -114,7 +161,12 @@ class Linear(nn.Module):
 
     def tensor_placement(self, name: str) -> TensorPlacement:
         """Placement of the parameter ``name`` on the tensor dimension of the mesh."""
-        return self.placement.weight if name == "weight" else self.placement.bias
+        if name == "bias":
+            return self.placement.bias
+        whole = name != "weight" and getattr(self, name).shape[1] == 1
+        # The scales of whole rows are the same on all ranks that share the rows.
+        shares = whole and self.placement is Placement.ROW
+        return Replicate() if shares else self.placement.weight
 
     def tensor_partial(self, name: str) -> bool:
         """Whether this rank's gradient of a replicated parameter is one summand of it."""
@@ -122,10 +174,11 @@ class Linear(nn.Module):
         return name == "bias" and self.plan.by_tokens and self.placement is Placement.ROW
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as this rank computes with them."""
+        """Weight (its codes where it is packed) and bias as this rank computes with them."""
+        weight = local(getattr(self, self.packed[0]) if self.packed else self.weight)
         if self.bias is None:
-            return local(self.weight), None
-        return local(self.weight), local(self.bias, partial=self.tensor_partial("bias"))
+            return weight, None
+        return weight, local(self.bias, partial=self.tensor_partial("bias"))
 
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
@@ -148,27 +201,72 @@ class Linear(nn.Module):
 
     def set_freed(self) -> None:
         """FSDP2 owns the weight from now on: see ``Plan.freed``."""
-        self.plan = replace(self.plan, freed=True)
+        # Packed codes are what it gathers and frees.
+        self.plan = replace(self.plan, freed=not self.packed)
+        if self.adapter is not None:
+            self.adapter.sharded = True
 
     def operand(self) -> Operand:
         """The weight as the products read it; the parameter itself where its dtype fits."""
         return self._operand(self.parts()[0])
 
     def _operand(self, weight: Tensor) -> Operand:
+        if self.packed:
+            return Packed(weight, *(local(getattr(self, leaf)) for leaf in self.packed[1:]))
         reach = self.plan.weight_reach
         if self.plan.freed:
             return self.matmul.operand(weight, reach)
         return self._cache.get(weight, self.matmul, reach)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def takes_casts(self, x: Tensor) -> bool:
+        """Whether what makes this layer's input ``x`` may cast it to e4m3 for it."""
+        static = isinstance(self.matmul, Fp8Matmul) and self.matmul.static
+        return static and x.dtype == self.matmul.dtype
+
+    def wants(self, x: Tensor) -> tuple[bool, bool]:
+        """Of a cast input like ``x``: whether its transposed copy is used, and whether anything
+        reads the values themselves."""
+        column = self.plan.column
+        gathers = column is not None and column.sequence
+        turned = x.is_cuda and torch.is_grad_enabled() and self.weight.requires_grad
+        reads = self.adapter is not None or bool(self._forward_pre_hooks or self._forward_hooks)
+        return turned and not gathers, reads
+
+    def handoff(self, y: Tensor) -> Handoff | None:
+        """Where the gradient of the output may be left in e5m2; ``y``: like the output."""
+        row = self.plan.row
+        if not self.takes_casts(y) or (row is not None and row.sequence):
+            return None
+        if self.adapter is not None and self.adapter.directed:
+            return None  # The product's own gradient is another one.
+        assert isinstance(self.matmul, Fp8Matmul)
+        return Handoff(self.matmul.gradient_scale, y.is_cuda and self.weight.requires_grad)
+
+    def forward(
+        self, x: Tensor, casts: Casts | None = None, handoff: Handoff | None = None
+    ) -> Tensor:
         """x: [..., in_features] of any float dtype -> [..., out_features] of matmul.dtype; the
-        parts of both under ``placement`` are those of ``apply_linear``."""
+        parts of both under ``placement`` are those of ``apply_linear``.
+
+        casts: x in e4m3, where its producer has cast it (``takes_casts``). handoff: see there.
+        """
         weight, bias = self.parts()
-        y = apply_linear(x, weight, bias, self._operand(weight), self.plan)
-        if self.adapter is None:
-            return y
-        adapted: Tensor = self.adapter(x, y)
-        return adapted
+        operand, given = self._operand(weight), Given(casts, handoff)
+        adapter = self.adapter
+        if adapter is None:
+            return apply_linear(x, weight, bias, operand, self.plan, given)
+        if not adapter.directed:
+            adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan, given))
+            return adapted
+        y = adapter(x, apply_linear(x, weight, None, operand, self.plan, given))
+        adapted = adapter.direct(y, weight, lambda: self._numbers(operand), self.plan)
+        return adapted if bias is None else adapted + bias.to(adapted.dtype)
+
+    def _numbers(self, operand: Operand) -> Tensor:
+        """The weight as the products read it."""
+        if isinstance(self.matmul, FrozenMatmul):
+            return self.matmul.weight(operand)
+        return plain(operand, self.matmul.dtype)
 
     def extra_repr(self) -> str:
         return (

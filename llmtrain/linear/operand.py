@@ -18,6 +18,7 @@ class Packed(NamedTuple):
     values: the numbers as they travel and as they are saved, such as FP8; None where only
     ``turned`` is still needed. scale: 0-dim float32 by which they have to be multiplied; None: 1.
     turned: values transposed, [k, n] contiguous, for hardware whose products want it; else None.
+    Of a frozen weight they are the parts of ``linear.frozen.Parts``.
     """
 
     values: Tensor | None
@@ -71,6 +72,16 @@ def from_parts(
         return Packed(values, scale, turned)
     assert values is not None
     return values
+
+
+def plain(x: Operand, dtype: torch.dtype) -> Tensor:
+    """The numbers of an operand as a tensor of ``dtype``, [n, k]."""
+    if not isinstance(x, Packed):
+        return x
+    values = x.values if x.values is not None else x.turned
+    assert values is not None
+    numbers = (values if x.values is not None else values.t()).to(torch.float32)
+    return (numbers if x.scale is None else numbers * x.scale).to(dtype)
 
 
 def start_gather(x: Operand, group: dist.ProcessGroup) -> tuple[Operand, dist.Work]:

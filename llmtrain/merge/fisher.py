@@ -14,7 +14,7 @@ from llmtrain.data.loader import Loader
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError
 from llmtrain.eval.checkpoint import Alone
-from llmtrain.eval.loading import load_trained
+from llmtrain.eval.loading import load_trained, require_plain
 from llmtrain.parallel.world import pick_device
 from llmtrain.train.clockwork import Clockwork
 
@@ -57,7 +57,7 @@ def write_fisher(path: Path, out: Path, samples: int, device: str) -> None:
     if not path.expanduser().is_dir():
         raise CheckpointError(f"{path} is not a folder; give a checkpoint or a run")
     place = pick_device(device, 0)
-    trained = load_trained(path, place)
+    trained = require_plain(load_trained(path, place), "fisher information")
     cfg = trained.cfg
     total = Clockwork.from_config(cfg).total * cfg.train.global_batch_size
     plan = build_plan(cfg, total)

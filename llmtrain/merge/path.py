@@ -18,7 +18,7 @@ from llmtrain.data.loader import heldout_sets
 from llmtrain.errors import CheckpointError
 from llmtrain.eval.checkpoint import Alone
 from llmtrain.eval.heldout import evaluate_domains
-from llmtrain.eval.loading import Trained, load_trained
+from llmtrain.eval.loading import Trained, load_trained, require_plain
 from llmtrain.merge.align import align
 from llmtrain.merge.sources import check_alike, open_source, require_finite, require_ours
 from llmtrain.parallel import Degrees, Layout, World
@@ -81,7 +81,7 @@ def interpolate(
             source.tell(warn)
     check_alike(sources)
     place = pick_device(device, 0)
-    one, two = (load_trained(source.path, place) for source in sources)
+    one, two = (require_plain(load_trained(source.path, place), "a path") for source in sources)
     params = dict(one.model.named_parameters())
     for trained, source in ((one, sources[0]), (two, sources[1])):
         for name, param in trained.model.named_parameters():

@@ -10,20 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtrain.methods.sparsity import StaticMask
-from llmtrain.sparsity import Masks, largest
+from llmtrain.sparsity import Masks, cubic_density, largest
 
 if TYPE_CHECKING:
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
-
-
-def density_at(final: float, step: int, start: int, end: int) -> float:
-    """d(t) after ``step`` updates."""
-    if step >= end:
-        return final
-    if step <= start:
-        return 1.0
-    return final + (1.0 - final) * (1.0 - (step - start) / (end - start)) ** 3
 
 
 class GradualPruning(StaticMask):
@@ -59,11 +50,12 @@ class GradualPruning(StaticMask):
         for name, sparse in masks.sparse.items():
             old = masks.whole(name)
             scores = masks.scores(name, masks.params[name]).to(old.device).masked_fill(~old, -1.0)
-            density = density_at(sparse.density, step, self._start, self._end)
+            density = cubic_density(sparse.density, step, self._start, self._end)
             new = largest(scores, round(density * old.numel())) & old
             masks.take_whole(name, new)
             kept, blocks = kept + int(new.sum()), blocks + old.numel()
         masks.install(self.seed(trainer))
         self.zero(trainer, masks.layers)
+        self.count_flops(trainer, step)
         text = f"pruned to {kept / max(blocks, 1):.1%} of the blocks"
         trainer.recorder.event(step, text, quiet=True)

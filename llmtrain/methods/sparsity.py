@@ -10,6 +10,7 @@ and the decay leave them alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,25 @@ from torch import Tensor
 
 from llmtrain.config import RunConfig, to_dict
 from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.convert.masks import checkpoint_masks
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import resolve_model
+from llmtrain.model import flops_per_token, resolve_model
 from llmtrain.ops import native_loaded
 from llmtrain.parallel.world import pick_device
-from llmtrain.sparsity import Masks, check_cuts, choice_lines, sparse_layers
-from llmtrain.sparsity.storage import read_masks
+from llmtrain.sparsity import (
+    Masks,
+    Sparse,
+    check_cuts,
+    choice_lines,
+    density_of_step,
+    sparse_layers,
+)
+from llmtrain.sparsity.storage import fit_masks, load_masks
 from llmtrain.train.hooks import Hook
 
 if TYPE_CHECKING:
+    from llmtrain.train.fitting import Needed
     from llmtrain.train.module import StepResult
     from llmtrain.train.trainer import Trainer
 
@@ -74,15 +84,20 @@ class StaticMask(Hook):
         self.dropped = False
         self._resumed = False
         self._until: int | None = None
+        self._sparse: dict[str, Sparse] = {}
 
     def check(self, cfg: RunConfig, plan: DataPlan) -> None:
-        """Masks must fit the model and the layout, and a file of masks must be there."""
+        """Masks must fit the model and the layout."""
         model_cfg = resolve_model(cfg, plan.vocab_size)
-        sparse = sparse_layers(model_cfg, self.cfg)
-        check_cuts(sparse, model_cfg, cfg.parallel.tensor, self.double)
+        self._sparse = sparse_layers(model_cfg, self.cfg)
+        check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg)
-        if self.cfg.masks is not None:
-            read_masks(Path(self.cfg.masks), sparse)
+
+    def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
+        """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""
+        if state is None and self.cfg.masks is not None:
+            self._given(self._sparse)
+        return []
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Make the masks, unless a checkpoint has brought them, and prune the weights."""
@@ -100,13 +115,20 @@ class StaticMask(Hook):
         for line in choice_lines(masks.cases, masks.choices):
             trainer.recorder.event(trainer.step_done, line)
         self.zero(trainer, masks.layers)
+        self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
             self.drop(trainer)
+
+    def _given(self, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
+        """The masks that ``sparsity.masks`` names: of a file, or of a checkpoint."""
+        path = Path(self.cfg.masks or "")
+        found = checkpoint_masks(path) if path.is_dir() else load_masks(path)
+        return fit_masks(found, sparse, path)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:
         """The masks of a run that begins."""
         if self.cfg.masks is not None:
-            for name, kept in read_masks(Path(self.cfg.masks), masks.sparse).items():
+            for name, kept in self._given(masks.sparse).items():
                 masks.take_whole(name, kept)
         elif self.cfg.choose == "magnitude":
             masks.choose_largest()
@@ -143,8 +165,16 @@ class StaticMask(Hook):
         assert self.masks is not None
         self.masks.remove()
         self.dropped = True
+        self.count_flops(trainer, trainer.step_done)
         text = "sparsity.until: the masks are dropped; all weights learn from here on"
         trainer.recorder.event(trainer.step_done, text)
+
+    def count_flops(self, trainer: Trainer, step: int) -> None:
+        """MFU is of the FLOPs of kept weights."""
+        cfg, model_cfg = trainer.cfg, trainer.module.model_cfg
+        density = 1.0 if self.dropped else density_of_step(cfg, model_cfg, step)
+        flops = flops_per_token(model_cfg, cfg.data.seq_len, density)
+        trainer.recorder.throughput.set_flops(flops)
 
     def on_checkpoint(self, trainer: Trainer) -> None:
         """What other hooks wrote into the weights does not reach beyond the masks."""

@@ -5,7 +5,16 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
-from llmtrain.model.adapters import ADAPTER, PARTS, adapted_parts, adapter_scale, row_pattern
+from llmtrain.model.adapters import (
+    ADAPTER,
+    PARTS,
+    AdaptedPart,
+    adapted_parts,
+    is_directed,
+    part_names,
+    set_magnitudes,
+    whole_change,
+)
 from llmtrain.model.block import Block
 from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
@@ -24,6 +33,13 @@ from llmtrain.model.formats import (
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.packing import (
+    fill_packed,
+    packed_layers,
+    packed_names,
+    packed_weights,
+    unpacked,
+)
 from llmtrain.model.resolve import complete, padded_vocab, resolve_model
 from llmtrain.model.scaling import decay_factor, multiplier, rate_factors, scaling_table
 from llmtrain.model.sharding import (
@@ -33,18 +49,20 @@ from llmtrain.model.sharding import (
     shard_over_tensor,
     tensor_placements,
 )
+from llmtrain.model.trainable import Trainable, limit_training
 
 __all__ = [
     "ADAPTER",
     "PARTS",
     "ActivationSplit",
+    "AdaptedPart",
     "Block",
     "Decoder",
     "Head",
     "KeyValueCache",
+    "Trainable",
     "activation_bytes",
     "adapted_parts",
-    "adapter_scale",
     "apply_formats",
     "apply_recompute",
     "assign_formats",
@@ -56,26 +74,35 @@ __all__ = [
     "compile_blocks",
     "complete",
     "decay_factor",
+    "fill_packed",
     "flops_per_token",
     "format_lines",
     "gradient_scale",
     "hidden_layers",
     "init_weights",
+    "is_directed",
     "keep_own_parts",
     "layer_names",
     "layer_shape",
+    "limit_training",
     "multiplier",
+    "packed_layers",
+    "packed_names",
+    "packed_weights",
     "padded_vocab",
     "param_counts",
     "param_roles",
+    "part_names",
     "partial_parameters",
     "rate_factors",
     "reads_whole_input",
     "resolve_model",
-    "row_pattern",
     "scaling_table",
+    "set_magnitudes",
     "shard_over_tensor",
     "stage_parts",
     "switch_step",
     "tensor_placements",
+    "unpacked",
+    "whole_change",
 ]

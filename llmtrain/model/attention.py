@@ -14,6 +14,7 @@ from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
 from llmtrain.model.scaling import multiplier
 from llmtrain.ops import (
+    Casts,
     cached_attention,
     causal_attention,
     rotate,
@@ -153,10 +154,11 @@ class Attention(nn.Module):
             self.q_norm = Norm(sizes[0], *kind, partial=tensor is not None)
             self.k_norm = Norm(sizes[1], *kind, partial=tensor is not None)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, casts: Casts | None = None) -> Tensor:
+        """casts: x as ``qkv`` reads it, where its producer has cast it."""
         b, s = context.shape
         per_group = self.n_heads // self.n_groups
-        qkv = self.qkv(x).flatten(0, -2)[: b * s]
+        qkv = self.qkv(x, casts).flatten(0, -2)[: b * s]
         qkv = qkv.view(b, s, self.n_groups, per_group + 2, self.d_head)
         if context.rotary is not None and self.q_norm is None:
             q, k, v = split_rotary(qkv, *context.rotary)

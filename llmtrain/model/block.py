@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Matmul
+from llmtrain.linear import Linear, Matmul
 from llmtrain.model.attention import Attention
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.masks import AttentionContext
@@ -21,6 +21,7 @@ from llmtrain.model.recompute import (
     full_recompute,
 )
 from llmtrain.model.scaling import residual_weights
+from llmtrain.ops import Casts
 from llmtrain.parallel.tensor import TensorParallel
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -47,7 +48,7 @@ class Block(nn.Module):
         # (a, b) of a x + b branch. Only branches that are normed at their end have any but 1.
         self.attention_residual = residual_weights(cfg, 2 * index)
         self.mlp_residual = residual_weights(cfg, 2 * index + 1)
-        self.recompute = "none"
+        self.recompute, self.dropout = "none", cfg.dropout
         self.attention_norm = Norm(*norm, partial=partial)
         self.attention = Attention(cfg, matmul, tensor, index)
         self.mlp_norm = Norm(*norm, partial=partial)
@@ -68,21 +69,29 @@ class Block(nn.Module):
         """lean: the results of norms and activation are not kept for backward."""
         keys = context.keys
         if not self.pre_norm:
-            stay, gain = self.attention_residual
-            branch = self.attention_norm(self.attention(x, context), gain)
-            x = _join(x, self.attention_dropout(branch, keys), stay)
+            x, casts = self._attend_post(x, context)
             stay, gain = self.mlp_residual
-            branch = self.mlp_norm(self.mlp(x, lean), gain)
+            branch = self.mlp_norm(self.mlp(x, lean, casts), gain)
             return _join(x, self.mlp_dropout(branch, keys), stay)
         if self.parallel:
             return self._run_parallel(x, context, lean)
-        x, normed = self.attention_norm.after(x, None)
+        x, normed, casts = _normed(self.attention_norm, x, None, self.attention.qkv)
         with self._forgetting(normed, self.attention_norm, x, lean):
-            branch = self.attention_dropout(self.attention(normed, context), keys)
-        x, normed = self.mlp_norm.after(x, branch)
+            branch = self.attention_dropout(self.attention(normed, context, casts), keys)
+        x, normed, casts = _normed(self.mlp_norm, x, branch, self.mlp.up)
         with self._forgetting(normed, self.mlp_norm, x, lean):
-            out = x + self.mlp_dropout(self.mlp(normed, lean), keys)
+            out = x + self.mlp_dropout(self.mlp(normed, lean, casts), keys)
         return cast(Tensor, out)
+
+    def _attend_post(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Casts | None]:
+        """The stream after an attention branch with its norm at the end, and its cast for the
+        MLP where both are made together."""
+        stay, gain = self.attention_residual
+        branch, norm, layer = self.attention(x, context), self.attention_norm, self.mlp.up
+        if self.dropout == 0 and layer.takes_casts(branch) and norm.casts(branch):
+            return norm.joined_with_casts(x, branch, stay, gain, layer)
+        branch = self.attention_dropout(norm(branch, gain), context.keys)
+        return _join(x, branch, stay), None
 
     def _run_parallel(self, x: Tensor, context: AttentionContext, lean: bool) -> Tensor:
         normed, other = self.attention_norm(x), self.mlp_norm(x)
@@ -98,6 +107,15 @@ class Block(nn.Module):
         """Its consumers compute ``normed`` again from ``x``, which the norm keeps."""
         kept = x.detach()
         return forgotten(normed, lambda: norm(kept)) if lean else nullcontext()
+
+
+def _normed(
+    norm: Norm, x: Tensor, branch: Tensor | None, layer: Linear
+) -> tuple[Tensor, Tensor, Casts | None]:
+    """``norm.after``, and the result in FP8 for ``layer`` where both are made together."""
+    if layer.takes_casts(x) and norm.casts(x):
+        return norm.after_with_casts(x, branch, layer)
+    return *norm.after(x, branch), None
 
 
 def _join(x: Tensor, branch: Tensor, stay: float) -> Tensor:

@@ -69,8 +69,10 @@ def _head(cfg: ModelConfig) -> int:
     return cfg.d_head
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int, density: float = 1.0) -> float:
     """Model FLOPs of training on one token (forward and backward).
+
+    density: kept share of the hidden layers' weights; a pruned one costs nothing.
 
     6 N + 6 s h d_head n_layers: N counts the elements of the matrices a token is multiplied
     with (blocks and head over the real vocabulary, not the embedding lookup), 2 FLOPs each
@@ -80,7 +82,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    matrices = cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
+    matrices = density * cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.adapters import ADAPTER
+from llmtrain.model.adapters import ADAPTER, MAGNITUDE, clear_unused, set_magnitudes
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.packing import packed_names
 from llmtrain.model.scaling import init_std
 from llmtrain.parallel import local_boxes
 
@@ -97,14 +98,17 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
     """Fill every parameter in place, on whatever device and layout it lies.
 
     Weights are normal with the standard deviation of the model's parametrisation (see
-    ``model.scaling``), norms one, biases zero.
+    ``model.scaling``), norms one, biases zero. Packed weights are left for ``fill_packed``.
     Every process fills its own part; nothing is communicated. state: tensors to fill instead of
     the model's own parameters, by the same names.
     """
+    packed = packed_names(model)
     for name, param in (dict(model.named_parameters()) if state is None else state).items():
+        if name in packed:
+            continue
         role = _role(name)
         for local, offset in local_boxes(param):
-            if role == "norm":
+            if role == "norm" or name.endswith(MAGNITUDE):
                 local.fill_(1.0)
             elif role == "bias":
                 local.zero_()
@@ -112,6 +116,10 @@ def init_weights(model: Decoder, seed: int, state: Mapping[str, Tensor] | None =
                 label = (seed, name)
                 std = _std(name, role, model, param.shape[-1])
                 _fill_normal(local, offset, tuple(param.shape), label, std)
+                if role == "adapter":
+                    clear_unused(model, name, local, offset[0])
+    if state is None and not packed:
+        set_magnitudes(model)
 
 
 def build_model(

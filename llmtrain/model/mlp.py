@@ -13,7 +13,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, Matmul, Placement
 from llmtrain.model.recompute import forgotten
 from llmtrain.model.scaling import multiplier
-from llmtrain.ops import swiglu
+from llmtrain.ops import Casts, activation_cast, fuses_activation, swiglu
 from llmtrain.parallel.tensor import TensorParallel
 
 
@@ -60,15 +60,28 @@ class MLP(nn.Module):
             scale=multiplier(cfg, "hidden", cfg.d_ff),
             **shared,
         )
-        self.activation = ACTIVATIONS[cfg.activation]
+        self.name, self.activation = cfg.activation, ACTIVATIONS[cfg.activation]
 
-    def forward(self, x: Tensor, lean: bool = False) -> Tensor:
-        """lean: the result of the activation is computed again in backward."""
-        inner = self.up(x)
+    def forward(self, x: Tensor, lean: bool = False, casts: Casts | None = None) -> Tensor:
+        """lean: the result of the activation is computed again in backward. casts: x as ``up``
+        reads it, where its producer has cast it."""
+        if self.down.takes_casts(x) and fuses_activation(x, self.name):
+            return self._run_fused(x, casts)
+        inner = self.up(x, casts)
         active = self.activation(inner)
         again, kept = self.activation, inner.detach()
         # ReLU keeps its result and not its input.
         lean = lean and again is not F.relu
         with forgotten(active, lambda: again(kept)) if lean else nullcontext():
             out: Tensor = self.down(active)
+        return out
+
+    def _run_fused(self, x: Tensor, casts: Casts | None) -> Tensor:
+        """The activation with its cast for ``down``, and in backward with that for ``up``. Nothing
+        of its result but the FP8 copy is kept."""
+        handoff = self.up.handoff(x)
+        inner = self.up(x, casts, handoff)
+        turned, reads = self.down.wants(inner)
+        active, down_casts = activation_cast(inner, self.name, turned, reads, handoff)
+        out: Tensor = self.down(active, down_casts)
         return out

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
-from llmtrain.ops import add_rms_norm, rms_norm
+from llmtrain.linear import Linear
+from llmtrain.ops import (
+    Casts,
+    NormTerms,
+    add_norm_cast,
+    add_rms_norm,
+    fuses_norm,
+    norm_join_cast,
+    rms_norm,
+)
 from llmtrain.parallel.collectives import gather_rows, sum_both_ways
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -63,6 +72,29 @@ class Norm(nn.Module):
             return total, self._biased(out)
         total = x if branch is None else x + branch
         return total, self(total)
+
+    def casts(self, x: Tensor) -> bool:
+        """Whether a cast of the result to FP8 is fused with this norm of ``x``."""
+        return fuses_norm(x, self.kind == "layernorm", self.bias is not None)
+
+    def _terms(self, gain: float = 1.0) -> NormTerms:
+        weight, bias = self.part(self.weight), None if self.bias is None else self.part(self.bias)
+        if gain != 1.0:
+            weight, bias = weight * gain, None if bias is None else bias * gain
+        return NormTerms(weight, bias, self.eps, self.kind == "layernorm")
+
+    def after_with_casts(
+        self, x: Tensor, branch: Tensor | None, layer: Linear
+    ) -> tuple[Tensor, Tensor, Casts]:
+        """``after``, and the normalised stream as ``layer`` reads it (``casts``)."""
+        turned, reads = layer.wants(x)
+        return add_norm_cast(x, branch, self._terms(), turned, reads)
+
+    def joined_with_casts(
+        self, x: Tensor, branch: Tensor, stay: float, gain: float, layer: Linear
+    ) -> tuple[Tensor, Casts]:
+        """stay x + gain norm(branch), and that as ``layer`` reads it."""
+        return norm_join_cast(x, branch, self._terms(gain), stay, layer.wants(x)[0])
 
     def _biased(self, x: Tensor) -> Tensor:
         return x if self.bias is None else x + self.part(self.bias).to(x.dtype)

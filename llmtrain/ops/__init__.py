@@ -25,6 +25,17 @@ from llmtrain.ops.fp8 import (
     fp8_transpose,
     fp8_uncast,
 )
+from llmtrain.ops.fused import (
+    Casts,
+    Handoff,
+    NormTerms,
+    activation_backward_cast,
+    activation_cast,
+    add_norm_cast,
+    fuses_activation,
+    fuses_norm,
+    norm_join_cast,
+)
 from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -55,8 +66,14 @@ __all__ = [
     "E5M2",
     "FLEX_MIN_HEAD",
     "FP8_MAX",
+    "Casts",
+    "Handoff",
+    "NormTerms",
     "Packed",
     "Window",
+    "activation_backward_cast",
+    "activation_cast",
+    "add_norm_cast",
     "add_rms_norm",
     "attention_partial",
     "attention_partial_backward",
@@ -72,12 +89,15 @@ __all__ = [
     "fp8_cast_transpose",
     "fp8_transpose",
     "fp8_uncast",
+    "fuses_activation",
+    "fuses_norm",
     "kernels_line",
     "kernels_warning",
     "make_window",
     "masked",
     "merge_partial",
     "native_loaded",
+    "norm_join_cast",
     "pack",
     "repack",
     "rms_norm",

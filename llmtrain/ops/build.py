@@ -37,6 +37,8 @@ X86_OBJECTS = {
     "rows_avx2": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "fp8_avx512": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "fp8_avx2": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "fused_avx512": ("fused.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
+    "fused_avx2": ("fused.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "sparse_avx512": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "sparse_avx2": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "attention_amx": ("attention.cpp", AMX),
@@ -49,6 +51,7 @@ X86_OBJECTS = {
 OBJECTS = {
     "rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
     "fp8_baseline": ("fp8.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
+    "fused_baseline": ("fused.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
     "sparse_baseline": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
 }
 
@@ -82,7 +85,7 @@ def build(target: Path = LIBRARY) -> Path:
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())
     # Only what torch 2.11 has; the library runs with it and with every later one.
-    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_sparse"):
+    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_fused", "ops_sparse"):
         objects[name] = (f"{name}.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         commands = [

@@ -12,7 +12,7 @@ from llmtrain.ops.native import kernels, usable
 
 
 def _parts(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = gate_up.view(*gate_up.shape[:-1], -1, 2).unbind(-1)
+    gate, up = gate_up.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2, 2).unbind(-1)
     return gate, up
 
 

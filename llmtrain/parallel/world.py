@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llmtrain.errors import EnvironmentFault
+from llmtrain.parallel.rendezvous import attempt_store, restarts_possible
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,11 @@ def init_world(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     try:
         if not dist.is_initialized():
+            own: dict[str, Any] = {}
+            if restarts_possible():
+                own = {"store": attempt_store(timeout), "rank": rank, "world_size": size}
             dist.init_process_group(
-                backend, timeout=timeout, device_id=place if place.type == "cuda" else None
+                backend, timeout=timeout, device_id=place if place.type == "cuda" else None, **own
             )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(

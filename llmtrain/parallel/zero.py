@@ -37,6 +37,7 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
 
         backend: Any = importlib.import_module("deepspeed.comm.torch")
+        _import_muon(importlib.import_module("deepspeed.runtime.compiler"))
         from deepspeed.utils import logger
     except ImportError as error:
         raise EnvironmentFault(
@@ -54,6 +55,18 @@ def import_deepspeed(device: torch.device) -> Any:
     # messages and leave segments behind. gloo does the same.
     backend.build_shm_op = lambda: None
     return deepspeed
+
+
+def _import_muon(compiler: Any) -> None:
+    """DeepSpeed's Muon, which each of its engines imports, without compiling it.
+
+    It is not used here, and would load all of torch's compiler: two seconds of every process.
+    """
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_
 
 
 def settings(

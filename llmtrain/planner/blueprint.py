@@ -20,6 +20,8 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from llmtrain.model import (
     Decoder,
     check_tensor_degree,
+    limit_training,
+    packed_names,
     param_roles,
     partial_parameters,
     shard_over_tensor,
@@ -38,7 +40,8 @@ class Part:
     shape: of the whole parameter; split: of the tensor-parallel part that forward reads; local:
     of the shard that this rank stores. block: number of the block it belongs to, None outside.
     partial: its gradient is a summand that tensor-parallel ranks still have to add up. trained:
-    it has a gradient at all.
+    it has a gradient at all. packed: bytes of an element where it is (part of) a frozen weight kept
+    packed, which travels and is stored as it is; 0: a float32.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Part:
     block: int | None
     partial: bool
     trained: bool = True
+    packed: int = 0
 
     def stored(self, shards: int) -> int:
         """Elements in this rank's memory: FSDP2 pads every shard to the largest, which is
@@ -101,7 +105,9 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
         layout = build_layout(cfg.parallel, world, model_cfg.n_kv_heads)
         with torch.device("meta"):
             model = Decoder(model_cfg, compute, layout.tensor)
+        limit_training(model, model_cfg, cfg)
         roles, partial = param_roles(model), set(partial_parameters(model))
+        packed = packed_names(model)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if layout.tensor is not None:
             assert layout.state is not None
@@ -119,6 +125,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
                 _block_of(name),
                 name in partial,
                 param.requires_grad,
+                param.element_size() if name in packed else 0,
             )
             for name, param in model.named_parameters()
         )

@@ -59,7 +59,7 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     if setting.model.adapters is None:
         found = tensor_layers(setting, blocks, _run_twice(setting, stages))
     else:
-        found = _adapted_layers(setting, stages)
+        found = adapted_layers(setting, stages)
     found += shared_heads(setting, blocks)
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
@@ -109,7 +109,8 @@ def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic
     ]
 
 
-def _adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+def adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+    """``tensor_layers`` of blocks with frozen weights and adapters."""
     m, t = setting.micro_batches, setting.degrees.tensor
     return [
         Traffic("blocks", kind, "tensor", t, m * calls, m * values * setting.item)
@@ -208,9 +209,10 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
 
     A unit is a block, or all that is outside the blocks. Its padded size is S times
     ceil(rows / S) rows of each parameter. A micro-batch gathers every unit in the compute dtype
-    before its forward, and a block again before its backward where ``reshard_after_forward``
-    freed it. In a pipeline units stay gathered between a backward and the next pass of the step:
-    one gather of each a step, or with ``reshard_after_forward`` m + 1 of a block. Gradients are
+    (packed weights as they are) before its forward, and a block again before its backward where
+    ``reshard_after_forward`` freed it. In a pipeline units stay gathered between a backward and the
+    next pass of the step: one gather of each a step, or with ``reshard_after_forward`` m + 1 of a
+    block. Gradients are
     reduce-scattered in ``precision.reduce`` once a step (or after every micro-batch,
     ``reduce_every_micro_batch``), and the shards then all-reduced over replicas.
     """
@@ -218,13 +220,13 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
     reduce = setting.precision.reduce.itemsize
     gathers = gathered = reductions = reduced = 0
     for unit in units:
-        size = shards * sum(part.stored(shards) for part in unit)
+        size = shards * sum(p.stored(shards) * (p.packed or setting.item) for p in unit)
         again = setting.cfg.parallel.reshard_after_forward and unit[0].block is not None
         if setting.degrees.pipeline > 1:
             times = setting.micro_batches + 1 if again else 1
         else:
             times = setting.micro_batches * (2 if again else 1)
-        gathers, gathered = gathers + times, gathered + times * size * setting.item
+        gathers, gathered = gathers + times, gathered + times * size
         trained = shards * sum(part.stored(shards) for part in unit if part.trained)
         reductions += setting.reductions if trained else 0
         reduced += setting.reductions * trained * reduce

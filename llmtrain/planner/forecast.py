@@ -14,6 +14,7 @@ from llmtrain.planner.machine import Machine
 from llmtrain.planner.memory import Memory, memory_estimate
 from llmtrain.planner.setting import Setting
 from llmtrain.planner.timing import StepTime, step_time
+from llmtrain.sparsity import density_of_step
 
 # Of the memory that a program gets: CUDA context, NCCL's buffers, fragmentation.
 USABLE = 0.92
@@ -44,8 +45,11 @@ class Forecast:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: causal attention counted as half, recomputation not at all."""
-        per_token = flops_per_token(self.setting.model, self.setting.cfg.data.seq_len)
+        """Model FLOPs utilisation: causal attention counted as half, recomputation and pruned
+        weights not at all."""
+        model, cfg = self.setting.model, self.setting.cfg
+        density = density_of_step(cfg, model, 0)
+        per_token = flops_per_token(model, cfg.data.seq_len, density)
         peak = self.setting.degrees.world * self.machine.peak
         return self.tokens_per_second * per_token / peak
 

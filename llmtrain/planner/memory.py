@@ -19,6 +19,7 @@ from llmtrain.model import ActivationSplit, activation_bytes, block_activation_b
 from llmtrain.model.flops import widths
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
+from llmtrain.planner.sparse import mask_memory
 
 FLOAT = 4  # bytes of a float32
 
@@ -117,6 +118,11 @@ def _stored(setting: Setting, parts: Iterable[Part]) -> int:
     return sum(part.stored(setting.shards) for part in parts)
 
 
+def _bytes(setting: Setting, parts: Iterable[Part]) -> int:
+    """Of the parts as FSDP2 gathers them."""
+    return sum((part.packed or setting.item) * part.elements for part in parts)
+
+
 def _elements(parts: Iterable[Part]) -> int:
     return sum(part.elements for part in parts)
 
@@ -125,7 +131,9 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
     """float32 weights and moments of the stored shards (AdamW: and a step count for each), a
     penalty's anchor and Fisher information, and without FSDP2 the copies of the matrices in the
     compute dtype."""
-    weights = FLOAT * _stored(setting, parts)
+    packed = [part for part in parts if part.packed]
+    plain = [part for part in parts if not part.packed]
+    weights = FLOAT * _stored(setting, plain)
     lion = setting.cfg.optim.name == "lion"
     trained = [part for part in parts if part.trained]
     moment = FLOAT * _stored(setting, trained)
@@ -133,13 +141,19 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
         "weights (fp32)": weights,
         "optimizer state": moment if lion else 2 * moment + FLOAT * len(trained),
     }
+    if packed:
+        size = sum(part.packed * part.stored(setting.shards) for part in packed)
+        adapters = setting.model.adapters
+        found[f"frozen weights ({adapters.base if adapters else ''})"] = size
     penalty = setting.cfg.penalty
     if penalty is not None and not penalty.offload:
         found["penalty"] = weights * (2 if penalty.kind == "ewc" else 1)
     if setting.item != FLOAT and setting.data_ranks == 1:
         tied = setting.model.tie_embeddings
-        cast = [p for p in parts if p.role in ("hidden", "head") or (tied and _is_table(p))]
+        cast = [p for p in plain if p.role in ("hidden", "head") or (tied and _is_table(p))]
         found["compute copies"] = setting.item * _elements(cast)
+    if setting.cfg.sparsity is not None:
+        found |= mask_memory(setting, parts)
     return found
 
 
@@ -165,8 +179,8 @@ class _Gathered:
         compute dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
-        blocks = [setting.item * _elements(unit) for unit in units if unit[0].block is not None]
-        outside = setting.item * sum(_elements(u) for u in units if u[0].block is None)
+        blocks = [_bytes(setting, unit) for unit in units if unit[0].block is not None]
+        outside = sum(_bytes(setting, unit) for unit in units if unit[0].block is None)
         running = min(1 + setting.cfg.parallel.prefetch, len(blocks))
         end = outside + running * max(blocks, default=0)
         if setting.degrees.pipeline > 1:
@@ -231,6 +245,9 @@ def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int
         running += stream
     if mode == "selective" and model.activation != "relu":
         running += tokens * ff // split.tensor * item
+    if model.adapters is not None and model.adapters.base not in (None, "bf16"):
+        # The largest weight of a block, unpacked for a product.
+        running += inner * model.d_model * item
     if mode == "full":
         running += block_activation_bytes(model, tokens, compute, "none", split)
         running += int(_masks(setting, 1, "none")) - stream // split.residual

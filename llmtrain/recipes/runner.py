@@ -13,6 +13,7 @@ from llmtrain.config.diff import diff_configs
 from llmtrain.data.prepare import prepare
 from llmtrain.errors import ConfigError
 from llmtrain.eval.scoring import Request, score
+from llmtrain.finetune.lottery import run_lottery
 from llmtrain.finetune.plan import plan_sequence
 from llmtrain.finetune.sequence import RESULT, run_sequence
 from llmtrain.parallel import World, close_world, init_world
@@ -34,7 +35,7 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2 and experiment.sweep is None:
+    if seeds < 2 and experiment.sweep is None and experiment.seeds > 1:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
     corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
@@ -54,10 +55,14 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
                 made.setdefault(trial.label, []).append(folders[trial.label])
     finally:
         close_world()
-    costs = experiment.costs(made) if experiment.costs is not None else ()
-    lines, drawing = _result(experiment, losses, costs)
+    data: Any = losses
+    if experiment.study is not None:
+        lines, drawing, data = experiment.study(losses, made)
+    else:
+        costs = experiment.costs(made) if experiment.costs is not None else ()
+        lines, drawing = _result(experiment, losses, costs)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
+    (out / f"{experiment.name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
     return lines
 
@@ -92,8 +97,14 @@ def _make(
             _score(trial.scoring, folders, file, world)
             select = {**data["data"]["select"], "scores": str(file)}
             data["data"] = {**data["data"], "select": select}
+        if trial.begins is not None:
+            data["init"] = {"path": str(folders[trial.begins])}
         if "continual" in data:
             return _sequence(trial, data, folders, world)
+        if "lottery" in data:
+            cfg = from_dict({**data, "name": f"{experiment.name}-s{seed}"}, for_training=True)
+            run_lottery(cfg, lambda line: None, world)
+            return out / cfg.name / f"level-{trial.level:02d}"
         cfg = from_dict(data, for_training=True)
         if not done(cfg, out / name):
             train(cfg, world)

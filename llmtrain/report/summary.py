@@ -75,9 +75,28 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("tokens/s, median", short(_median(list(rates)))),
         ("MFU, median", percent(_median(list(mfus)), 1) if len(mfus) else "n/a"),
         ("peak memory", bytes_text(float(memory.max())) if len(memory) else NOTHING),
+        *_ranks(run),
         ("spikes and stops", str(kinds.count("bad"))),
         ("resumes", str(kinds.count("resume"))),
     ]
+
+
+def _ranks(run: Run) -> list[tuple[str, str]]:
+    """The rank that was the slowest most often, and what its own work took beside the median."""
+    found = [record["ranks"] for record in run.steps if isinstance(record.get("ranks"), dict)]
+    slowest = [int(number(ranks.get("slowest"))) for ranks in found if "slowest" in ranks]
+    if not slowest:
+        return []
+    worst = max(set(slowest), key=lambda rank: (slowest.count(rank), -rank))
+    excess = _median(
+        [
+            number(r.get("own_most")) / max(number(r.get("own_median")), 1e-9)
+            for r in found
+            if r.get("slowest") == worst
+        ]
+    )
+    often = slowest.count(worst) / len(slowest)
+    return [("slowest rank", f"{worst} ({excess:.2f} x the median, {often:.0%} of the time)")]
 
 
 def summary(runs: Sequence[Run]) -> str:

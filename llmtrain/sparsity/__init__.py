@@ -19,7 +19,13 @@ from llmtrain.sparsity.choose import (
 )
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 from llmtrain.sparsity.masks import Masks
-from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, sparse_layers
+from llmtrain.sparsity.schedule import (
+    cubic_density,
+    density_of_step,
+    sparsity_lines,
+    training_flops,
+)
+from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
 
 __all__ = [
     "Case",
@@ -33,14 +39,19 @@ __all__ = [
     "cases_of",
     "check_cuts",
     "choice_lines",
+    "cubic_density",
+    "density_of_step",
     "largest",
     "mean_density",
     "pack_bits",
+    "packed_dim",
     "parse_granularity",
     "pick_products",
     "prune_again",
     "random_kept",
     "random_keys",
     "sparse_layers",
+    "sparsity_lines",
+    "training_flops",
     "unpack_bits",
 ]

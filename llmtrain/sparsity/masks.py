@@ -20,7 +20,7 @@ from llmtrain.parallel import Layout, local_boxes
 from llmtrain.sparsity.auto import Case, Choice, case_of, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import best_kept, block_scores, prune_again, random_kept
-from llmtrain.sparsity.select import Sparse
+from llmtrain.sparsity.select import Sparse, packed_dim
 
 Box = tuple[tuple[int, int], tuple[int, int]]
 
@@ -96,7 +96,7 @@ class Masks:
         """The mask of a whole layer, on every rank. Collective."""
         bits = self._stored(name, self.kept[name])
         full = bits.full_tensor() if isinstance(bits, DTensor) else bits
-        dim = self._packed_dim(name)
+        dim = packed_dim(name)
         grid = self.sparse[name].granularity.grid(self.sparse[name].shape)
         return unpack_bits(full, grid[dim], dim)
 
@@ -179,13 +179,9 @@ class Masks:
         """Kept share of this rank's part of a layer."""
         return self.mask(name).density
 
-    def _packed_dim(self, name: str) -> int:
-        # Not the dimension that tensor parallelism splits, so that its parts are whole bytes.
-        return 0 if self.layers[name].placement is Placement.ROW else 1
-
     def _stored(self, name: str, kept: Tensor | None) -> Tensor:
         """The bits of a layer's mask as a checkpoint holds them; None: room for them."""
-        sparse, dim = self.sparse[name], self._packed_dim(name)
+        sparse, dim = self.sparse[name], packed_dim(name)
         grid = list(sparse.granularity.grid(sparse.shape))
         size = list(self._boxes[name][1])
         own = [-(-n // b) for n, b in zip(size, sparse.granularity.block, strict=True)]
@@ -214,7 +210,7 @@ class Masks:
     def take_room(self) -> None:
         """Take over the masks that were read into ``room``."""
         for name, bits in self._bits.items():
-            dim = self._packed_dim(name)
+            dim = packed_dim(name)
             size = self._boxes[name][1][dim]
             blocks = -(-size // self.sparse[name].granularity.block[dim])
             own = bits.to_local() if isinstance(bits, DTensor) else bits

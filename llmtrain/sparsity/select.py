@@ -42,6 +42,17 @@ def sparse_layers(model_cfg: ModelConfig, section: SparsityConfig) -> dict[str, 
     return found
 
 
+def is_column(name: str) -> bool:
+    """Whether tensor parallelism splits a layer's outputs, else its inputs."""
+    return name.endswith(("attention.qkv", "mlp.up"))
+
+
+def packed_dim(name: str) -> int:
+    """The dimension along which a layer's mask is packed: not the one that tensor parallelism
+    splits, so that its parts are whole bytes."""
+    return 1 if is_column(name) else 0
+
+
 def check_cuts(
     sparse: Mapping[str, Sparse], model_cfg: ModelConfig, ranks: int, double: bool = False
 ) -> None:
@@ -52,7 +63,7 @@ def check_cuts(
     if ranks == 1:
         return
     for name, layer in sparse.items():
-        column = name.endswith(("attention.qkv", "mlp.up"))
+        column = is_column(name)
         if name.endswith("attention.qkv") and (model_cfg.n_kv_heads or 1) < ranks:
             raise ConfigError(
                 f"parallel.tensor: {name} shares a key/value head between ranks, which masks "
@@ -96,7 +107,8 @@ def _choose(name: str, shape: tuple[int, int], section: SparsityConfig) -> Spars
         if any(fnmatchcase(name, pattern) for pattern in rule.layers):
             where = f"sparsity.rules.{i}"
             # N:M of a rule has its own density, not the section's.
-            wanted = rule.density if rule.granularity is not None else rule.density or wanted
+            if rule.density is not None or rule.granularity is not None:
+                wanted = rule.density
             text = rule.granularity or text
     granularity = parse_granularity(text, f"{where}.granularity")
     return Sparse(name, shape, granularity, granularity.density(wanted, f"{where}.density"))

@@ -26,7 +26,9 @@ def write_masks(path: Path, masks: Mapping[str, Mask]) -> None:
     """
     facts = {n: {"shape": list(m.shape), "block": list(m.block)} for n, m in masks.items()}
     bits = {name: pack_bits(mask.kept.cpu()) for name, mask in masks.items()}
-    save_file(bits, path, metadata={"format": FORMAT, "masks": json.dumps(facts)})
+    part = path.with_name(f"{path.name}.part")  # a name that stands for a whole file
+    save_file(bits, part, metadata={"format": FORMAT, "masks": json.dumps(facts)})
+    part.replace(path)
 
 
 def load_masks(path: Path) -> dict[str, Mask]:
@@ -51,12 +53,14 @@ def load_masks(path: Path) -> dict[str, Mask]:
         raise ConfigError(f"sparsity.masks: {path} cannot be read ({error})") from error
 
 
-def read_masks(path: Path, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
+def fit_masks(
+    found: Mapping[str, Mask], sparse: Mapping[str, Sparse], path: Path
+) -> dict[str, Tensor]:
     """The masks of the layers ``sparse``: bool, one value per block of their granularity.
 
-    Raises ConfigError for a missing layer, another shape, or a mask that is no such pattern.
+    path: where they were ``found``. Raises ConfigError for a missing layer, another shape, or a
+    mask that is no such pattern.
     """
-    found = load_masks(path)
     kept = {}
     for name, layer in sparse.items():
         if name not in found:

@@ -10,12 +10,13 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
+from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, resolve_model
+from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model, set_magnitudes
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -69,6 +70,31 @@ def _found(setting: Setting, needed: Needed, warn: Warn) -> Path:
     return fits.path
 
 
+def resume_with(module: TrainModule, path: Path, load: Callable[..., None], ranks: Ranks) -> None:
+    """Replace the module's state by a checkpoint's; collective. load: of a ``Checkpointer``.
+
+    With ``trainable`` the checkpoint has the moments of what was training then; those of other
+    parameters begin anew.
+    """
+    unused: Sequence[str] = (HOOK_PREFIX, *apart(module))
+    stored: Mapping[str, Any] | None = None
+    if module.cfg.trainable:
+        unused, stored = (OPTIM_PREFIX, *unused), read_layout(path)
+    module.restore(
+        lambda tensors: load(
+            path,
+            {
+                key: value
+                for key, value in tensors.items()
+                if stored is None or key in stored or not key.startswith(OPTIM_PREFIX)
+            },
+            unused=unused,
+            verify=False,
+        )
+    )
+    read_apart(module, path, ranks)
+
+
 def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) -> None:
     """Replace the module's weights by those of a checkpoint that was found to fit; collective.
 
@@ -76,7 +102,14 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
     """
     ranks = Ranks(world.cpu_group)
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
-    unused = (HOOK_PREFIX,) if init.optimizer else (OPTIM_PREFIX, HOOK_PREFIX)
+    all_moments = init.optimizer and not module.cfg.trainable
+    others = (HOOK_PREFIX,) if all_moments else (OPTIM_PREFIX, HOOK_PREFIX)
+    unused = (*others, *apart(module))
+
+    def may_lack(key: str) -> bool:
+        moments = bool(module.cfg.trainable) and key.startswith(OPTIM_PREFIX)
+        return ADAPTER in key or moments
+
     try:
         stored = ranks.on_main(lambda: set(read_layout(path)))
         module.restore(
@@ -86,14 +119,35 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
                 {
                     key: value
                     for key, value in tensors.items()
-                    if key.startswith(prefixes) and (ADAPTER not in key or key in stored)
+                    if key.startswith(prefixes) and (key in stored or not may_lack(key))
                 },
                 unused,
                 False,
             )
         )
+        read_apart(module, path, ranks)
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
+    if not any(ADAPTER in key for key in stored):
+        # The frozen weights are others than those that these were first taken of.
+        set_magnitudes(module.model)
+
+
+def apart(module: TrainModule) -> tuple[str, ...]:
+    """Names of stored tensors that ``read_apart`` reads, and nobody else."""
+    return tuple(MODEL_PREFIX + n for n in (*packed_weights(module.model_cfg), *module.frozen()))
+
+
+def read_apart(module: TrainModule, path: Path, ranks: Ranks) -> None:
+    """Fill frozen weights that are no part of the module's state, packed ones and DeepSpeed's, from
+    a verified checkpoint; collective. Each rank reads its own part. Raises CheckpointError.
+    """
+    if packed_weights(module.model_cfg):
+        ranks.reduce(lambda: fill_packed(module.model, RowReader(path)), lambda _: None)
+    frozen = {MODEL_PREFIX + name: value for name, value in module.frozen().items()}
+    if ranks.reduce(lambda: bool(frozen), any):
+        load_into(ranks, path, frozen, ("",), True)
+        module.weights_changed()
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:

@@ -12,8 +12,10 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import build_plan
 from llmtrain.model import (
     Decoder,
+    Trainable,
     flops_per_token,
     format_lines,
+    limit_training,
     param_counts,
     param_roles,
     rate_factors,
@@ -27,7 +29,15 @@ from llmtrain.parallel.hardware import DTYPES, Precision, resolve_precision, tie
 from llmtrain.parallel.mesh import resolve_degrees
 from llmtrain.parallel.world import pick_device
 from llmtrain.planner import Setting
-from llmtrain.sparsity import cases_of, choice_lines, pick_products, sparse_layers
+from llmtrain.sparsity import (
+    cases_of,
+    check_cuts,
+    choice_lines,
+    pick_products,
+    sparse_layers,
+    sparsity_lines,
+    training_flops,
+)
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import human, table
 from llmtrain.train.layout_text import layout_lines
@@ -80,6 +90,7 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
     with torch.device("meta"):
         model = Decoder(model_cfg, precision.compute)
+    limit_training(model, model_cfg, cfg)
     named, rates = dict(model.named_parameters()), rate_factors(model_cfg)
     groups = build_groups(named, param_roles(model), cfg.optim, rates)
     lines = [
@@ -89,11 +100,17 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         f"parameter groups ({cfg.optim.name}):",
         *table(groups_table(groups, cfg.optim)),
     ]
+    if cfg.trainable:
+        lines += ["what trains when:", *table(Trainable(cfg, model_cfg).lines())]
     if cfg.quantization is not None:
         end = switch_step(cfg)
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
         lines += format_lines(model, model_cfg, cfg)
+    if cfg.sparsity is not None:
+        sparse = sparse_layers(model_cfg, cfg.sparsity)
+        check_cuts(sparse, model_cfg, cfg.parallel.tensor, cfg.sparsity.method == "slope")
+        lines += table(sparsity_lines(model_cfg, cfg.sparsity))
     return lines
 
 
@@ -128,12 +145,14 @@ def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:
 def _length_lines(cfg: RunConfig, times: Clockwork, model_cfg: ModelConfig) -> list[str]:
     tokens = times.total * times.tokens_per_step
     per_token = flops_per_token(model_cfg, cfg.data.seq_len)
+    in_all, dense = training_flops(cfg, model_cfg), per_token * tokens
+    of_dense = "" if cfg.sparsity is None else f" ({in_all / dense:.3g} of the dense run's)"
     schedule = cfg.schedule
     return [
         "length:",
         f"  {times.total:,} steps x {cfg.train.global_batch_size} sequences x "
         f"{cfg.data.seq_len} tokens = {tokens:,} tokens",
-        f"  {human(per_token)} FLOPs per token, {human(per_token * tokens)} in all",
+        f"  {human(in_all / tokens)} FLOPs per token, {human(in_all)} in all{of_dense}",
         f"  learning rate: {schedule.name}, warmup {schedule.warmup}, peak {cfg.optim.lr:g}",
         f"  evaluation every {_every(times.eval_every)}, checkpoint every "
         f"{_every(times.save_every)}",

@@ -24,7 +24,7 @@ from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, Decoder
+from llmtrain.model import ADAPTER, Decoder, unpacked
 
 _TOKENIZER = "tokenizer.json"
 # Settings by which equal places in two models mean the same; other shapes follow from some.
@@ -198,7 +198,7 @@ def _check_optimizer(
 def _parameters(model: ModelConfig) -> dict[str, nn.Parameter]:
     """The whole model's parameters without memory: names and shapes are those of any layout."""
     with torch.device("meta"):
-        return dict(Decoder(model, torch.float32).named_parameters())
+        return dict(Decoder(unpacked(model), torch.float32).named_parameters())
 
 
 def _check_tensors(
@@ -206,11 +206,13 @@ def _check_tensors(
 ) -> None:
     """Names, shapes and dtypes; one tensor is named, and how many there are."""
     remedy = "give a checkpoint of the same model, or set the model section of its config.yaml"
+    # All adapters or none: some alone would compute another function.
+    adapted = any(ADAPTER in key for key in stored)
     wanted = {
         needed.prefix + name: param
         for name, param in params.items()
         if (param.requires_grad or not needed.learnt)
-        and not (needed.begins and ADAPTER in name and needed.prefix + name not in stored)
+        and not (needed.begins and ADAPTER in name and not adapted)
     }
     missing = [key for key in wanted if key not in stored]
     if missing and needed.prefix != MODEL_PREFIX and len(missing) == len(wanted):

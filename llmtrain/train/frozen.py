@@ -13,7 +13,7 @@ from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import MODEL_PREFIX, Base
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
-from llmtrain.model import Decoder
+from llmtrain.model import Decoder, unpacked
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LeftOut:
 def frozen_names(model: ModelConfig) -> frozenset[str]:
     """Stored names of the parameters that do not train, of the whole model."""
     with torch.device("meta"):
-        params = Decoder(model, torch.float32).named_parameters()
+        params = Decoder(unpacked(model), torch.float32).named_parameters()
     return frozenset(MODEL_PREFIX + name for name, param in params if not param.requires_grad)
 
 
@@ -45,14 +45,17 @@ def left_out(
     where ``trainable`` is asked for and the frozen weights lie in no other checkpoint.
     """
     wanted = cfg.checkpoint.save
-    if wanted == "all" or source is None or model.adapters is None or cfg.average is not None:
+    if wanted == "all" or source is None or model.adapters is None:
+        return None
+    if cfg.average is not None or cfg.trainable:  # These may change what adapters leave alone.
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))
-    if found is None and wanted == "trainable":
+    never = model.adapters.base is not None or cfg.parallel.engine == "deepspeed"
+    if found is None and model.adapters.freeze and (wanted == "trainable" or never):
         raise ConfigError(
             f"checkpoint.save: {source} holds the frozen weights itself, as a run saves them from "
-            "its start; set checkpoint.save=auto, or begin a new run with it as init.path"
+            "its start; begin a new run with it as init.path, or set checkpoint.save=auto"
         )
     if found is None:
         return None

@@ -124,7 +124,7 @@ def load_hooks(cfg: RunConfig) -> list[Hook]:
     made = []
     for field in dataclasses.fields(cfg):
         section = getattr(cfg, field.name)
-        if "hook" in field.metadata and section is not None:
+        if "hook" in field.metadata and section:
             module, _, name = field.metadata["hook"].partition(":")
             hook: Hook = getattr(importlib.import_module(module), name)(section)
             hook.section = field.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from llmtrain.model import (
     compile_blocks,
     hidden_layers,
     init_weights,
+    limit_training,
+    packed_names,
     param_roles,
     rate_factors,
     shard_over_tensor,
@@ -89,6 +91,12 @@ class StepResult:
     skipped: bool
 
 
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, without those that are packed weights."""
+    packed = packed_names(model)
+    return {name: p for name, p in model.named_parameters() if name not in packed}
+
+
 def lay_out(
     model: Decoder,
     cfg: RunConfig,
@@ -145,11 +153,12 @@ class TrainModule:
         with torch.device("meta"):
             model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
+        limit_training(model, model_cfg, cfg)
         lay_out(model, cfg, precision, layout)
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
-        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.params: dict[str, nn.Parameter] = plain_parameters(model)
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
@@ -297,6 +306,23 @@ class TrainModule:
         """Forget the gradients of this step."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def train_only(self, names: Container[str]) -> None:
+        """Of the parameters that ever train freeze all but these, until the next call.
+
+        A frozen one keeps its value to the bit and has neither gradient nor moments; one that
+        thaws begins with new moments.
+        """
+        for group in self.groups:
+            for name, param in zip(group.names, group.params, strict=True):
+                trains = name in names
+                # FSDP2 gives what it gathers the same as the shard has.
+                param.requires_grad_(trains)
+                if not trains:
+                    param.grad = None
+                    self.optimizer.state.pop(param, None)
+                elif not self.optimizer.state.get(param):
+                    create_state(self.optimizer, [param])
+
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule of a run of ``total_steps``."""
         tokens = self.cfg.train.global_batch_size * self.cfg.data.seq_len
@@ -315,8 +341,15 @@ class TrainModule:
         """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""
         return sum_over_parts(values, self.params.values(), self.layout)
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Weights that do not train and are no part of ``tensors``, as they lie in memory in the
+        compute dtype: by the parameter's name, to be filled from a checkpoint."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
-        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
+        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``. Packed
+        and ``frozen`` weights are not among them.
+        """
         model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         return {**model, **state_tensors(self.optimizer, self.params)}
 

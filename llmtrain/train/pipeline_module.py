@@ -21,8 +21,10 @@ from llmtrain.loss import LossOutput
 from llmtrain.model import (
     Decoder,
     KeyValueCache,
+    Trainable,
     check_tensor_degree,
     init_weights,
+    limit_training,
     param_roles,
     rate_factors,
     stage_parts,
@@ -31,7 +33,7 @@ from llmtrain.optim import build_groups, build_optimizer, create_state
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.pipeline import Pipeline, build_pipeline, ends_group
-from llmtrain.train.module import StepSums, TrainModule, lay_out
+from llmtrain.train.module import StepSums, TrainModule, lay_out, plain_parameters
 
 TIED = "embedding.weight"
 
@@ -112,16 +114,19 @@ class PipelineModule(TrainModule):
         self._schedules: dict[tuple[Any, ...], Any] = {}
         chain = Chain(self.pipeline, model_cfg)
         parts = stage_parts(model_cfg, cfg.data.seq_len, self.pipeline.stages)
+        if cfg.trainable:
+            Trainable(cfg, model_cfg).check_stages(parts)
         self.params, self.roles = {}, {}
         for index in self.pipeline.own:
             with torch.device("meta"):
                 decoder = Decoder(model_cfg, precision.compute, layout.tensor, parts[index])
             self.roles |= param_roles(decoder)
+            limit_training(decoder, model_cfg, cfg)
             stage = Stage(self, decoder)
             lay_out(decoder, cfg, precision, layout, root=stage)
             stage.to_empty(device=self.device)
             init_weights(decoder, cfg.seed)
-            self.params |= dict(decoder.named_parameters())
+            self.params |= plain_parameters(decoder)
             chain.stages.append(stage)
         self.model = chain
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
@@ -174,7 +179,7 @@ class PipelineModule(TrainModule):
 
     def _finish_gradients(self) -> None:
         super()._finish_gradients()
-        if self._ends is not None:
+        if self._ends is not None and self.params[TIED].requires_grad:
             grad = self.params[TIED].grad
             assert grad is not None
             dist.all_reduce(_local(grad), group=self._ends)

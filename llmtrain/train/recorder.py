@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint import Saved
+from llmtrain.checkpoint.remote import Copied
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.plan import DataPlan
@@ -17,6 +18,7 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, step_line
 from llmtrain.train.metrics import Logger, Record
 from llmtrain.train.module import StepResult, StepSums
+from llmtrain.train.stragglers import Stopwatch, Stragglers
 from llmtrain.train.throughput import Throughput, memory_bytes
 
 
@@ -38,6 +40,9 @@ class Recorder:
         self.cfg, self.layout, self.plan, self.clockwork = cfg, layout, plan, clockwork
         self.world = layout.world
         self.throughput = throughput
+        self.stopwatch = Stopwatch(self.world)
+        self._slow: list[int] = []
+        self._named: list[int] = []
         self.console, self.loggers = outputs
         # Rows: weighted loss, weight (since the last log line), samples (since the start).
         n = len(plan.names)
@@ -51,18 +56,22 @@ class Recorder:
         """Training starts (again) after update ``step_done``."""
         self.console.start_bar(step_done)
         self.throughput.start()
+        self.stopwatch.begin()
 
     def pause(self) -> None:
         """What follows is not training: stop the throughput's clock."""
         self.throughput.pause()
+        self.stopwatch.pause()
 
     def resume(self) -> None:
         """Training goes on."""
         self.throughput.start()
+        self.stopwatch.resume()
 
     def stop(self) -> None:
         """The run is over or broken off."""
         self.throughput.pause()
+        self.stopwatch.end()
         self.console.stop_bar()
 
     def count(self, sums: StepSums, batch: Batch, skipped: bool) -> None:
@@ -97,6 +106,7 @@ class Recorder:
         if not self.due(result.step):
             return
         rate, mfu, seconds = self.throughput.read()
+        ranks = self.stopwatch.read()
         sources = self._sources()
         (memory,) = self.world.max([float(memory_bytes(self.world.device))])
         record: Record = {
@@ -115,10 +125,28 @@ class Recorder:
         if self._noted:
             record["method"], self._noted = self._noted, {}
         self._waited = waited
+        if ranks is not None:
+            record["ranks"] = ranks.record()
         left = (self.clockwork.stop - result.step) * self.clockwork.tokens_per_step
         self._write(record)
         eta = self.throughput.eta_seconds(left)
         self.console.say(step_line(record, self.clockwork.total, eta))
+        if ranks is not None:
+            self._name_slow(result.step, ranks)
+
+    def _name_slow(self, step: int, ranks: Stragglers) -> None:
+        """An event when ranks are slow twice running and were not before."""
+        slow = ranks.slow(self.cfg.train.watchdog.slow)
+        again = [rank for rank in slow if rank in self._slow]
+        if again and again != self._named:
+            middle = ranks.record()["own_median"]
+            named = ", ".join(f"rank {r} ({ranks.own[r] / middle:.2f} x)" for r in again[:8])
+            self.event(
+                step,
+                f"slow: {named} in own work against the median of {middle:.3g} s; the others "
+                f"wait most for rank {ranks.awaited}",
+            )
+        self._slow, self._named = slow, again
 
     def evaluation(
         self, step: int, metrics: dict[str, dict[str, float]], weights: str | None = None
@@ -177,6 +205,14 @@ class Recorder:
         size = f"{human(saved.bytes)}B"
         text = f"checkpoint {saved.path.name} ({size}, training waited {saved.stall_seconds:.2f} s)"
         self.event(saved.step, text if saved.note is None else f"{text}; {saved.note}")
+
+    def copied(self, step: int, copied: Copied) -> None:
+        """Record what became of a checkpoint's copy in the object store."""
+        if copied.problem is None:
+            self.event(step, f"step {copied.step} copied in {copied.seconds:.1f} s", quiet=True)
+        else:
+            self.console.warn(copied.problem)
+            self.event(step, copied.problem, quiet=True)
 
     def close(self) -> None:
         """Close the loggers."""

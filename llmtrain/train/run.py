@@ -17,7 +17,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
+from llmtrain.errors import EXIT_OK, CheckpointError, ConfigError, LlmtrainError
 from llmtrain.eval.generation import Sampling, generate
 from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
@@ -31,7 +31,7 @@ from llmtrain.parallel import (
 )
 from llmtrain.parallel.hardware import Precision, resolve_precision, tier_line
 from llmtrain.train.aside import leave_behind
-from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed
+from llmtrain.train.begin import begin_with, begins_anew, find_init, find_needed, resume_with
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import Console, human, table
 from llmtrain.train.engine import build_module
@@ -46,9 +46,11 @@ from llmtrain.train.saver import ResumePoint, Saver
 from llmtrain.train.signals import SignalWatch
 from llmtrain.train.throughput import Throughput, device_peak
 from llmtrain.train.trainer import Services, Trainer
+from llmtrain.train.watchdog import Watchdog
 
 # A longer plan is left to its own command: what comes before step 1 fits on a screen.
 _PLAN_LINES = 24
+_CHANGE_LINES = 16
 
 
 def train(cfg: RunConfig, world: World | None = None) -> int:
@@ -108,8 +110,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
-            load, path, hooks_own = checkpointer.load, resume.path, (HOOK_PREFIX,)
-            module.restore(lambda tensors: load(path, tensors, unused=hooks_own, verify=False))
+            resume_with(module, resume.path, saver.loader(resume), setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
@@ -122,29 +123,42 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
             console.say(line)
         recorder = _recorder(cfg, plan, times, (console, module, resume))
         try:
-            services = Services(times, evaluation, recorder, saver)
-            _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
+            with _watchdog(cfg, world) as watch:
+                services = Services(times, evaluation, recorder, saver, watch)
+                _drive(Trainer(cfg, world, module, plan, hooks, services), resume, signals)
         finally:
             recorder.close()
+
+
+def _watchdog(cfg: RunConfig, world: World) -> Watchdog:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = (world.rank, world.rank - world.local_rank, here, world.size)
+    return Watchdog(cfg.train.watchdog, run_folder(cfg) / "watch", ranks)
 
 
 def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -> None:
     """Train, sample; what goes wrong is recorded before it is raised."""
     cfg, recorder = trainer.cfg, trainer.recorder
     try:
+        if trainer.watch.before is not None:
+            recorder.event(0 if resume is None else resume.step, f"before: {trainer.watch.before}")
         if resume is not None:
             trainer.load_state_dict(resume.step, resume.extra)
             # The module has its own by now; those of hooks that this run has not stay unread.
             others = (MODEL_PREFIX, OPTIM_PREFIX, HOOK_PREFIX)
-            load = trainer.saver.checkpointer.load
+            load = trainer.saver.loader(resume)
             load(resume.path, trainer.hook_tensors(), unused=others, verify=False)
             _say_resume(recorder.console, cfg, resume)
-            recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
+            what = "a snapshot in memory" if resume.snapshot else resume.path.name
+            recorder.event(resume.step, f"resumed from {what}", quiet=True)
         trainer.run(signals)
         _samples(cfg, trainer.module, trainer.plan, recorder, trainer.step_done)
         _say_unigram(trainer)
         recorder.console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
+        trainer.saver.close()
     except LlmtrainError as error:
+        if not isinstance(error, CheckpointError):  # those may need it
+            trainer.saver.close()
         recorder.event(trainer.step_done, str(error), quiet=True)
         raise
 
@@ -233,9 +247,14 @@ def _preamble(
 
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
-    console.say(f"resumed from {resume.path} after step {resume.step}")
-    for line in _changes(cfg, resume):
+    where = f"a snapshot in memory on top of {resume.path}" if resume.snapshot else resume.path
+    console.say(f"resumed from {where} after step {resume.step}")
+    changes = _changes(cfg, resume)
+    for line in changes[:_CHANGE_LINES]:
         console.say(f"  changed since then: {line}")
+    if len(changes) > _CHANGE_LINES:
+        more = len(changes) - _CHANGE_LINES
+        console.say(f"  and {more} more; the run's config.yaml has everything")
 
 
 def _say_nothing_to_do(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:

@@ -80,6 +80,10 @@ class Throughput:
         self._since: float | None = None
         self._ema: float | None = None
 
+    def set_flops(self, flops_per_token: float) -> None:
+        """A token costs so much from the next read on: the model became denser or sparser."""
+        self._flops = flops_per_token
+
     def start(self) -> None:
         """The clock runs: training goes on."""
         if self._since is None:

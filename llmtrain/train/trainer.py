@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,11 @@ from llmtrain.train.guard import Guard
 from llmtrain.train.hooks import Hook
 from llmtrain.train.module import StepResult, TrainModule
 from llmtrain.train.recorder import Recorder
+from llmtrain.train.replay import Measured, judge_again, keep_samples
+from llmtrain.train.replicas import verify_replicas
 from llmtrain.train.saver import Saver
 from llmtrain.train.signals import SignalWatch
+from llmtrain.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -43,6 +47,7 @@ class Trainer:
         self.clockwork = services.clockwork
         self.evaluation, self.recorder = services.evaluation, services.recorder
         self.saver = services.saver
+        self.watch = services.watch
         self.guard = Guard(cfg.guard)
         self.schedule = module.schedule(self.clockwork.total)
         self.step_done = 0
@@ -68,9 +73,11 @@ class Trainer:
         times = self.clockwork
         batches: Iterator[Batch] = loader.iterate(self.step_done, times.stop)
         self.recorder.begin(self.step_done)
+        self.watch.begin(self.step_done)
         try:
             for batch in batches:
                 result, stop = self.step(batch, signals)
+                self.watch.at("log")
                 self.recorder.step(result, loader.wait_seconds)
                 self._collect()
                 if self.cfg.train.gc_every and result.step % self.cfg.train.gc_every == 0:
@@ -79,10 +86,17 @@ class Trainer:
                     self._leave(signals)
                 if times.evaluates(result.step):
                     self.evaluate()
+                if times.verifies(result.step):
+                    self.watch.at("checkpoint")
+                    verify_replicas(self.module.tensors(), self.world, result.step)
                 if times.saves(result.step) and result.step != times.stop:
                     self.save()
+                elif times.snaps(result.step) and result.step != times.stop:
+                    self.snap()
+                self.watch.at("data")
         finally:
             loader.close()
+        self.watch.at("end")
         for hook in self.hooks:
             hook.on_run_end(self)
         if not self.saver.has(self.step_done):
@@ -109,17 +123,16 @@ class Trainer:
         batch = self.module.receive(batch)
         for hook in self.hooks:
             hook.before_batch(self, batch)
+        self.watch.at("exchange")
         weight, told = self.world.sum([self.module.token_weight(batch), signals.pending])
-        sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
-        for hook in self.hooks:
-            hook.after_backward(self)
-        norm = self.module.gradient_norm()
-        (loss,) = self.world.sum([float(sums.loss)])
-        # Equal on all ranks to the last bit, or they might come to different verdicts.
-        norm.fill_(self.world.max([float(norm)])[0])
+        done = self._compute(batch, weight)
         step = self.step_done + 1
+        if self.guard.suspects(done.loss, float(done.norm)) and self._replays:
+            done = self._replay(batch, weight, done)
+        sums, loss, norm = done.sums, done.loss, done.norm
         verdict = self.guard.judge(step, loss, float(norm), self._sample_range(step))
         lr = self.cfg.optim.lr * self.schedule.factor(self.step_done)
+        self.watch.at("update")
         if verdict.skip:
             self.module.drop_gradients()
         else:
@@ -129,13 +142,45 @@ class Trainer:
         if verdict.event:
             self.recorder.event(step, verdict.event)
         result = StepResult(step, loss, float(norm), lr, weight, verdict.skip)
+        self.watch.at("hooks", step)
         for hook in self.hooks:
             hook.after_step(self, result)
         return result, told > 0
 
+    def _compute(self, batch: Batch, weight: float) -> Measured:
+        """Forward, backward, and the global loss and gradient norm. weight: of the global batch."""
+        self.watch.at("forward and backward")
+        sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
+        for hook in self.hooks:
+            hook.after_backward(self)
+        self.watch.at("norm")
+        norm = self.module.gradient_norm()
+        self.watch.at("loss")
+        (loss,) = self.world.sum([float(sums.loss)])
+        # Equal on all ranks to the last bit, or they might come to different verdicts.
+        norm.fill_(self.world.max([float(norm)])[0])
+        return Measured(sums, loss, norm)
+
+    @property
+    def _replays(self) -> bool:
+        return self.cfg.guard.replay and self.cfg.parallel.engine == "native"
+
+    def _replay(self, batch: Batch, weight: float, first: Measured) -> Measured:
+        """Make a suspicious step again before it is judged; what was found is an event."""
+
+        def compute(batch: Batch) -> Measured:
+            self.module.drop_gradients()
+            return self._compute(batch, weight)
+
+        keep_samples(self, batch, Path(self.cfg.out) / self.cfg.name / "suspicious")
+        done, finding = judge_again(self, batch, first, compute)
+        self.recorder.event(self.step_done + 1, f"suspicious step: {finding}")
+        return done
+
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out loss per domain, recorded and handed to the hooks."""
         self.recorder.pause()
+        self.watch.at("evaluation")
         metrics = self.last_evaluation = self.evaluation.run(self.module)
         self.recorder.evaluation(self.step_done, metrics)
         for hook in self.hooks:
@@ -146,11 +191,26 @@ class Trainer:
     def save(self, final: bool = False) -> None:
         """Checkpoint now (in the background when configured so)."""
         self.recorder.pause()
+        self.watch.at("checkpoint")
         for hook in self.hooks:
             hook.on_checkpoint(self)
         permanent = final or self.clockwork.keeps(self.step_done)
         tensors = self.module.tensors() | self.hook_tensors()
         self.saver.save(self.step_done, tensors, self.state_dict(), permanent)
+        self.recorder.resume()
+
+    def snap(self) -> None:
+        """Snapshot to the node's memory; the first state of a run becomes a checkpoint, on which
+        snapshots stand."""
+        if not self.saver.has_any:
+            self.save()
+            return
+        self.recorder.pause()
+        self.watch.at("checkpoint")
+        for hook in self.hooks:
+            hook.on_checkpoint(self)
+        tensors = self.module.tensors() | self.hook_tensors()
+        self.saver.snap(self.step_done, tensors, self.state_dict())
         self.recorder.resume()
 
     def hook_tensors(self) -> dict[str, Tensor]:
@@ -173,12 +233,16 @@ class Trainer:
         saved = self.saver.wait()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied(last=True):
+            self.recorder.copied(self.step_done, copied)
 
     def _collect(self) -> None:
         """Report a background save that has reached the disk; raises when it failed."""
         saved = self.saver.poll()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied():
+            self.recorder.copied(self.step_done, copied)
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Continue after update ``step`` with ``state`` of its checkpoint."""
@@ -210,3 +274,4 @@ class Services:
     evaluation: Evaluation
     recorder: Recorder
     saver: Saver
+    watch: Watchdog

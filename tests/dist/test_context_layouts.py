@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layout_runs import Case, assert_same, case, train_steps
+from helpers.layout_runs import Case, alone, assert_same, case, train_steps
 from helpers.ranks import RankError, run_ranks
 from torch import Tensor
 
@@ -46,9 +46,8 @@ LAYOUTS: dict[str, tuple[int, Case, dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_few_steps(layout: str) -> None:
     world, what, parallel = LAYOUTS[layout]
-    alone = train_steps(0, 1, what, {})
     for ours in run_ranks(world, lambda rank: train_steps(rank, world, what, parallel)):
-        assert_same(ours, alone)
+        assert_same(ours, alone(what))
 
 
 class _SliceBackward(torch.autograd.Function):
@@ -98,10 +97,10 @@ FAULTS = [_unsummed_gradients, _positions_from_zero, _documents_of_the_part, _no
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda f: f.__name__.strip("_"))
 def test_a_planted_fault_is_caught(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     what = dataclasses.replace(PLAIN, steps=2)
-    alone = train_steps(0, 1, what, {})
+    expected = alone(what)
     plant(monkeypatch)
     results = run_ranks(2, lambda rank: train_steps(rank, 2, what, {"context": 2}))
     with pytest.raises(AssertionError) as caught:
         for ours in results:
-            assert_same(ours, alone)
+            assert_same(ours, expected)
     assert not isinstance(caught.value, RankError)

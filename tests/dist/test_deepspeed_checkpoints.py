@@ -53,14 +53,16 @@ def native(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return train(tmp_path_factory.mktemp("native"), corpus)
 
 
-def train(folder: Path, corpus: Path, *changes: str, ranks: int = 1) -> Path:
+def train(
+    folder: Path, corpus: Path, *changes: str, ranks: int = 1, fresh: bool = False
+) -> Path:
     """A run of eight steps to its end; all it says is our own."""
     folder.mkdir(exist_ok=True)
     config = tiny_config(
         folder, corpus, train__duration="8step", checkpoint__every="4step", eval__every="4step",
         train__micro_batch_size=2, eval__prompts=["alpha"], eval__generate_tokens=2,
     )  # fmt: skip
-    done = llmtrain("train", str(config), *changes, ranks=ranks)
+    done = llmtrain("train", str(config), *changes, ranks=ranks, fresh=fresh)
     assert done.returncode == 0, done.stderr
     noise = [line for line in done.stderr.splitlines() if "OMP_NUM_THREADS" not in line]
     assert [line for line in noise if line.strip("* ")] == []
@@ -95,7 +97,7 @@ def test_begun_on_one_engine_and_ended_on_the_other(
 ) -> None:
     """DeepSpeed to the half, then one native process; and from its half, DeepSpeed to the end."""
     zero = ["parallel.engine=deepspeed", *changes]
-    half = train(tmp_path / "a", corpus, *zero, ranks=ranks)
+    half = train(tmp_path / "a", corpus, *zero, ranks=ranks, fresh=ranks > 1)
     assert_same_run(half, native)
     point = half / "checkpoints" / "step-00000004"
     assert verify(point) == []

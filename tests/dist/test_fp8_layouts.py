@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layout_runs import Case, Outcome, assert_same, case, train_steps
+from helpers.layout_runs import Case, Outcome, alone, assert_same, case, train_steps
 from helpers.ranks import run_ranks
 
 from llmtrain.config.number_formats import FormatRule, QuantizationConfig
@@ -23,8 +23,8 @@ MIXED = QuantizationConfig(rules=[FormatRule(["blocks.1.*"], "fp8_current")])
 STATIC = QuantizationConfig()
 FAKE = QuantizationConfig(format="fake", weights="int6", inputs="int8", gradients="e5m2")
 CASES = {
-    name: dataclasses.replace(case(steps=3, n_layers=4), quantization=section)
-    for name, section in {"mixed": MIXED, "static": STATIC, "fake": FAKE}.items()
+    name: dataclasses.replace(case(steps=3, micro=micro, n_layers=4), quantization=section)
+    for name, section, micro in (("mixed", MIXED, 2), ("static", STATIC, 2), ("fake", FAKE, 1))
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP2": (2, {}),
@@ -37,11 +37,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Outcome]:
-    return {name: train_steps(0, 1, what, {}) for name, what in CASES.items()}
-
-
 def _run(what: Case, layout: str) -> Outcome:
     world, parallel = LAYOUTS[layout]
     return run_ranks(world, lambda rank: train_steps(rank, world, what, parallel))[0]
@@ -49,8 +44,8 @@ def _run(what: Case, layout: str) -> Outcome:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", ["pipeline", "zero bubble"])
-def test_pipelines(layout: str, alone: dict[str, Outcome]) -> None:
-    assert_same(_run(CASES["mixed"], layout), alone["mixed"])
+def test_pipelines(layout: str) -> None:
+    assert_same(_run(CASES["mixed"], layout), alone(CASES["mixed"]))
 
 
 @pytest.mark.dist
@@ -67,9 +62,9 @@ def test_pipelines(layout: str, alone: dict[str, Outcome]) -> None:
         ("TP2+SP+FSDP2", "fake"),
     ],
 )
-def test_sums_in_another_order(layout: str, name: str, alone: dict[str, Outcome]) -> None:
-    ours, reference = _run(CASES[name], layout), alone[name]
-    plain = train_steps(0, 1, dataclasses.replace(CASES[name], quantization=None), {})
+def test_sums_in_another_order(layout: str, name: str) -> None:
+    ours, reference = _run(CASES[name], layout), alone(CASES[name])
+    plain = alone(dataclasses.replace(CASES[name], quantization=None))
     for mine, its, other in (
         (ours.losses, reference.losses, plain.losses),
         (ours.norms, reference.norms, plain.norms),
@@ -80,14 +75,13 @@ def test_sums_in_another_order(layout: str, name: str, alone: dict[str, Outcome]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute: str, alone: dict[str, Outcome]) -> None:
-    train = (("micro_batch_size", 1), ("recompute", recompute))
-    ours = train_steps(0, 1, dataclasses.replace(CASES["mixed"], train=train), {})
-    assert (ours.losses, ours.norms) == (alone["mixed"].losses, alone["mixed"].norms)
+def test_recomputation_changes_nothing(recompute: str) -> None:
+    train = (("micro_batch_size", 2), ("recompute", recompute))
+    ours, plain = (alone(dataclasses.replace(CASES["mixed"], train=t)) for t in (train, train[:1]))
+    assert (ours.losses, ours.norms) == (plain.losses, plain.norms)
 
 
-def test_bf16_results_in_fp8_differ_by_roundings_only(alone: dict[str, Outcome]) -> None:
+def test_bf16_results_in_fp8_differ_by_roundings_only() -> None:
     what = dataclasses.replace(CASES["static"], compute=torch.bfloat16)
-    ours = train_steps(0, 1, what, {})
-    for a, b in zip(ours.losses, alone["static"].losses, strict=True):
+    for a, b in zip(alone(what).losses, alone(CASES["static"]).losses, strict=True):
         assert 0 < abs(a - b) < 5e-3 * b

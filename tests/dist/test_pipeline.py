@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.layout_runs import (
     Case,
-    Outcome,
+    alone,
     assert_same,
     build,
     case,
@@ -24,10 +24,10 @@ from llmtrain.eval.generation import Continuation, Sampling, generate
 from llmtrain.linear import matmul
 from llmtrain.parallel.pipeline import split_layers
 
-# Five layers over two stages, one key/value head, micro-batches of one sequence.
-TIED = case(n_layers=5, tie_embeddings=True, n_kv_heads=1)
+# Five layers over two stages, one key/value head.
+TIED = case(micro=2, n_layers=5, tie_embeddings=True, n_kv_heads=1)
 UNTIED = case(
-    steps=4, n_layers=4, position="learned", dropout=0.1, attention_bias=True,
+    micro=2, n_layers=4, position="learned", dropout=0.1, attention_bias=True,
     attention_out_bias=True, mlp_bias=True, norm="layernorm", norm_bias=True,
 )  # fmt: skip
 
@@ -60,20 +60,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[Case, Outcome]:
-    return {what: train_steps(0, 1, what, {}) for what in (TIED, UNTIED)}
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pipeline_is_the_same_run(layout: str, alone: dict[Case, Outcome]) -> None:
+def test_a_pipeline_is_the_same_run(layout: str) -> None:
     world, parallel, what = LAYOUTS[layout]
     results = run_ranks(world, lambda rank: train_steps(rank, world, what, parallel))
     for ours in results:
-        assert_same(ours, alone[what])
+        assert_same(ours, alone(what))
     found = {name for ours in results for name in ours.weights}
-    assert found == alone[what].weights.keys()
+    assert found == alone(what).weights.keys()
 
 
 @pytest.mark.dist
@@ -111,15 +106,17 @@ def test_evaluation_and_generation() -> None:
     sampling = Sampling(seed=1)
     text = generate(whole.model, prompts, 6, 20, sampling)
 
-    def body(rank: int) -> tuple[torch.Tensor, list[Continuation], bool]:
-        module = build(rank, 4, TIED, {"pipeline": 2, "tensor": 2})
+    def body(rank: int, layout: dict[str, int]) -> tuple[torch.Tensor, list[Continuation], bool]:
+        module = build(rank, 4, TIED, layout)
         module.model.eval()
         with torch.no_grad():
             nll = module.loss(rank_batch(module, 3), 1.0).nll
         texts = generate(module.model, prompts, 6, 20, sampling)
         return nll, texts, module.layout.counts_losses
 
-    for nll, words, counts in run_ranks(4, body):
+    # Of what FSDP2 gathers, each rank with its own part of the batch.
+    assert all(words == text for _, words, _ in run_ranks(4, body, {"tensor": 2}))
+    for nll, words, counts in run_ranks(4, body, {"pipeline": 2, "tensor": 2}):
         assert words == text
         if counts:
             torch.testing.assert_close(nll, expected, atol=3e-6, rtol=0)

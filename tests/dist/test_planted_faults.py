@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layout_runs import assert_same, case, train_steps
+from helpers.layout_runs import alone, assert_same, case, train_steps
 from helpers.ranks import RankError, run_ranks
 
 from llmtrain.linear import function
@@ -80,17 +80,16 @@ FAULTS = [
 @pytest.mark.dist
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda f: f.__name__.strip("_"))
 def test_a_planted_fault_is_caught(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = train_steps(0, 1, WHAT, {})
+    expected = alone(WHAT)
     plant(monkeypatch)
     results = run_ranks(2, lambda rank: train_steps(rank, 2, WHAT, {"tensor": 2}))
     with pytest.raises(AssertionError) as caught:
         for ours in results:
-            assert_same(ours, alone)
+            assert_same(ours, expected)
     assert not isinstance(caught.value, RankError)
 
 
 @pytest.mark.dist
 def test_without_a_fault_nothing_is_caught() -> None:
-    alone = train_steps(0, 1, WHAT, {})
     for ours in run_ranks(2, lambda rank: train_steps(rank, 2, WHAT, {"tensor": 2})):
-        assert_same(ours, alone)
+        assert_same(ours, alone(WHAT))

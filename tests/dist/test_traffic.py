@@ -51,6 +51,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, ADAPTERS | TENSOR | MICRO),
     (2, ADAPTERS | TENSOR | PLAIN),
     (2, {"model__adapters": {"targets": ["blocks.1.*", "blocks.2.mlp.up"]}} | TENSOR),
+    (2, {"model__adapters": {"rank": 3, "kind": "dora"}} | TENSOR | PLAIN),
     (4, ADAPTERS | TENSOR | PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE),
     (4, PIPELINE | ZERO_BUBBLE | TENSOR),

@@ -25,3 +25,15 @@ class Slow(Hook):
     def after_step(self, trainer: object, result: object) -> None:
         if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
+
+
+class KeepStart(Hook):
+    """Writes the weights that a run begins with to ``start.bin`` in its folder."""
+
+    def on_run_start(self, trainer: object) -> None:
+        from safetensors.torch import save_file
+
+        from llmtrain.train.run import run_folder
+
+        weights = {n: p.detach().clone() for n, p in trainer.module.params.items()}  # type: ignore[attr-defined]
+        save_file(weights, run_folder(trainer.cfg) / "start.bin")  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.config.trainable import TrainableConfig
 from llmtrain.data.batch import Batch
 from llmtrain.model import complete
 from llmtrain.parallel import Fragment, World, build_layout, local_boxes
@@ -30,7 +31,7 @@ from llmtrain.train.module import TrainModule
 # full_tensor() of a tensor over two mesh dimensions says that it gathers twice.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-VOCAB, BATCH, SEQ, STEPS = 101, 12, 20, 10
+VOCAB, BATCH, SEQ, STEPS = 101, 12, 20, 4
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ class Case:
     """What is trained: changes to the tiny model, to other sections, and the length."""
 
     model: tuple[tuple[str, Any], ...] = ()
-    train: tuple[tuple[str, Any], ...] = (("micro_batch_size", 1),)
+    train: tuple[tuple[str, Any], ...] = (("micro_batch_size", 3),)
     optim: tuple[tuple[str, Any], ...] = ()
     compute: torch.dtype = torch.float32
     steps: int = STEPS
     seq_len: int = SEQ
     quantization: QuantizationConfig | None = None
+    trainable: tuple[TrainableConfig, ...] = ()
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def case(steps: int = STEPS, seq_len: int = SEQ, micro: int = 1, **model: Any) -> Case:
+def case(steps: int = STEPS, seq_len: int = SEQ, micro: int = 3, **model: Any) -> Case:
     """A case by the model's keys."""
     train = (("micro_batch_size", micro),)
     return Case(tuple(model.items()), train, steps=steps, seq_len=seq_len)
@@ -79,6 +81,7 @@ def configs(what: Case, parallel: dict[str, Any]) -> tuple[RunConfig, ModelConfi
         parallel=replace(cfg.parallel, **parallel),
         train=replace(cfg.train, global_batch_size=BATCH, **dict(what.train)),
         quantization=what.quantization,
+        trainable=list(what.trainable),
     )
     return cfg, complete(cfg.model, VOCAB, what.seq_len)
 
@@ -117,6 +120,9 @@ def build(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> TrainM
     layout = build_layout(cfg.parallel, place, model_cfg.n_kv_heads)
     module = build_module(cfg, model_cfg, Precision(what.compute, torch.float32), layout)
     module.restore(_vary_vectors)
+    if frozen := module.frozen():
+        _vary_vectors({f"model.{name}": value for name, value in frozen.items()})
+        module.weights_changed()
     return module
 
 
@@ -177,6 +183,17 @@ def train_steps(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> 
     module = build(rank, world, what, parallel)
     steps = [one_step(module, step) for step in range(what.steps)]
     return outcome(module, steps)
+
+
+def alone(what: Case) -> Outcome:
+    """The run of one process: what others are held against. Computed once."""
+    key = repr(what)
+    if key not in _ALONE:
+        _ALONE[key] = train_steps(0, 1, what, {})
+    return _ALONE[key]
+
+
+_ALONE: dict[str, Outcome] = {}
 
 
 def outcome(module: TrainModule, steps: list[tuple[float, float]]) -> Outcome:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from helpers import warm
 
 from llmtrain.config.schema import PrepareConfig, TextSourceConfig, TokenizerConfig
 from llmtrain.data.prepare import prepare
@@ -101,10 +102,21 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **own, **extra}
 
 
+def begun(*arguments: str, timeout: float = 120) -> warm.Running:
+    """``llmtrain`` on one process, not yet at its end."""
+    return warm.start(arguments, 1, environment(), timeout)
+
+
 def llmtrain(
-    *arguments: str, ranks: int = 1, timeout: float = 120
+    *arguments: str, ranks: int = 1, timeout: float = 120, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``llmtrain`` to its end; stdout and stderr are kept."""
+    """Run ``llmtrain`` to its end; stdout and stderr are kept.
+
+    The processes are forked from one that has loaded torch (helpers/warm.py). fresh: start Python
+    and torchrun anew, where start and end of the processes are a part of what is tested.
+    """
+    if not fresh:
+        return warm.start(arguments, ranks, environment(), timeout).wait()
     return subprocess.run(
         command(*arguments, ranks=ranks),
         capture_output=True,

@@ -19,6 +19,7 @@ from llmtrain.model import layer_names
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
 from llmtrain.sparsity import sparse_layers, unpack_bits
+from llmtrain.sparsity.storage import load_masks
 from llmtrain.train.run import train
 
 SLOPE = "sparsity={method: slope, granularity: '2:4', adapters_at: 1step}"
@@ -170,6 +171,26 @@ def test_a_mask_of_the_largest_weights_of_a_dense_model(
     assert (scores.masked_fill(~groups, 9).amin(1) >= scores.masked_fill(groups, -1).amax(1)).all()
 
 
+def test_masks_of_a_checkpoint_begin_another_run_and_leave_with_the_weights(
+    tmp_path: Path, corpus: Path, rigl: Path
+) -> None:
+    words = [f"sparsity={{density: 0.25, masks: '{rigl}'}}", "train.stop_after=2step"]
+    other = run(tmp_path, corpus, *words)
+    masks, given = kept(other, 2), kept(rigl)
+    assert all(torch.equal(masks[name], given[name]) for name in given)
+    file = config(tmp_path, corpus)
+    gone = [words[0].replace("runs/tiny", "nowhere"), "train.stop_after=3step"]
+    assert main(["train", str(file), *gone]) == 0  # a resumed run has its own
+    assert main(["convert", "to-hf", str(rigl), str(tmp_path / "hf")]) == 0
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_masks(tmp_path / "hf" / "masks.safetensors")
+    assert len(exported) == 2 * 7
+    for name, mask in exported.items():
+        assert torch.equal(mask.kept, weights[name] != 0), name
+    layers = list(exported.values())
+    assert sum(int(m.kept.sum()) for m in layers) == sum(int(m.sum()) for m in given.values())
+
+
 def test_gradual_pruning_follows_the_cubic_and_only_prunes(tmp_path: Path, corpus: Path) -> None:
     section = "sparsity={method: gradual, density: 0.2, start: 1step, end: 5step, every: 2step}"
     found = run(tmp_path, corpus, section)
@@ -253,6 +274,22 @@ def test_a_resumed_run_cannot_ask_for_other_masks(
     assert told in capsys.readouterr().err
 
 
+def test_dry_run_says_what_is_kept_and_what_it_saves(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = "sparsity={density: 0.25, rules: [{layers: [blocks.0.*], density: 1}]}"
+    assert main(["train", str(config(tmp_path, corpus)), "--dry-run", section]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "attention.qkv 1 64 x 32 dense 1 2,048",
+        "attention.qkv 1 64 x 32 unstructured 0.25 512",
+        "hidden 15,360 0.625 9,600 in all",
+        "of the dense run's)",
+        "masked copies 30.00 KiB",
+    ):
+        assert line in text, line
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -265,6 +302,7 @@ def test_a_resumed_run_cannot_ask_for_other_masks(
         (["sparsity={method: set, density: 0.5}", "model.adapters={}"], "model.adapters freezes"),
         (["sparsity={method: slope, granularity: '2:4'}", "model.adapters={}"], "must be false"),
         (["sparsity={density: 0.5}", "parallel.engine=deepspeed"], "deepspeed"),
+        (["sparsity={density: 0.5}", "model.adapters={base: int8}"], "model.adapters.base packs"),
         (["sparsity={density: 0.5, masks: nowhere}"], "nowhere cannot be read"),
         (["sparsity={granularity: 16x16, density: 0.3}"], "cannot be met by the 8 blocks"),
     ],

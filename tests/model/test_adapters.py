@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.layout_runs import Case, Outcome, assert_same, case, train_steps
+from helpers.layout_runs import Case, alone, assert_same, case, train_steps
 from helpers.memory import allocated
 from helpers.ranks import run_ranks
 
 from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError
-from llmtrain.linear import Linear, LowRank, low_rank_change
-from llmtrain.model import Decoder, build_model, complete
+from llmtrain.linear import Change, Linear, LowRank, adapted_weight
+from llmtrain.model import Decoder, adapted_parts, build_model, complete
 
 VOCAB = 61
 
@@ -35,6 +35,8 @@ def built(adapters: AdapterConfig | None, **changes: Any) -> Decoder:
         for name, param in model.named_parameters():
             if name.endswith("adapter.b.weight"):
                 param.copy_(torch.randn(param.shape, generator=generator) * 0.1)
+            if name.endswith("magnitude.weight"):
+                param.mul_(1 + 0.1 * torch.randn(param.shape, generator=generator))
     return model
 
 
@@ -51,8 +53,10 @@ def merged(model: Decoder) -> Decoder:
         for name, layer in model.named_modules():
             if isinstance(layer, Linear) and isinstance(layer.adapter, LowRank):
                 side = layer.adapter
-                change = low_rank_change(side.a.weight, side.b.weight, side.scale, side.pattern)
-                weights[f"{name}.weight"].add_(change)
+                length = None if side.magnitude is None else side.magnitude.weight
+                change = Change(side.a.weight, side.b.weight, side.scales, side.pattern, length)
+                weight = weights[f"{name}.weight"]
+                weight.copy_(adapted_weight(weight, change))
     return plain
 
 
@@ -68,6 +72,9 @@ TOKENS = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_see
         (AdapterConfig(rank=2, targets=["k", "gate"]), {"attention_bias": True}),
         (AdapterConfig(rank=2, targets=["up", "out"]), {"activation": "gelu"}),
         (AdapterConfig(rank=2, targets=["blocks.1.*"]), {}),
+        (AdapterConfig("dora", rank=3), {"attention_bias": True, "mlp_bias": True}),
+        (AdapterConfig("rsdora", rank=2, targets=["k", "gate", "blocks.1.attention.qkv.q"]), {}),
+        (AdapterConfig(rank=2, rank_pattern={"k": 4, "down": 1}, alpha_pattern={"v": 9.0}), {}),
     ],
 )
 def test_merged_is_unmerged(section: AdapterConfig, changes: dict[str, Any]) -> None:
@@ -81,15 +88,34 @@ def test_merged_is_unmerged(section: AdapterConfig, changes: dict[str, Any]) -> 
 
 
 def test_scales() -> None:
-    from llmtrain.model import adapter_scale
+    def scale(section: AdapterConfig, layer: str = "blocks.0.mlp.down") -> float:
+        return adapted_parts(shape(section), layer)[0].scale
 
-    assert adapter_scale(AdapterConfig(rank=8)) == 2.0
-    assert adapter_scale(AdapterConfig(rank=16, alpha=8.0)) == 0.5
-    assert adapter_scale(AdapterConfig(kind="rslora", rank=16, alpha=8.0)) == 2.0
+    assert scale(AdapterConfig(rank=8)) == 2.0
+    assert scale(AdapterConfig(rank=16, alpha=8.0)) == 0.5
+    assert scale(AdapterConfig(kind="rslora", rank=16, alpha=8.0)) == 2.0
+    own = AdapterConfig(rank=16, alpha=8.0, rank_pattern={"mlp": 4, "blocks.1.*": 2})
+    assert [scale(own), scale(own, "blocks.1.mlp.down")] == [2.0, 4.0]
 
 
-def test_a_new_adapter_changes_nothing_and_only_it_trains() -> None:
-    cfg = shape(AdapterConfig(rank=3))
+def test_ranks_of_their_own() -> None:
+    """A smaller rank is a larger one whose last rows are zero, and stay so."""
+    section = AdapterConfig(rank=4, rank_pattern={"q": 2, "gate": 1})
+    model = build_model(shape(section), seed=1, device="cpu", compute_dtype=torch.float32)
+    side = model.blocks[0].attention.qkv.adapter  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(TOKENS).float().square().mean().backward()
+        optimizer.step()
+    assert side.a.weight[:2].abs().min() > 0 and not side.a.weight[2:4].any()
+    rows = torch.tensor(side.pattern).repeat(32 * 2 // len(side.pattern)) == 0
+    assert side.b.weight[rows][:, :2].abs().min() > 0 and not side.b.weight[rows][:, 2:].any()
+    assert side.a.weight[4:].abs().min() > 0 and side.b.weight[~rows].abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_new_adapter_changes_nothing_and_only_it_trains(kind: str) -> None:
+    cfg = shape(AdapterConfig(kind, rank=3))
     model = build_model(cfg, seed=1, device="cpu", compute_dtype=torch.float32)
     plain = build_model(
         dataclasses.replace(cfg, adapters=None), seed=1, device="cpu", compute_dtype=torch.float32
@@ -102,6 +128,23 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains() -> None:
     a = model.blocks[0].attention.qkv.adapter.a.weight  # type: ignore[union-attr]
     assert a.shape == (9, 32)
     assert float(a.std()) == pytest.approx(1 / (3 * 32) ** 0.5, rel=0.1)
+
+
+def test_lengths_are_computed_once_until_something_changes() -> None:
+    model = built(AdapterConfig("dora", rank=3))
+    plain = merged(model)
+    side = model.blocks[0].mlp.down.adapter  # type: ignore[union-attr]
+    runs: list[int] = []
+    lengths = side.lengths
+    side.lengths = lambda *args: runs.append(1) or lengths(*args)
+    with torch.no_grad():
+        for _ in range(3):
+            model(TOKENS)
+        assert len(runs) == 1
+        side.b.weight.mul_(2.0)
+        torch.testing.assert_close(model(TOKENS), merged(model)(TOKENS), atol=3e-6, rtol=1e-5)
+        assert len(runs) == 2
+        assert (plain(TOKENS) - model(TOKENS)).abs().max() > 1e-3
 
 
 def test_frozen_weights_save_no_inputs() -> None:
@@ -117,14 +160,15 @@ def test_frozen_weights_save_no_inputs() -> None:
 
 def adapted(**changes: Any) -> Case:
     """eps: where a gradient is round-off alone, Adam would make a whole step of it."""
-    section = AdapterConfig(rank=3, **changes)
-    what = case(steps=6, n_layers=3, adapters=section, attention_bias=True)
+    section = AdapterConfig(**{"rank": 3, **changes})
+    what = case(n_layers=3, adapters=section, attention_bias=True)
     return dataclasses.replace(
         what, optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"]))
     )
 
 
 ALL = adapted()
+DORA = adapted(kind="dora", rank_pattern={"v": 2}, alpha_pattern={"up": 3.0})
 LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
     "DP2": (2, {"replicate": 2}, ALL),
     "FSDP2": (2, {}, ALL),
@@ -132,29 +176,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
     "TP2+SP": (2, {"tensor": 2}, ALL),
     "TP2+SP+FSDP2": (4, {"tensor": 2}, ALL),
     "PP2": (2, {"pipeline": 2}, ALL),
-    "CP2": (2, {"context": 2}, ALL),
-    "PP2+TP2 zero bubble": (
+    "DoRA TP2+SP+FSDP2": (4, {"tensor": 2}, DORA),
+    "DoRA PP2+TP2 zero bubble": (
         4,
         {"pipeline": 2, "tensor": 2, "pipeline_schedule": "zero_bubble"},
-        dataclasses.replace(ALL, model=(*ALL.model, ("n_layers", 4))),
+        dataclasses.replace(DORA, model=(*DORA.model, ("n_layers", 4))),
     ),
+    "CP2": (2, {"context": 2}, ALL),
 }
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict[Case, Outcome]:
-    return {}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_is_the_same_run(layout: str, alone: dict[Any, Outcome]) -> None:
+def test_any_layout_is_the_same_run(layout: str) -> None:
     world, parallel, what = LAYOUTS[layout]
-    key = repr(what)
-    if key not in alone:
-        alone[key] = train_steps(0, 1, what, {})
     for ours in run_ranks(world, lambda rank: train_steps(rank, world, what, parallel)):
-        assert_same(ours, alone[key])
+        assert_same(ours, alone(what))
 
 
 @pytest.mark.parametrize(

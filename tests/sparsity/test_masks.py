@@ -12,7 +12,6 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sparsity import SparsityConfig, SparsityRule
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask
-from llmtrain.methods.gradual_pruning import density_at
 from llmtrain.methods.rigl import regrown, replaced_share
 from llmtrain.methods.slope import density_loss
 from llmtrain.model import complete
@@ -20,6 +19,7 @@ from llmtrain.sparsity import (
     best_kept,
     block_scores,
     choose,
+    cubic_density,
     pack_bits,
     parse_granularity,
     prune_again,
@@ -27,7 +27,7 @@ from llmtrain.sparsity import (
     sparse_layers,
     unpack_bits,
 )
-from llmtrain.sparsity.storage import load_masks, read_masks, write_masks
+from llmtrain.sparsity.storage import fit_masks, load_masks, write_masks
 
 MODEL = complete(ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48), None, 8)
 
@@ -141,7 +141,7 @@ def test_rigl_keeps_the_number_drops_the_smallest_and_grows_the_largest() -> Non
 
 
 def test_the_cubic_schedule() -> None:
-    found = [density_at(0.2, t, 100, 300) for t in (0, 100, 200, 300, 400)]
+    found = [cubic_density(0.2, t, 100, 300) for t in (0, 100, 200, 300, 400)]
     assert found == pytest.approx([1, 1, 0.2 + 0.8 / 8, 0.2, 0.2])
 
 
@@ -192,11 +192,11 @@ def test_files_of_masks_round_trip_and_say_what_does_not_fit(tmp_path: Path) -> 
     file = tmp_path / "masks.safetensors"
     write_masks(file, masks)
     assert file.stat().st_size < 20_000
-    for name, kept in read_masks(file, sparse).items():
+    for name, kept in fit_masks(load_masks(file), sparse, file).items():
         assert torch.equal(kept, masks[name].kept)
     fine = sparse_layers(MODEL, SparsityConfig(density=0.25))
     assert torch.equal(
-        read_masks(file, fine)["blocks.0.mlp.up"],
+        fit_masks(load_masks(file), fine, file)["blocks.0.mlp.up"],
         load_masks(file)["blocks.0.mlp.up"].box((0, 0), (96, 32)),
     )
     wide = complete(ModelConfig(vocab_size=64, d_model=64, n_layers=2, n_heads=4), None, 8)
@@ -206,10 +206,10 @@ def test_files_of_masks_round_trip_and_say_what_does_not_fit(tmp_path: Path) -> 
         (MODEL, SparsityConfig(granularity="8x2", density=0.25), "is not 8x2"),
     ):
         with pytest.raises(ConfigError, match=told):
-            read_masks(file, sparse_layers(model, other))
+            fit_masks(load_masks(file), sparse_layers(model, other), file)
     write_masks(file, {name: masks[name] for name in list(masks)[1:]})
     with pytest.raises(ConfigError, match=r"has no mask of blocks\.0\.attention\.qkv"):
-        read_masks(file, sparse)
+        fit_masks(load_masks(file), sparse, file)
     (tmp_path / "junk").write_text("junk")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_masks(tmp_path / "junk")

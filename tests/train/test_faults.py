@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.tiny import command, environment, make_corpus, records, tiny_config
+from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
 
 from llmtrain.cli.main import main
 
@@ -125,9 +125,7 @@ def test_a_full_disk_is_a_sentence_and_the_last_good_checkpoint_resumes(
     tmp_path: Path, corpus: Path
 ) -> None:
     config = tiny_config(tmp_path, corpus, checkpoint__asynchronous=True)
-    first = subprocess.run(
-        command("train", str(config), "train.stop_after=5step"), env=environment(), check=False
-    )
+    first = llmtrain("train", str(config), "train.stop_after=5step")
     assert first.returncode == 0
 
     def small_files() -> None:
@@ -146,13 +144,7 @@ def test_a_full_disk_is_a_sentence_and_the_last_good_checkpoint_resumes(
     assert "step-" in full.stderr
     run = tmp_path / "runs" / "tiny"
     assert not list((run / "checkpoints").glob(".tmp*"))
-    done = subprocess.run(
-        command("train", str(config)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = llmtrain("train", str(config))
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert [r["step"] for r in records(run)] == list(range(1, 21))

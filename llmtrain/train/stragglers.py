@@ -1,0 +1,137 @@
+"""Which rank the others wait for: own work and waiting of every rank between two log lines.
+
+Waiting is the time that the main thread spends in ``Work.wait``, through which every collective of
+torch goes that a process waits for on the CPU: all of gloo's, and with NCCL the exchange over gloo
+in front of each step. Own work is the rest of the time. On a GPU most waiting happens inside the
+step's kernels and does not show; there own work is the time of a few fixed products, which finds a
+GPU that is slow (hot, throttled, shared) under any layout.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import Work
+
+from llmtrain.parallel import World
+
+_PROBES, _SIDE = 4, 4096
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """Seconds of every rank since the last log line, by rank. own: work; waited: for others."""
+
+    own: list[float]
+    waited: list[float]
+
+    @property
+    def slowest(self) -> int:
+        """The rank with the most work."""
+        return max(range(len(self.own)), key=lambda rank: self.own[rank])
+
+    @property
+    def awaited(self) -> int:
+        """The rank that waits least, and so is waited for."""
+        return min(range(len(self.waited)), key=lambda rank: self.waited[rank])
+
+    def slow(self, factor: float) -> list[int]:
+        """Ranks whose own work takes more than ``factor`` times the median, and so much more that
+        it is a twentieth of the time."""
+        middle = statistics.median_low(self.own)
+        least = 0.05 * (self.own[self.slowest] + self.waited[self.slowest])
+        return [
+            rank
+            for rank, own in enumerate(self.own)
+            if own > factor * middle and own - middle > least
+        ]
+
+    def record(self) -> dict[str, float]:
+        """As numbers for the metrics."""
+        return {
+            "own_median": statistics.median_low(self.own),
+            "own_most": self.own[self.slowest],
+            "slowest": self.slowest,
+            "waited_median": statistics.median_low(self.waited),
+            "waited_least": self.waited[self.awaited],
+            "awaited": self.awaited,
+        }
+
+
+class Stopwatch:
+    """Measures this rank while it trains."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._whole = self._waited = 0.0
+        self._since: float | None = None
+        self._before: Any = None
+
+    def begin(self) -> None:
+        """Measure from now on; nothing where this process is alone."""
+        if self._world.size == 1 or self._before is not None:
+            return
+        thread, self._before = threading.get_ident(), Work.wait
+        before = self._before
+
+        def wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+            if self._since is None or threading.get_ident() != thread:
+                return before(work, *args, **kwargs)
+            began = time.perf_counter()
+            try:
+                return before(work, *args, **kwargs)
+            finally:
+                self._waited += time.perf_counter() - began
+
+        setattr(Work, "wait", wait)  # noqa: B010
+        self.resume()
+
+    def end(self) -> None:
+        """Measure no more."""
+        if self._before is not None:
+            setattr(Work, "wait", self._before)  # noqa: B010
+            self._before = None
+
+    def pause(self) -> None:
+        """What follows is not training."""
+        if self._since is not None:
+            self._whole += time.perf_counter() - self._since
+            self._since = None
+
+    def resume(self) -> None:
+        """Training goes on."""
+        if self._before is not None and self._since is None:
+            self._since = time.perf_counter()
+
+    def read(self) -> Stragglers | None:
+        """Since the last reading; None where this process is alone. Collective."""
+        if self._before is None:
+            return None
+        self.pause()
+        own = self._whole - self._waited
+        if self._world.device.type == "cuda":
+            own = _probe(self._world.device)
+        slots = [0.0] * (2 * self._world.size)
+        slots[self._world.rank], slots[self._world.size + self._world.rank] = own, self._waited
+        slots = self._world.sum(slots)
+        self._whole = self._waited = 0.0
+        self.resume()
+        return Stragglers(slots[: self._world.size], slots[self._world.size :])
+
+
+def _probe(device: torch.device) -> float:
+    """Seconds of a few products of 4096 x 4096 in bf16 on this GPU."""
+    a = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
+    event: Any = torch.cuda.Event
+    start, end = (event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_PROBES):
+        a @ a
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
