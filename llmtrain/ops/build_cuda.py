@@ -56,14 +56,14 @@ def build(target: Path = LIBRARY) -> Path:
         f'-DLLMTRAIN_ARCHITECTURES="{names}"',
     ]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        kernels, ops, library = (f"{folder}/{name}" for name in ("fp8.o", "ops.o", target.name))
+        library, parts = f"{folder}/{target.name}", []
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        run_command(
-            [str(nvcc), *shared, *hidden, *codes, "-c", str(SOURCES / "fp8.cu"), "-o", kernels]
-        )
-        # By nvcc too, which knows where its headers are.
-        flags = [*shared, *hidden, *defines, *headers]
-        run_command([str(nvcc), *flags, "-c", str(SOURCES / "ops.cpp"), "-o", ops])
+        # Operators by nvcc too, which knows where its headers are.
+        flags = {".cu": codes, ".cpp": [*defines, *headers]}
+        for source in (path for path in sorted(SOURCES.iterdir()) if path.suffix in flags):
+            parts.append(f"{folder}/{source.name}.o")
+            options = [*shared, *hidden, *flags[source.suffix]]
+            run_command([str(nvcc), *options, "-c", str(source), "-o", parts[-1]])
         torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         links = [
             "-shared",
@@ -75,7 +75,7 @@ def build(target: Path = LIBRARY) -> Path:
             "-ltorch_cpu",
             "-lc10",
         ]
-        run_command([str(nvcc), *links, kernels, ops, "-o", library])
+        run_command([str(nvcc), *links, *parts, "-o", library])
         os.replace(library, target)
     return target
 

@@ -39,11 +39,22 @@ def _transpose(x: Tensor) -> Tensor:
     return torch.empty((x.shape[1], x.shape[0]), dtype=x.dtype, device=x.device)
 
 
+def _transposable(scores: Tensor, patterns: Tensor) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+def _in_place(*args: object) -> None:
+    return None
+
+
 # Shapes and dtypes of the operators' results, for torch.compile.
 FAKES: dict[str, Callable[..., object]] = {
     "fp8_cast": _cast,
     "fp8_cast_transpose": _cast_transpose,
     "fp8_transpose": _transpose,
+    "transposable_mask": _transposable,
+    "mask_apply_": _in_place,
+    "masked_adamw_": _in_place,
 }
 
 
