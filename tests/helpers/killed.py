@@ -54,7 +54,7 @@ class Run:
             os.dup2(out, 2)
             # pytest's own are not those of file descriptors 1 and 2.
             sys.stdout, sys.stderr = (
-                open(number, "w", buffering=1, closefd=False) for number in (1, 2)
+                os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
             )
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
             os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
