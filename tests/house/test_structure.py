@@ -44,6 +44,7 @@ ROOMS = (
 OPTIONAL = {
     *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
     "deepspeed",
+    "transformer_engine",
 }
 # Writes DeepSpeed's format, which is made of pickles of plain tensors and numbers.
 FOREIGN = PACKAGE / "checkpoint" / "universal.py"
