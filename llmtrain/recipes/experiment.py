@@ -30,7 +30,8 @@ class Trial:
     leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
     A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
     an earlier trial of the seed has made in the same way, with that trial's label. One with a
-    section ``lottery`` is made once a seed, and ``level`` says which of its runs is meant."""
+    section ``lottery`` is made once a seed, and ``level`` says which of its runs is meant. begins:
+    label of the earlier run of the same seed with whose weights it begins."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Trial:
     scoring: Scoring | None = None
     shares: Mapping[str, str] = field(default_factory=dict)
     level: int = 0
+    begins: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
-    is enough for it, as for a study, which computes the whole result itself. corpus: folder of
-    results -> ``prepare`` of the miniature."""
+    is enough for it. study: computes the whole result itself, in place of table, claims and plot.
+    corpus: folder of results -> ``prepare`` of the miniature. tasks: of lm-evaluation-harness, for
+    the runs at the other scales."""
 
     name: str
     title: str
@@ -85,6 +88,7 @@ class Experiment:
     sweep: Sweep | None = None
     study: Study | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
+    tasks: str = ""
 
 
 def slug(label: str) -> str:

@@ -35,7 +35,7 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2 and experiment.sweep is None and experiment.study is None:
+    if seeds < 2 and experiment.sweep is None and experiment.seeds > 1:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
     corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
@@ -97,6 +97,8 @@ def _make(
             _score(trial.scoring, folders, file, world)
             select = {**data["data"]["select"], "scores": str(file)}
             data["data"] = {**data["data"], "select": select}
+        if trial.begins is not None:
+            data["init"] = {"path": str(folders[trial.begins])}
         if "continual" in data:
             return _sequence(trial, data, folders, world)
         if "lottery" in data:

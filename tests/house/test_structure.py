@@ -43,8 +43,7 @@ ROOMS = (
 )
 OPTIONAL = {
     *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
-    "deepspeed",
-    "transformer_engine",
+    *("deepspeed", "lm_eval", "transformer_engine"),
 }
 # Writes DeepSpeed's format, which is made of pickles of plain tensors and numbers.
 FOREIGN = PACKAGE / "checkpoint" / "universal.py"
