@@ -45,6 +45,18 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
         )
     if cfg.model.adapters is not None:
         _check_adapters(cfg, faults)
+    if cfg.checkpoint.snapshot_every is not None:
+        faults.add(
+            "checkpoint.snapshot_every",
+            f"does not go together with parallel.engine: deepspeed; remove it or {_NATIVE}",
+            "parallel.engine",
+        )
+    if cfg.train.verify_replicas is not None:
+        faults.add(
+            "train.verify_replicas",
+            f"compares FSDP2's copies, which engine: deepspeed has not; remove it or {_NATIVE}",
+            "parallel.engine",
+        )
     if cfg.train.compile:
         faults.add(
             "train.compile",
