@@ -27,6 +27,7 @@ NAMES = (
     "lottery-ticket",
     "slope",
     "sparse-ift",
+    "lost",
 )
 
 

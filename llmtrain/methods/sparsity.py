@@ -47,6 +47,7 @@ _MADE_WITH = ("method", "granularity", "density", "rules")
 def sparsity(section: SparsityConfig) -> StaticMask:
     """The hook of a section ``sparsity``."""
     from llmtrain.methods.gradual_pruning import GradualPruning
+    from llmtrain.methods.lost import Lost
     from llmtrain.methods.rigl import Regrowth
     from llmtrain.methods.slope import Slope
 
@@ -56,6 +57,7 @@ def sparsity(section: SparsityConfig) -> StaticMask:
         "rigl": Regrowth,
         "gradual": GradualPruning,
         "slope": Slope,
+        "lost": Lost,
     }
     return kinds[section.method](section)
 
