@@ -22,7 +22,7 @@ from llmtrain.train.console import table
 
 DENSE, LOST, RANDOM, BESIDE = "dense", "lost", "random mask", "random mask + low rank"
 # Low rank and columns together keep about as many weights as the random mask alone.
-DENSITY, MASK = 0.1, 0.41
+DENSITY, MASK = 0.1, 0.3
 
 
 def _trials(scale: str) -> list[Trial]:
@@ -39,12 +39,12 @@ def _run(scale: str, label: str) -> dict[str, Any]:
     shape: dict[str, Any] = {"d_model": width, "n_layers": depth, "n_heads": heads, "d_ff": ff}
     if label in (LOST, BESIDE):
         shape["adapters"] = {"rank": rank, "alpha": float(rank), "freeze": False}
-    sections: dict[str, Any] = {
-        DENSE: {},
-        LOST: {"sparsity": {"method": "lost", "density": DENSITY}},
-        RANDOM: {"sparsity": {"density": MASK}},
-        BESIDE: {"sparsity": {"density": DENSITY}},
-    }[label]
+    sparse: dict[str, dict[str, Any]] = {
+        LOST: {"method": "lost", "density": DENSITY},
+        RANDOM: {"density": MASK},
+        BESIDE: {"density": DENSITY},
+    }
+    sections = {"sparsity": sparse[label]} if label in sparse else {}
     if scale == "mini":
         return mini_run(
             200,
