@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llmtrain.train.trainer import Trainer
 
 # What the masks of a checkpoint were made with; other values of a resumed run contradict them.
-_MADE_WITH = ("method", "granularity", "density", "rules")
+_MADE_WITH = ("method", "granularity", "density", "rules", "seed")
 
 
 def sparsity(section: SparsityConfig) -> StaticMask:
