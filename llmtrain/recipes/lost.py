@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import load_config
-from llmtrain.data.plan import build_plan
-from llmtrain.model import param_counts, resolve_model
+from llmtrain.model import param_counts
 from llmtrain.recipes.experiment import (
     MINI_SOURCES,
     Claim,
@@ -17,6 +15,7 @@ from llmtrain.recipes.experiment import (
     byte_corpus,
     mini_run,
 )
+from llmtrain.recipes.shape import shape_of
 from llmtrain.sparsity import mean_density
 from llmtrain.train.console import table
 
@@ -82,8 +81,7 @@ def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:
     """Kept weights of the hidden layers and of adapters."""
     rows = [("weights that learn", "hidden layers", "low-rank parts", "of dense")]
     for label, seeds in folders.items():
-        cfg = load_config(seeds[0] / "config.yaml")
-        model = resolve_model(cfg, build_plan(cfg, 0).vocab_size)
+        cfg, model = shape_of(seeds[0])
         density = 1.0 if cfg.sparsity is None else mean_density(model, cfg.sparsity)
         hidden, low = param_counts(model)["hidden"], 0
         if model.adapters is not None:
