@@ -20,6 +20,7 @@ from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.folder import CONFIG, ModelFolder
 from llmtrain.convert.incoming import open_huggingface
 from llmtrain.convert.names import Rule
+from llmtrain.convert.scaling import fold_factor
 from llmtrain.errors import CheckpointError
 from llmtrain.linear import adapted_weight
 from llmtrain.model import ADAPTER, PARTS, complete, whole_change
@@ -31,8 +32,9 @@ _FUSED = {"attention.qkv": ("qkv", PARTS["attention.qkv"]), "mlp.up": ("gated", 
 class Matrices:
     """A model as its matrices: ``blocks.3.attention.q``, ``blocks.0.mlp.gate``, ``embedding`` ...
 
-    What lies in one tensor here (q, k and v; gate and up) is taken apart, and adapters are part
-    of the weights. path: the checkpoint or folder; warnings: newer checkpoints passed over.
+    What lies in one tensor here (q, k and v; gate and up) is taken apart; adapters and the
+    multipliers of a parametrisation are part of the weights. path: the checkpoint or
+    folder; warnings: newer checkpoints passed over.
     """
 
     path: Path
@@ -90,8 +92,9 @@ class _Ours:
         self._path, self._layout, self._cfg = path, layout, cfg
 
     def __call__(self, layer: str) -> Tensor:
-        whole = self._tensor(f"{layer}.weight").float()
-        change = whole_change(self._cfg, layer, lambda name: self._tensor(f"{layer}.{name}"))
+        name = f"{layer}.weight"
+        whole = self._tensor(name).float() * fold_factor(self._cfg, name)
+        change = whole_change(self._cfg, layer, lambda side: self._tensor(f"{layer}.{side}"))
         return whole if change is None else adapted_weight(whole, change)
 
     def _tensor(self, name: str) -> Tensor:

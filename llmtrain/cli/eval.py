@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from llmtrain.cli.process import prepare_process
 
-HELP = "held-out loss of a trained model, by domain"
+HELP = "held-out loss of a trained model by domain, or tasks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="changes to the run's config, e.g. data.corpus=data/other eval.samples=500",
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="tasks of lm-evaluation-harness instead of held-out loss, e.g. "
+        "hellaswag,arc_challenge,winogrande (extra lm-eval)",
+    )
+    parser.add_argument(
+        "--task-folder", metavar="FOLDER", help="tasks: your own, as the harness's YAML files"
+    )
+    parser.add_argument(
+        "--few-shot", type=int, metavar="N", help="tasks: examples before each question"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="tasks: questions of each")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="tasks: texts computed together (default 16)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
@@ -28,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     prepare_process()
+    if args.tasks is not None:
+        return _tasks(args)
     from llmtrain.eval.checkpoint import evaluate_checkpoint
     from llmtrain.parallel import close_world, init_world
     from llmtrain.train.console import table
@@ -51,5 +70,34 @@ def run(args: argparse.Namespace) -> int:
         rows.append(
             (name, f"{m['tokens']:.0f}", f"{m['loss']:.4f}", f"{m['perplexity']:.2f}", bits)
         )
+    print("\n".join(table(rows)))
+    return 0
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    """Tasks on this process; under torchrun the first process works alone."""
+    from llmtrain.errors import LlmtrainError
+    from llmtrain.eval.harness import TaskRequest, evaluate_tasks
+    from llmtrain.eval.loading import load_trained
+    from llmtrain.parallel.world import pick_device
+    from llmtrain.train.console import table
+
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if not tasks or args.batch < 1:
+        raise LlmtrainError("--tasks needs a name, and --batch must be at least 1")
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    trained = load_trained(Path(args.checkpoint), pick_device(args.device, 0), args.overrides)
+    for fault in trained.warnings:
+        print(f"llmtrain: warning: {fault}", file=sys.stderr)
+    request = TaskRequest(tasks, args.few_shot, args.limit, args.task_folder, args.batch)
+    found = evaluate_tasks(trained, request)
+    if args.json:
+        print(json.dumps({"checkpoint": str(trained.path), "tasks": found}, indent=1))
+        return 0
+    print(f"{trained.path} (step {trained.step})")
+    rows = [("task", "metric", "value")]
+    for task, numbers in found.items():
+        rows += [(task, name, f"{value:.4f}") for name, value in numbers.items()]
     print("\n".join(table(rows)))
     return 0

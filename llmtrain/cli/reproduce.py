@@ -20,11 +20,15 @@ NAMES = (
     "skill-it",
     "data-ablation",
     "sfa",
+    "lora-vs-full",
     "mus-transfer",
     "mus-depth",
     "mus-fp8",
+    "precision-scaling-laws",
     "spdf",
     "lottery-ticket",
+    "slope",
+    "sparse-ift",
 )
 
 

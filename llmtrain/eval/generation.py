@@ -55,6 +55,7 @@ class _Row:
 
     number: int
     prompt: list[int]
+    sampling: Sampling
     random: torch.Generator
     new: list[int]
 
@@ -87,7 +88,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     context: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     eos_id: int | None = None,
     stop: Stop | None = None,
@@ -97,10 +98,11 @@ def generate(
 
     model: a decoder, or what a train module calls (under FSDP2, tensor or pipeline parallelism
     all ranks call this alike). context: most tokens of a text, prompt included: the model's
-    ``max_seq_len``. stop: besides ``eos_id``, ends a text after a token. batch: texts that are
-    computed together; each is drawn with a generator of its own, and its tokens do not depend on
-    what else is computed, beyond the round-off of products of other sizes. Layers whose number
-    format takes a scale from all of its input (dynamic FP8) see one text at a time.
+    ``max_seq_len``. sampling: for all, or one for each. stop: besides ``eos_id``, ends a text after
+    a token. batch: texts that are computed together; each is drawn with a generator of its own,
+    and its tokens do not depend on what else is computed, beyond the round-off of products of
+    other sizes. Layers whose number format takes a scale from all of its input (dynamic FP8) see
+    one text at a time.
 
     Raises LlmtrainError for a prompt that is empty or leaves no room for a token.
     """
@@ -113,20 +115,19 @@ def generate(
                 f"{context} (model.max_seq_len), prompt and continuation together; shorten it"
             )
     rules = _Rules(new_tokens, context, eos_id, stop)
+    drawn = sampling if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
     size = 1 if reads_whole_input(model) else batch
     done: dict[int, Continuation] = {}
     for first in range(0, len(prompts), size):
         rows = []
         for number in range(first, min(first + size, len(prompts))):
-            random = torch.Generator().manual_seed((sampling or Sampling()).seed)
-            rows.append(_Row(number, list(prompts[number]), random, []))
-        done |= _grow(model, rows, rules, sampling or Sampling())
+            random = torch.Generator().manual_seed(drawn[number].seed)
+            rows.append(_Row(number, list(prompts[number]), drawn[number], random, []))
+        done |= _grow(model, rows, rules)
     return [done[number] for number in range(len(prompts))]
 
 
-def _grow(
-    model: nn.Module, rows: list[_Row], rules: _Rules, sampling: Sampling
-) -> dict[int, Continuation]:
+def _grow(model: nn.Module, rows: list[_Row], rules: _Rules) -> dict[int, Continuation]:
     """The finished texts of one batch, by number."""
     device = next(model.parameters()).device
     capacity = max(len(row.prompt) + rules.most(row.prompt) for row in rows)
@@ -141,7 +142,7 @@ def _grow(
         logits = model(torch.tensor(fresh, device=device), cache=cache)[:, -1].float().cpu()
         going = []
         for i, row in enumerate(rows):
-            ended = rules.add(row, sampling.pick(logits[i], row.random))
+            ended = rules.add(row, row.sampling.pick(logits[i], row.random))
             if ended is None:
                 going.append(i)
             else:

@@ -30,7 +30,8 @@ class Trial:
     leaves), ``at`` and ``overrides``. scoring: what becomes the config's data.select.scores.
     A config with a section ``continual`` is a sequence of tasks; shares: folders of its runs that
     an earlier trial of the seed has made in the same way, with that trial's label. One with a
-    section ``lottery`` is made once a seed, and ``level`` says which of its runs is meant."""
+    section ``lottery`` is made once a seed, and ``level`` says which of its runs is meant. begins:
+    label of the earlier run of the same seed with whose weights it begins."""
 
     label: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Trial:
     scoring: Scoring | None = None
     shares: Mapping[str, str] = field(default_factory=dict)
     level: int = 0
+    begins: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,20 @@ class Claim:
     within: float = 0.0
 
 
+# Losses and folders of the runs, by label -> lines of the result, drawing, data for the JSON file.
+Study = Callable[
+    [dict[str, list[dict[str, float]]], Mapping[str, Sequence[Path]]], tuple[list[str], str, Any]
+]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
-    is enough for it. corpus: folder of results -> ``prepare`` of the miniature."""
+    is enough for it. study: computes the whole result itself, in place of table, claims and plot.
+    corpus: folder of results -> ``prepare`` of the miniature. tasks: of lm-evaluation-harness, for
+    the runs at the other scales."""
 
     name: str
     title: str
@@ -76,7 +86,9 @@ class Experiment:
     seeds: int = 3
     costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
     sweep: Sweep | None = None
+    study: Study | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
+    tasks: str = ""
 
 
 def slug(label: str) -> str:

@@ -56,10 +56,26 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
             variable = _variable(name)
             after = f'--dependency=afterok:"${_variable(wait)}" ' if wait else ""
             submit.append(f"{variable}=$(sbatch --parsable {after}{job.name})")
+    if experiment.tasks:
+        files.append(_tasks(experiment, scale, out, seeds))
     last = out / "submit.sh"
     last.write_text("\n".join(submit) + "\n", encoding="utf-8")
     last.chmod(0o755)
     return [*files, last]
+
+
+def _tasks(experiment: Experiment, scale: str, out: Path, seeds: int) -> Path:
+    """A script for afterwards, on one GPU: the tasks of every run, beside its metrics."""
+    lines = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
+    for seed in range(1, seeds + 1):
+        for trial in experiment.trials(scale):
+            run = f"runs/{_name(experiment, trial.label, seed)}"
+            words = ["llmtrain", "eval", run, "--tasks", experiment.tasks, "--json"]
+            lines.append(f"{shlex.join(words)} > {run}/tasks.json")
+    file = out / "tasks.sh"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.chmod(0o755)
+    return file
 
 
 def _scoring(
@@ -93,6 +109,9 @@ def _command(
         wait = _name(experiment, trial.scoring.method, seed)
         select = {**data["data"]["select"], "scores": f"runs/{wait}.parquet"}
         data["data"] = {**data["data"], "select": select}
+    if trial.begins is not None:
+        wait = _name(experiment, trial.begins, seed)
+        data["init"] = {"path": f"runs/{wait}"}
     sequence = "continual" in data
     cfg = from_dict(data, for_training=not sequence)
     config.write_text(to_yaml(cfg), encoding="utf-8")

@@ -58,12 +58,13 @@ def findings(experiment: Experiment, losses: Losses) -> list[Finding]:
     return out
 
 
-def verdict(found: Sequence[Finding]) -> str:
-    """The sentence computed from the deciding claims."""
-    wrong = [f for f in found if f.claim.decides and not f.holds]
+def verdict(found: Sequence[Finding], refuted: Sequence[str] = ()) -> str:
+    """The sentence computed from the deciding claims. refuted: others that do not hold."""
+    wrong = [f"{f.claim.text}: {f.word}" for f in found if f.claim.decides and not f.holds]
+    wrong += [f"{text}: does not hold" for text in refuted]
     if not wrong:
         return "direction holds at this scale"
-    reasons = "; ".join(f"{f.claim.text}: {f.word}" for f in wrong)
+    reasons = "; ".join(wrong)
     return f"direction does not hold at this scale ({reasons})"
 
 
@@ -79,9 +80,14 @@ def loss_table(losses: Losses) -> list[str]:
 
 
 def report_lines(
-    experiment: Experiment, losses: Losses, scale: str, costs: Sequence[str] = ()
+    experiment: Experiment,
+    losses: Losses,
+    scale: str,
+    costs: Sequence[str] = (),
+    others: Sequence[tuple[str, bool]] = (),
 ) -> list[str]:
-    """Everything that is printed and written at the end. costs: lines of the table of costs."""
+    """Everything that is printed and written at the end. costs: lines of the table of costs.
+    others: claims that are no comparison of losses, and whether they hold; all decide."""
     seeds = len(next(iter(losses.values())))
     found = findings(experiment, losses)
     lines = [f"{experiment.title} ({scale}, {seeds} seeds, ± standard deviation over seeds)"]
@@ -91,9 +97,10 @@ def report_lines(
     for f in found:
         beside = "" if f.claim.decides else " [beside the verdict]"
         rows.append((f.claim.text + beside, f"{f.gain:+.4f}", f"{f.bound:.4f}", f.word))
+    rows += [(text, "", "", "holds" if holds else "does not hold") for text, holds in others]
     lines += table([("claim", "gain", "bound", ""), *rows])
     lines += experiment.paper
-    lines.append(f"verdict: {verdict(found)}")
+    lines.append(f"verdict: {verdict(found, [text for text, holds in others if not holds])}")
     return lines
 
 

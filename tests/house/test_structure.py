@@ -43,7 +43,7 @@ ROOMS = (
 )
 OPTIONAL = {
     *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
-    "deepspeed",
+    *("deepspeed", "lm_eval"),
 }
 # Writes DeepSpeed's format, which is made of pickles of plain tensors and numbers.
 FOREIGN = PACKAGE / "checkpoint" / "universal.py"

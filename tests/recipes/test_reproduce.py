@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from helpers.tiny import make_corpus
 
 from llmtrain.cli.main import main
 from llmtrain.cli.reproduce import NAMES, _experiment
-from llmtrain.config import load_config
+from llmtrain.config import from_dict, load_config
 from llmtrain.errors import ConfigError
 from llmtrain.finetune import sequence
 from llmtrain.finetune.plan import plan_sequence
 from llmtrain.finetune.sequence import RESULT
-from llmtrain.recipes import runner
+from llmtrain.recipes import adaptation, lora_vs_full, runner
+from llmtrain.recipes.adaptation import Measures
 from llmtrain.recipes.domain_upsampling import SHARES
 from llmtrain.recipes.experiment import Claim, Experiment, Scoring, Trial, mini_run
 from llmtrain.recipes.plot import svg
@@ -84,6 +86,7 @@ def test_runs_are_made_once_and_the_result_is_written(
     half = {**data, "select": {"scores": "made later", "keep": 0.5}}
     scoring = Scoring("base", "0.5dur", "el2n")
     trials.append(Trial("half", {**config, "data": half}, scoring=scoring))
+    trials.append(Trial("tuned", config, begins="base"))
     claims = [Claim("digits gain", "tail", "base", ("digits",))]
     experiment = Experiment("tiny", "Tiny", ["paper: none"], lambda scale: trials, claims, "base")
     text = {"letters": {"kind": "builtin", "domain": "docs"}}  # not read: the corpus is there
@@ -95,7 +98,10 @@ def test_runs_are_made_once_and_the_result_is_written(
     monkeypatch.setattr(runner, "train", lambda cfg, w: (trained.append(cfg.name), real(cfg, w)))
 
     lines = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
-    assert trained == ["tiny-base-s1", "tiny-half-s1", "tiny-base-s2", "tiny-half-s2"]
+    names = ("base", "half", "tuned")
+    assert trained == [f"tiny-{name}-s{seed}" for seed in (1, 2) for name in names]
+    init = load_config(tmp_path / "out" / "tiny-tuned-s2" / "config.yaml").init
+    assert init is not None and init.path == str(tmp_path / "out" / "tiny-base-s2")
     select = load_config(tmp_path / "out" / "tiny-half-s2" / "config.yaml").data.select
     assert select is not None and select.scores == str(tmp_path / "out" / "tiny-el2n-s2.parquet")
     found = json.loads((tmp_path / "out" / "tiny.json").read_text())
@@ -105,7 +111,7 @@ def test_runs_are_made_once_and_the_result_is_written(
     assert (tmp_path / "out" / "tiny.svg").read_text().startswith("<svg")
 
     again = runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
-    assert again == lines and len(trained) == 4
+    assert again == lines and len(trained) == 6
     config["optim"]["lr"] = 1e-3
     with pytest.raises(ConfigError, match=r"other settings \(optim.lr"):
         runner.run_mini(experiment, tmp_path / "out", 2, lambda text: None)
@@ -113,17 +119,100 @@ def test_runs_are_made_once_and_the_result_is_written(
         runner.run_mini(experiment, tmp_path / "out", 1, lambda text: None)
 
 
+def judged(
+    monkeypatch: pytest.MonkeyPatch, full: dict[str, float], ranks: tuple[float, float]
+) -> str:
+    """The lines of lora-vs-full where LoRA ends with docs 2.0 and math 1.5 to 1.6 (by rank)."""
+    losses: Losses = {lora_vs_full.BASE: [{"docs": 1.9, "math": 3.0}] * 3}
+    for steps in lora_vs_full.STEPS["mini"]:
+        for method in lora_vs_full.methods("mini"):
+            for worse, rate in enumerate(lora_vs_full.RATES["mini"]):
+                own = {"docs": 2.0 + method.rank / 1000, "math": 1.6 - method.rank / 1000}
+                row = full if method.kind == "full" else own
+                name = lora_vs_full.label(method, rate, steps)
+                seeds = (0.0, 0.0001, 0.0003)
+                losses[name] = [{d: v + worse + x for d, v in row.items()} for x in seeds]
+    made = {label: [Path(label)] * 3 for label in losses}
+
+    def measures(run: Path, base: Path) -> Measures:
+        rank = ranks[0] if str(run).startswith("full") else ranks[1]
+        return Measures(0.25, rank, 64.0, 1000, 10.0)
+
+    monkeypatch.setattr(lora_vs_full, "measures", measures)
+    lines, drawing, _ = lora_vs_full.study(losses, made)
+    assert drawing.count("<circle") == 2 * len(lora_vs_full.methods("mini"))
+    text = "\n".join(lines)
+    # The first rate is the better one of every method.
+    assert "full lr 3e-04 100 steps" in text
+    return lines[-1]
+
+
+def test_the_verdict_on_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, forgot = {"docs": 2.5, "math": 1.0}, {"docs": 1.95, "math": 1.0}
+    assert judged(monkeypatch, learned, (30.0, 5.0)) == "verdict: direction holds at this scale"
+    assert "rank 8 forgets less than full (docs): is reversed" in judged(
+        monkeypatch, forgot, (30.0, 5.0)
+    )
+    assert "at least 3 times that of rank 8: does not hold" in judged(
+        monkeypatch, learned, (14.0, 5.0)
+    )
+
+
+def test_questions_and_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = adaptation.questions(40)
+    assert 30 < len(asked) <= 40
+    for text, number in asked:
+        line = re.split(r"[\n;:.,]", text)[-1]
+        sides = re.fullmatch(r"\D*?(-?\d+) ([-+]) (\d+) =", line.strip())
+        if sides:
+            a, sign, b = int(sides[1]), sides[2], int(sides[3])
+            assert int(number) == (a + b if sign == "+" else a - b)
+    right = dict(asked)
+    tokenizer = SimpleNamespace(
+        encode=lambda text: [text], decode=lambda tokens: tokens[0], eos_id=None
+    )
+    trained: Any = SimpleNamespace(
+        model=None, tokenizer=tokenizer, model_cfg=SimpleNamespace(max_seq_len=128)
+    )
+    for shown, share in ((" {}, so", 1.0), (" {}", 1.0), (" {}5", 0.0), (" x {}", 0.0)):
+
+        def answer(model: Any, prompts: Any, *_: Any, shown: str = shown, **__: Any) -> list[Any]:
+            return [SimpleNamespace(tokens=[shown.format(right[text])]) for (text,) in prompts]
+
+        monkeypatch.setattr(adaptation, "generate", answer)
+        assert adaptation.exact_match(trained, asked) == share
+
+
+def test_memory_is_counted() -> None:
+    """Frozen weights take no gradients, no moments, and their layers keep less."""
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 48, "vocab_size": 60}
+    run = {"model": shape, "data": {"seq_len": 16}, "train": {"global_batch_size": 2}}
+    full = adaptation.counted_memory(from_dict(run), 60)
+    embedding, block = 2 * 64 * 32, 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32
+    assert 16 * (embedding + block) < full < 16 * (embedding + block) + 200_000
+    adapters = {"rank": 2, "targets": ["attention"]}
+    low = adaptation.counted_memory(
+        from_dict({**run, "model": {**shape, "adapters": adapters}}), 60
+    )
+    assert low < full - 12 * (embedding + block) + 16 * 2 * 32 * 8
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", ["small", "paper"])
 def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     out = tmp_path / "jobs"
-    assert main(["reproduce", name, "--scale", scale, "--seeds", "2", "--out", str(out)]) == 0
     trials = _experiment(name).trials(scale)
+    seeds = 2 if len(trials) < 100 else 1
+    command = ["reproduce", name, "--scale", scale, "--seeds", str(seeds), "--out", str(out)]
+    assert main(command) == 0
     jobs = sorted(out.glob("*.sbatch"))
     scorings = {trial.scoring for trial in trials} - {None}
-    assert len(jobs) == 2 * (len(trials) + len(scorings))
+    assert len(jobs) == seeds * (len(trials) + len(scorings))
     each = 'for file; do bash -n "$file" || exit 1; done'
     subprocess.run(["bash", "-c", each, "_", *jobs, out / "submit.sh"], check=True)
+    if name == "lora-vs-full":
+        tasks = (out / "tasks.sh").read_text()
+        assert tasks.count("--tasks hellaswag,arc_challenge,winogrande") == seeds * len(trials)
     for config in out.glob("*.yaml"):
         cfg = load_config(config, for_training=name != "sfa")
         if name == "sfa":
@@ -131,14 +220,15 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     submit = (out / "submit.sh").read_text()
     for word in re.findall(r"\$\{?(job_\w+)", submit):
         assert f"\n{word}=$(sbatch" in submit
-    after = sum(t.trunk is not None or t.scoring is not None for t in trials) + len(scorings)
-    assert len(re.findall("dependency", submit)) == 2 * after
+    waits = (t.trunk is not None or t.scoring is not None or t.begins is not None for t in trials)
+    after = sum(waits) + len(scorings)
+    assert len(re.findall("dependency", submit)) == seeds * after
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_miniatures_are_sound(name: str, tmp_path: Path) -> None:
     """Configs load, branch points are kept by the trunk, claims name runs that are made."""
-    from llmtrain.config import Duration, from_dict
+    from llmtrain.config import Duration
     from llmtrain.recipes.experiment import mini_corpus
     from llmtrain.train.clockwork import Clockwork
 
