@@ -1,1 +1,1 @@
-"""What trained weights are like: spectra of the change between two models."""
+"""What finished runs can tell: spectra of changes of weights, laws fitted to losses."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from llmtrain.checkpoint.storage import TensorSavePlanner
 from llmtrain.checkpoint.store import Store, latest
 from llmtrain.config.upkeep import CheckpointConfig
 
+T = TypeVar("T")
 # A rank may have to wait this long for the slowest disk of the run.
 _PATIENCE = timedelta(hours=2)
 
@@ -99,7 +100,7 @@ class Checkpointer:
         source = planner
         if self._cfg.asynchronous:
             source = self._ranks_stage(plan, planner)
-        folder = self._ranks.on_main(lambda: self._store.begin(step))
+        folder = self._ranks.on_main(lambda: self._begin(step))
         save = Save(self._store, self._cfg.keep, folder, plan, source, small, facts)
         save.began = began
         self._save = save
@@ -110,6 +111,10 @@ class Checkpointer:
         save.stall_seconds = time.monotonic() - began
         if save.error is not None and not self._cfg.asynchronous:
             self.wait()
+
+    def _begin(self, step: int) -> Path:
+        self._store.make_room()
+        return self._store.begin(step)
 
     @property
     def busy(self) -> bool:
@@ -198,6 +203,10 @@ class Checkpointer:
         if verify:
             self.verify(path)
         loading.load_into(self._ranks, Path(path), tensors, unused, cast)
+
+    def on_store(self, action: Callable[[Store], T]) -> T:
+        """The main rank does something to the folder; all get its value."""
+        return self._ranks.on_main(lambda: action(self._store))
 
     def set_aside(self, after: int) -> list[Path]:
         """Rename the checkpoints of later steps, when the run goes on from an earlier one."""

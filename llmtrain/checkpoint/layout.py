@@ -36,6 +36,8 @@ CHECKSUMS = "checksums.json"
 BASE = "base.json"
 LOCK = ".lock"
 TEMPORARY, REPLACED, DELETED, ABANDONED = ".tmp-", ".old-", ".del-", "abandoned-"
+# Links to the files of a checkpoint that is on its way to an object store.
+UPLOADING = ".up-"
 # Names of tensors begin with what they belong to.
 MODEL_PREFIX, OPTIM_PREFIX, HOOK_PREFIX = "model.", "optim.", "hook."
 VERSION = 1
@@ -131,7 +133,7 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
     try:
         if body["version"] != VERSION or not isinstance(files, dict):
             raise ValueError
-        if body["digest"] != _digest(files) or any(map(_leads_out, files)):
+        if body["digest"] != _digest(files) or any(map(leads_out, files)):
             raise ValueError
         return {
             name: FileSum(name, int(entry["bytes"]), str(entry[ALGORITHM]))
@@ -143,7 +145,7 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
         ) from error
 
 
-def _leads_out(name: str) -> bool:
+def leads_out(name: str) -> bool:
     """Whether a file name of a checkpoint is a path: to another folder, or no name at all."""
     return name in ("", "..") or Path(name).name != name
 
@@ -239,7 +241,7 @@ def read_own_layout(path: Path) -> dict[str, TensorLayout]:
         )
     try:
         files = body["files"]
-        if any(map(_leads_out, files)):
+        if any(map(leads_out, files)):
             raise TypeError
         return {
             key: TensorLayout(

@@ -26,6 +26,7 @@ from llmtrain.checkpoint.layout import (
     LOCK,
     REPLACED,
     TEMPORARY,
+    UPLOADING,
     Checkpoint,
     describe,
     parse_step,
@@ -34,6 +35,9 @@ from llmtrain.checkpoint.layout import (
 )
 from llmtrain.checkpoint.verify import verify
 from llmtrain.errors import CheckpointError
+
+# A checkpoint's size changes a little from one to the next.
+_ROOM = 1.05
 
 
 class Store:
@@ -74,6 +78,15 @@ class Store:
         with explain(f"checkpoint of step {step} cannot be written to {self.root}"):
             path.mkdir()
         return path
+
+    def make_room(self) -> list[Checkpoint]:
+        """Delete all temporary checkpoints but the newest good one where another of its size does
+        not fit on the disk; returns what was deleted. Raises CheckpointError."""
+        found = scan(self.root)
+        largest = max((c.bytes for c in found), default=0)
+        with explain(f"{self.root} cannot be looked at"):
+            free = shutil.disk_usage(self.root).free
+        return self.prune(1) if free < _ROOM * largest else []
 
     def publish(self, temporary: Path, step: int) -> Path:
         """Give a finished temporary folder its name, replacing an older save of the same step.
@@ -178,7 +191,7 @@ class Store:
                     # Killed between the two renames of a replacement: the old one is the good one.
                     path.rename(self.root / name)
                     continue
-            if path.name.startswith((TEMPORARY, DELETED, REPLACED)):
+            if path.name.startswith((TEMPORARY, DELETED, REPLACED, UPLOADING)):
                 shutil.rmtree(path)
 
 

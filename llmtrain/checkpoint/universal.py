@@ -30,7 +30,7 @@ from torch.distributed.tensor import Shard
 from llmtrain.checkpoint.checkpointer import Checkpointer
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.export import read_tensor
-from llmtrain.checkpoint.layout import META, TENSORS, TensorLayout, parse_step, read_layout
+from llmtrain.checkpoint.layout import BASE, META, TENSORS, TensorLayout, parse_step, read_layout
 from llmtrain.checkpoint.loading import find
 from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import explain
@@ -55,6 +55,11 @@ def to_deepspeed(source: Path, dst: Path) -> Path:
     """
     path = find(Ranks(None), Path(source))[0]
     layout, files = read_layout(path), read_files(path)
+    if BASE in files:
+        raise CheckpointError(
+            f"{path} leaves out the frozen weights, which a universal checkpoint must hold; a run "
+            "with parallel.engine=deepspeed resumes from it directly"
+        )
     names = [key.removeprefix("model.") for key in layout if key.startswith("model.")]
     row_parallel = _split_along_columns(path, files)
     dst = Path(dst)

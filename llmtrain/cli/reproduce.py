@@ -24,8 +24,11 @@ NAMES = (
     "mus-transfer",
     "mus-depth",
     "mus-fp8",
+    "precision-scaling-laws",
     "spdf",
     "lottery-ticket",
+    "slope",
+    "sparse-ift",
 )
 
 

@@ -22,9 +22,10 @@ def check_adapters(cfg: RunConfig, faults: Collector) -> None:
     elif cfg.init is None:
         message = "trainable needs init.path, the checkpoint that holds the frozen weights"
         faults.add("checkpoint.save", f"{message}; set it, or write auto", "init.path")
-    elif cfg.average is not None:
-        message = "trainable does not go together with average, which writes to all weights"
-        faults.add("checkpoint.save", f"{message}; write auto", "average")
+    for key in ("average", "trainable"):
+        if getattr(cfg, key):
+            message = f"trainable does not go together with the section {key}, which decides itself"
+            faults.add("checkpoint.save", f"{message} what changes; write auto", key)
 
 
 def _check_packed(cfg: RunConfig, form: str, faults: Collector) -> None:
@@ -42,6 +43,9 @@ def _check_packed(cfg: RunConfig, form: str, faults: Collector) -> None:
     if cfg.average is not None:
         message = f"{form} weights cannot be averaged; take average away or set it to null"
         faults.add(where, message, "average")
+    if cfg.trainable:
+        message = f"{form} weights cannot train; take the section trainable away or set it to null"
+        faults.add(where, message, "trainable")
     section = cfg.model.adapters
     if section is not None and not section.freeze:
         message = f"{form} weights cannot train; set model.adapters.freeze to true, or base to null"

@@ -44,14 +44,57 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
             "parallel.engine",
         )
     if cfg.model.adapters is not None:
+        _check_adapters(cfg, faults)
+    if cfg.checkpoint.snapshot_every is not None:
         faults.add(
-            "model.adapters",
-            f"does not go together with parallel.engine: deepspeed; {_NATIVE}",
+            "checkpoint.snapshot_every",
+            f"does not go together with parallel.engine: deepspeed; remove it or {_NATIVE}",
+            "parallel.engine",
+        )
+    if cfg.train.verify_replicas is not None:
+        faults.add(
+            "train.verify_replicas",
+            f"compares FSDP2's copies, which engine: deepspeed has not; remove it or {_NATIVE}",
             "parallel.engine",
         )
     if cfg.train.compile:
         faults.add(
             "train.compile",
             f"does not go together with parallel.engine: deepspeed; set it to false or {_NATIVE}",
+            "parallel.engine",
+        )
+
+
+def _check_adapters(cfg: RunConfig, faults: Collector) -> None:
+    """DeepSpeed keeps no float32 of weights that do not train, so they are never saved."""
+    section = cfg.model.adapters
+    if section is None or not section.freeze:
+        return
+    if cfg.init is None:
+        faults.add(
+            "model.adapters",
+            "beside parallel.engine: deepspeed, which keeps frozen weights in the compute dtype, "
+            f"needs the checkpoint that holds them; set init.path, or {_NATIVE}",
+            "parallel.engine",
+            "init.path",
+        )
+    if cfg.checkpoint.save == "all":
+        faults.add(
+            "checkpoint.save",
+            "all does not go together with model.adapters and parallel.engine: deepspeed, which "
+            f"keeps frozen weights in the compute dtype; write auto, or {_NATIVE}",
+            "parallel.engine",
+        )
+    if cfg.average is not None:
+        faults.add(
+            "average",
+            f"does not go together with model.adapters under parallel.engine: deepspeed; {_NATIVE}",
+            "parallel.engine",
+        )
+    if section.kind.endswith("dora"):
+        faults.add(
+            "model.adapters.kind",
+            f"{section.kind} reads whole rows of weights that parallel.engine: deepspeed has cut; "
+            f"use lora or rslora, or {_NATIVE}",
             "parallel.engine",
         )

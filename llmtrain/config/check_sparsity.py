@@ -72,6 +72,13 @@ def _check_company(cfg: RunConfig, faults: Collector) -> None:
             "does not work with parallel.engine deepspeed; use the native engine",
             "parallel.engine",
         )
+    if adapters is not None and adapters.base is not None:
+        faults.add(
+            "sparsity",
+            "prunes float32 weights, and model.adapters.base packs them; take the section away "
+            "(what is zero stays zero when it is packed), or set base to null",
+            "model.adapters.base",
+        )
     if section.method in _CHANGING and cfg.average is not None:
         faults.add(
             "sparsity.method",

@@ -326,6 +326,9 @@ class TrainConfig:
     deterministic: bool = key(False, "deterministic kernels, slower")
     gc_every: int = key(100, "steps between garbage collections; 0: leave it to Python", ge=0)
     watchdog: WatchdogConfig = key(WatchdogConfig)
+    verify_replicas: Duration | None = key(
+        None, "how often copies of the same weights on several ranks are compared", gt=0
+    )
 
 
 @dataclass(frozen=True)

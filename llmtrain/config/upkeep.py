@@ -29,6 +29,13 @@ class CheckpointConfig:
     keep_at: list[Duration] = key(
         list, "more checkpoints that are never pruned, at these points: where branches leave", gt=0
     )
+    snapshot_every: Duration | None = key(
+        None, "copies in each node's memory, for processes that are started again there", gt=0
+    )
+    remote: str | None = key(
+        None, "object store that gets a copy of each checkpoint: s3://bucket/runs (extra remote)"
+    )
+    remote_keep: int = key(2, "newest temporary copies kept there", ge=1)
     asynchronous: bool = key(True, "write in the background from a copy on the host")
     save: str = key(
         "auto",
@@ -49,6 +56,9 @@ class GuardConfig:
     )
     sigma: float = key(6.0, "standard deviations that make a spike", gt=0)
     window: int = key(128, "steps in the window", ge=8)
+    replay: bool = key(
+        True, "make a suspicious step again: transient, persistent, or genuine; engine native"
+    )
     max_skips: int = key(10, "stop after so many skipped steps in a row", ge=1)
 
 

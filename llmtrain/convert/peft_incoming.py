@@ -146,6 +146,13 @@ def _check_names(folder: _Folder, opened: OpenedCheckpoint, layers: list[Layer])
     """Raise CheckpointError where the adapter's modules are not the base's, or not its config's."""
     known = {module for layer in layers for module in layer.modules}
     foreign = sorted(folder.modules.keys() - known)
+    every = {name.removesuffix(".weight") for rule in opened.rules for name in rule.theirs}
+    if foreign and foreign[0] in every:
+        raise CheckpointError(
+            f"{folder.path} adapts {foreign[0]}, which {opened.architecture.name} keeps in one "
+            "matrix of its own order, or is none of attention and MLP; merge it with peft "
+            "(merge_and_unload) and use convert from-hf"
+        )
     if foreign:
         raise CheckpointError(
             f"{folder.path} adapts {foreign[0]} ({len(foreign)} such), and {opened.path}, a "

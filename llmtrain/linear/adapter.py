@@ -23,6 +23,7 @@ squares are summed over the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,7 @@ class LowRank(nn.Module):
     with ``directed``, magnitude.weight: [out].
 
     ranks, scales: of each matrix; a scale multiplies its B A. pattern: of ``Spread``; [0] for a
-    layer that is one matrix. directed: DoRA.
+    layer that is one matrix. directed: DoRA. sharded: FSDP2 gathers and frees the weights.
     """
 
     def __init__(
@@ -153,7 +154,8 @@ class LowRank(nn.Module):
             if pattern == [0]
             else Spread(*sizes, pattern=pattern, factors=factors, **options)
         )
-        self.directed = directed
+        self.directed, self.sharded = directed, False
+        self._known: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
         self.magnitude: Magnitude | None = None
         if directed:
             self.magnitude = Magnitude(layer.out_features, column, by_tokens and row)
@@ -166,19 +168,32 @@ class LowRank(nn.Module):
         out: Tensor = y + self.b(self.a(x))
         return out
 
-    def direct(self, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-        """z, the result of ``forward`` without bias, times m / |V|; ``weight``: of the layer as
-        its products read it, this rank's part."""
+    def direct(self, z: Tensor, stored: Tensor, read: Callable[[], Tensor], plan: Plan) -> Tensor:
+        """z, the result of ``forward`` without bias, times m / |V|. read: the layer's weight as its
+        products read it, this rank's part; stored: what it is read from."""
         if not self.awake:
             return z
         assert self.magnitude is not None
-        run = self.lengths if plan.tensor is None else self._lengths_in_group
         length = local(self.magnitude.weight, partial=self.magnitude.partial)
+        lengths = self._cached_lengths(stored, read, plan)
         # Both rounded as FSDP2 gathers m, so that every layout computes the same; 1 at the start.
-        factor = length.to(z.dtype).float() / run(weight, plan).to(z.dtype).float()
-        own = _rows_of(self.pattern, len(weight), weight.device) >= 0
+        factor = length.to(z.dtype).float() / lengths.to(z.dtype).float()
+        own = _rows_of(self.pattern, len(lengths), lengths.device) >= 0
         out: Tensor = _ScaleRows.apply(z, torch.where(own, factor, 1.0))  # type: ignore[no-untyped-call]
         return out
+
+    def _cached_lengths(self, stored: Tensor, read: Callable[[], Tensor], plan: Plan) -> Tensor:
+        """``lengths``, computed once for the micro-batches of a step, recomputed forwards and the
+        tokens of a generation. FSDP2 fills the same memory anew without a new version."""
+        run = self.lengths if plan.tensor is None else self._lengths_in_group
+        if self.sharded or torch.compiler.is_compiling():
+            return run(read(), plan)
+        parts = (stored, local(self.a.weight), local(self.b.weight))
+        key = tuple((part._version, part.data_ptr()) for part in parts)
+        if self._known is None or self._known[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._known = (key, run(read(), plan))
+        return self._known[1]
 
     @torch.no_grad()
     def lengths(self, weight: Tensor, plan: Plan) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -83,10 +84,13 @@ class Adapter(Protocol):
     the rows of the result (``direct``)."""
 
     directed: bool
+    sharded: bool
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
 
-    def direct(self, z: Tensor, weight: Tensor, plan: Plan) -> Tensor: ...
+    def direct(
+        self, z: Tensor, stored: Tensor, read: Callable[[], Tensor], plan: Plan
+    ) -> Tensor: ...
 
 
 class Linear(nn.Module):
@@ -199,6 +203,8 @@ class Linear(nn.Module):
         """FSDP2 owns the weight from now on: see ``Plan.freed``."""
         # Packed codes are what it gathers and frees.
         self.plan = replace(self.plan, freed=not self.packed)
+        if self.adapter is not None:
+            self.adapter.sharded = True
 
     def operand(self) -> Operand:
         """The weight as the products read it; the parameter itself where its dtype fits."""
@@ -253,12 +259,14 @@ class Linear(nn.Module):
             adapted: Tensor = adapter(x, apply_linear(x, weight, bias, operand, self.plan, given))
             return adapted
         y = adapter(x, apply_linear(x, weight, None, operand, self.plan, given))
-        if isinstance(self.matmul, FrozenMatmul):
-            read = self.matmul.weight(operand)
-        else:
-            read = plain(operand, self.matmul.dtype)
-        adapted = adapter.direct(y, read, self.plan)
+        adapted = adapter.direct(y, weight, lambda: self._numbers(operand), self.plan)
         return adapted if bias is None else adapted + bias.to(adapted.dtype)
+
+    def _numbers(self, operand: Operand) -> Tensor:
+        """The weight as the products read it."""
+        if isinstance(self.matmul, FrozenMatmul):
+            return self.matmul.weight(operand)
+        return plain(operand, self.matmul.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -27,7 +27,7 @@ def gradient_norm(params: Iterable[nn.Parameter], layout: Layout | None = None) 
     total = torch.zeros((), dtype=torch.float64, device=device)
     for grad in grads:
         if counts_part(grad):
-            total += torch.linalg.vector_norm(_local(grad), dtype=torch.float64).square()
+            total += torch.linalg.vector_norm(local_part(grad), dtype=torch.float64).square()
     if layout is not None and layout.state is not None:
         for dim in ("shard", "tensor", "pipeline"):
             dist.all_reduce(total, group=layout.state.get_group(dim))
@@ -66,15 +66,17 @@ def sum_over_parts(values: Tensor, params: Iterable[Tensor], layout: Layout) -> 
     return values
 
 
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(params: Iterable[nn.Parameter], norm: Tensor, bound: float) -> None:
     """Scale gradients in place by min(1, bound / norm). norm: from ``gradient_norm``."""
     if float(norm) <= bound:
         return
-    grads = [_local(p.grad) for p in params if p.grad is not None]
+    grads = [local_part(p.grad) for p in params if p.grad is not None]
     torch._foreach_mul_(grads, bound / float(norm))
 
 

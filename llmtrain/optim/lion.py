@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from llmtrain.optim.clip import local_part
 
 
 class Lion(torch.optim.Optimizer):
@@ -29,20 +31,21 @@ class Lion(torch.optim.Optimizer):
         """Update all parameters that have a gradient. ``closure`` is not supported."""
         assert closure is None
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            moments: list[Tensor] = []
             for param in params:
-                state = self.state[param]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(param)
-                moments.append(state["exp_avg"])
+                if not self.state[param]:
+                    self.state[param]["exp_avg"] = torch.zeros_like(param)
+            # Element by element, so each rank's part does; DTensor would first look for the best
+            # placement of every operand, seconds of a first step.
+            weights = [local_part(p) for p in params]
+            grads = [local_part(p.grad) for p in params]
+            moments = [local_part(self.state[p]["exp_avg"]) for p in params]
             beta1, beta2 = group["betas"]
             update = torch._foreach_lerp(moments, grads, 1.0 - beta1)
             torch._foreach_sign_(update)
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, update, alpha=-group["lr"])
+                torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, update, alpha=-group["lr"])
             torch._foreach_lerp_(moments, grads, 1.0 - beta2)

@@ -241,6 +241,18 @@ class ZeroState:
         return {name: _run(parts[p.flat], p.at, p.length) for name, p in self.places.items()}
 
 
+def frozen_fragment(param: Any, box: Box, layout: Layout) -> Fragment:
+    """What this rank holds of a parameter that does not train: its partition, or all of it."""
+    if not hasattr(param, "ds_tensor"):
+        run = param.detach().view(-1)
+        return Fragment(run, box.whole, 0, box.part, box.offset)
+    each = param.ds_tensor.ds_numel
+    start = min(each * layout.data_rank, param.ds_numel)
+    length = min(each, param.ds_numel - start)
+    run = param.ds_tensor.detach().view(-1)[:length]
+    return Fragment(run, box.whole, start, box.part, box.offset)
+
+
 def _run(parts: Sequence[Tensor], at: int, length: int) -> Tensor:
     """Elements [at, at + length) of ``parts`` put end to end; they lie in one of them."""
     if length == 0:

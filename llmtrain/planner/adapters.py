@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from llmtrain.model import PARTS, adapted_parts, is_directed
+import torch
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import ADAPTER, PARTS, Decoder, adapted_parts, is_directed
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.setting import Setting
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 _COLUMN = ("attention.qkv", "mlp.up")
+
+
+def adapter_sizes(model: ModelConfig) -> tuple[int, int]:
+    """(elements of all adapters, those of them of which sequence-parallel ranks form summands: A of
+    column-parallel layers, B and magnitude of row-parallel ones)."""
+    with torch.device("meta"):
+        named = [(n, p.numel()) for n, p in Decoder(model).named_parameters() if ADAPTER in n]
+    column = tuple(f"{kind}{ADAPTER}" for kind in _COLUMN)
+    summed = sum(n for name, n in named if any(c in name for c in column) == (".a.weight" in name))
+    return sum(n for _, n in named), summed
 
 
 def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple[int, int]]:

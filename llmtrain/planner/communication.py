@@ -59,7 +59,7 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     if setting.model.adapters is None:
         found = tensor_layers(setting, blocks, _run_twice(setting, stages))
     else:
-        found = _adapted_layers(setting, stages)
+        found = adapted_layers(setting, stages)
     found += shared_heads(setting, blocks)
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
@@ -109,7 +109,8 @@ def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic
     ]
 
 
-def _adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+def adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
+    """``tensor_layers`` of blocks with frozen weights and adapters."""
     m, t = setting.micro_batches, setting.degrees.tensor
     return [
         Traffic("blocks", kind, "tensor", t, m * calls, m * values * setting.item)

@@ -13,11 +13,6 @@ SCALES = ("mini", "small", "paper")
 MINI_SOURCES = ("code", "docs", "math")
 
 
-Judge = Callable[
-    [dict[str, list[dict[str, float]]], Mapping[str, Sequence[Path]]], tuple[list[str], str]
-]
-
-
 @dataclass(frozen=True)
 class Scoring:
     """Scores that a run selects its samples by. by: label of an earlier run of the same seed, whose
@@ -67,14 +62,20 @@ class Claim:
     within: float = 0.0
 
 
+# Losses and folders of the runs, by label -> lines of the result, drawing, data for the JSON file.
+Study = Callable[
+    [dict[str, list[dict[str, float]]], Mapping[str, Sequence[Path]]], tuple[list[str], str, Any]
+]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """name: on the command line. trials: scale -> runs of each seed. paper: lines with the paper's
     own numbers and where they are from. costs: label -> folders of the seeds, to lines of a table
     of what each trial costs. sweep: what is computed of the runs in place of the claims; one seed
-    is enough for it. corpus: folder of results -> ``prepare`` of the miniature. judge: in place of
-    table, claims and plot: losses and folders of the seeds, by label -> (lines, the SVG).
-    tasks: of lm-evaluation-harness, for the runs at the other scales."""
+    is enough for it. study: computes the whole result itself, in place of table, claims and plot.
+    corpus: folder of results -> ``prepare`` of the miniature. tasks: of lm-evaluation-harness, for
+    the runs at the other scales."""
 
     name: str
     title: str
@@ -85,8 +86,8 @@ class Experiment:
     seeds: int = 3
     costs: Callable[[Mapping[str, Sequence[Path]]], list[str]] | None = None
     sweep: Sweep | None = None
+    study: Study | None = None
     corpus: Callable[[Path], dict[str, Any]] | None = None
-    judge: Judge | None = None
     tasks: str = ""
 
 

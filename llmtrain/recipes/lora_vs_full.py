@@ -137,8 +137,8 @@ def choose(losses: Losses, made: Mapping[str, Sequence[Path]], scale: str) -> li
     return found
 
 
-def judge(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str], str]:
-    """Tables, claims, verdict and the plot of the miniature."""
+def study(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str], str, Losses]:
+    """Tables, claims and verdict of the miniature, its plot, and the losses it is of."""
     found = choose(losses, made, "mini")
     long = {one.method: one for one in found if one.steps == STEPS["mini"][-1]}
     claims = tuple(_claims(long))
@@ -151,7 +151,7 @@ def judge(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str]
         Point(c.method.label, before[0] - c.loss(TARGET), c.loss(SOURCE) - before[1], c.steps)
         for c in found
     ]
-    return lines, pareto_svg(EXPERIMENT.title, points, (TARGET, SOURCE))
+    return lines, pareto_svg(EXPERIMENT.title, points, (TARGET, SOURCE)), losses
 
 
 def _claims(long: Mapping[Method, Chosen]) -> list[Claim]:
@@ -218,6 +218,6 @@ EXPERIMENT = Experiment(
     claims=(),
     baseline=BASE,
     corpus=byte_corpus,
-    judge=judge,
+    study=study,
     tasks="hellaswag,arc_challenge,winogrande",
 )

@@ -23,14 +23,14 @@ def _run(scale: str, name: str, fp8: bool) -> dict[str, Any]:
     sections: dict[str, Any] = {"quantization": {"format": "mus_fp8"}} if fp8 else {}
     scaling: dict[str, Any] = {"parametrization": name}
     if name == "mus":
-        scaling |= {"base_width": 128 if scale == "mini" else 256, "tau": _tau(scale)}
+        scaling |= {"base_width": 64 if scale == "mini" else 256, "tau": _tau(scale)}
     shape: dict[str, Any] = {"activation": "gelu", "norm": "layernorm", "scaling": scaling}
     if name == "mus":
         shape["norm_placement"] = "post_branch"
     if scale == "mini":
         data = {"seq_len": 64, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
-        run = mini_run(200, data=data, **sections)
-        run["model"] = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_ff": 512, **shape}
+        run = mini_run(150, data=data, **sections)
+        run["model"] = {"d_model": 64, "n_layers": 4, "n_heads": 4, "d_ff": 256, **shape}
         run["optim"] = {"lr": 0.1 if name == "mus" else 3.0e-3}
         return run
     # Table 4 of the paper: 1B and 7B.

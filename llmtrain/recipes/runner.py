@@ -35,7 +35,7 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
     Broken off, it goes on. Beside the runs it writes ``<name>.txt``, ``.json`` and ``.svg``.
     Raises LlmtrainError.
     """
-    if seeds < 2 and experiment.sweep is None:
+    if seeds < 2 and experiment.sweep is None and experiment.seeds > 1:
         raise ConfigError("--seeds: at least 2, or there is no noise to compare with")
     corpus = (experiment.corpus or mini_corpus)(out)
     section = from_dict({"prepare": corpus}).prepare
@@ -55,13 +55,14 @@ def run_mini(experiment: Experiment, out: Path, seeds: int, say: Say) -> list[st
                 made.setdefault(trial.label, []).append(folders[trial.label])
     finally:
         close_world()
-    costs = experiment.costs(made) if experiment.costs is not None else ()
-    if experiment.judge is not None:
-        lines, drawing = experiment.judge(losses, made)
+    data: Any = losses
+    if experiment.study is not None:
+        lines, drawing, data = experiment.study(losses, made)
     else:
+        costs = experiment.costs(made) if experiment.costs is not None else ()
         lines, drawing = _result(experiment, losses, costs)
     (out / f"{experiment.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / f"{experiment.name}.json").write_text(json.dumps(losses, indent=1), encoding="utf-8")
+    (out / f"{experiment.name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     (out / f"{experiment.name}.svg").write_text(drawing, encoding="utf-8")
     return lines
 

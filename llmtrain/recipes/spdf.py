@@ -17,8 +17,8 @@ DENSE, HALF, QUARTER = "dense", "50% sparse", "75% sparse"
 STAYS, SHORT = "75% sparse, stays", "dense, as few FLOPs"
 DENSITIES = {HALF: 0.5, QUARTER: 0.25, STAYS: 0.25}
 # Steps of pretraining, of finetuning, and of a dense pretraining with the counted FLOPs of a
-# 75% sparse one (0.34 of them in the miniature's model).
-PRETRAIN, FINETUNE, FEW = 240, 60, 82
+# 75% sparse one (0.37 of them in the miniature's model).
+PRETRAIN, FINETUNE, FEW = 160, 50, 59
 OLD, NEW = ("code", "docs"), ("math",)
 
 

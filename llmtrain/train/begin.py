@@ -13,7 +13,6 @@ from llmtrain.checkpoint.loading import load_into
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
-from llmtrain.config.schema import ModelConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
@@ -77,7 +76,7 @@ def resume_with(module: TrainModule, path: Path, load: Callable[..., None], rank
     With ``trainable`` the checkpoint has the moments of what was training then; those of other
     parameters begin anew.
     """
-    unused: Sequence[str] = (HOOK_PREFIX, *packed_keys(module.model_cfg))
+    unused: Sequence[str] = (HOOK_PREFIX, *apart(module))
     stored: Mapping[str, Any] | None = None
     if module.cfg.trainable:
         unused, stored = (OPTIM_PREFIX, *unused), read_layout(path)
@@ -93,7 +92,7 @@ def resume_with(module: TrainModule, path: Path, load: Callable[..., None], rank
             verify=False,
         )
     )
-    read_packed(module, path, ranks)
+    read_apart(module, path, ranks)
 
 
 def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) -> None:
@@ -105,7 +104,7 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
     prefixes = (MODEL_PREFIX, OPTIM_PREFIX) if init.optimizer else (MODEL_PREFIX,)
     all_moments = init.optimizer and not module.cfg.trainable
     others = (HOOK_PREFIX,) if all_moments else (OPTIM_PREFIX, HOOK_PREFIX)
-    unused = (*others, *packed_keys(module.model_cfg))
+    unused = (*others, *apart(module))
 
     def may_lack(key: str) -> bool:
         moments = bool(module.cfg.trainable) and key.startswith(OPTIM_PREFIX)
@@ -126,7 +125,7 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
                 False,
             )
         )
-        read_packed(module, path, ranks)
+        read_apart(module, path, ranks)
     except CheckpointError as error:
         raise ConfigError(f"init.path: {error}") from error
     if not any(ADAPTER in key for key in stored):
@@ -134,18 +133,21 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
         set_magnitudes(module.model)
 
 
-def packed_keys(model: ModelConfig) -> tuple[str, ...]:
-    """Names of stored tensors that ``read_packed`` reads, and nobody else."""
-    return tuple(MODEL_PREFIX + name for name in packed_weights(model))
+def apart(module: TrainModule) -> tuple[str, ...]:
+    """Names of stored tensors that ``read_apart`` reads, and nobody else."""
+    return tuple(MODEL_PREFIX + n for n in (*packed_weights(module.model_cfg), *module.frozen()))
 
 
-def read_packed(module: TrainModule, path: Path, ranks: Ranks) -> None:
-    """Pack the frozen weights of a verified checkpoint, each rank its own part; collective.
-
-    Nothing to do for a model that keeps none packed. Raises CheckpointError.
+def read_apart(module: TrainModule, path: Path, ranks: Ranks) -> None:
+    """Fill frozen weights that are no part of the module's state, packed ones and DeepSpeed's, from
+    a verified checkpoint; collective. Each rank reads its own part. Raises CheckpointError.
     """
     if packed_weights(module.model_cfg):
         ranks.reduce(lambda: fill_packed(module.model, RowReader(path)), lambda _: None)
+    frozen = {MODEL_PREFIX + name: value for name, value in module.frozen().items()}
+    if ranks.reduce(lambda: bool(frozen), any):
+        load_into(ranks, path, frozen, ("",), True)
+        module.weights_changed()
 
 
 def evaluate_weights(cfg: RunConfig, path: Path, world: World) -> Metrics:

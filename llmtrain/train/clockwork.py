@@ -19,6 +19,8 @@ class Clockwork:
     keep_every: int | None
     tokens_per_step: int
     keep_at: frozenset[int] = frozenset()
+    verify_every: int | None = None
+    snapshot_every: int | None = None
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> Clockwork:
@@ -37,6 +39,8 @@ class Clockwork:
             save_every=steps(cfg.checkpoint.every),
             keep_every=steps(cfg.checkpoint.permanent_every),
             tokens_per_step=tokens,
+            verify_every=steps(cfg.train.verify_replicas),
+            snapshot_every=steps(cfg.checkpoint.snapshot_every),
             keep_at=frozenset(max(at.steps(tokens, total), 1) for at in cfg.checkpoint.keep_at),
         )
 
@@ -48,6 +52,14 @@ class Clockwork:
         """Save after update ``step``?"""
         due = self.save_every is not None and step % self.save_every == 0
         return due or self.keeps(step)
+
+    def verifies(self, step: int) -> bool:
+        """Compare the copies of the weights after update ``step``?"""
+        return self.verify_every is not None and step % self.verify_every == 0
+
+    def snaps(self, step: int) -> bool:
+        """Take a snapshot in memory after update ``step``?"""
+        return self.snapshot_every is not None and step % self.snapshot_every == 0
 
     def keeps(self, step: int) -> bool:
         """Is the checkpoint of update ``step`` permanent?"""

@@ -38,7 +38,7 @@ from llmtrain.parallel.zero import (
     settings,
     start_engine,
 )
-from llmtrain.parallel.zero_state import Box, ZeroState
+from llmtrain.parallel.zero_state import Box, ZeroState, frozen_fragment
 from llmtrain.train.module import TrainModule
 
 
@@ -69,15 +69,19 @@ class DeepSpeedModule(TrainModule):
         if config["zero_optimization"]["stage"] == 3:
             partition_parameters(deepspeed, model, layout, config, precision.compute)
             _declare_gathering(deepspeed, model)
+            if not model.embedding.weight.requires_grad:
+                model.embedding.register_forward_hook(_require_grad)
         else:
             model.to_empty(device=self.device)
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         self.model = start_engine(deepspeed, model, self.optimizer, config, layout)
-        self.zero = ZeroState(self.model, self.params, boxes, layout)
+        trained = {name: p for name, p in self.params.items() if p.requires_grad}
+        self.zero = ZeroState(self.model, trained, {n: boxes[n] for n in trained}, layout)
+        self._frozen = {name: boxes[name] for name in self.params if name not in trained}
         create_state(self.optimizer, self.zero.masters)
-        init_weights(model, cfg.seed, self.zero.named(self.zero.masters))
+        init_weights(model, cfg.seed, self.zero.named(self.zero.masters) | self.frozen())
         self.zero.publish()
 
     def _micro_batch_counts(self) -> tuple[int, int]:
@@ -132,6 +136,14 @@ class DeepSpeedModule(TrainModule):
         """Sums over whole weights from sums over this rank's fragments."""
         return self.zero.sum_over_parts(values)
 
+    def frozen(self) -> dict[str, Tensor]:
+        """The weights that do not train, as forward reads them: live fragments in the compute
+        dtype. They are kept once, without a float32 master: sharded under ZeRO 3."""
+        return {
+            name: frozen_fragment(self.params[name], box, self.layout)
+            for name, box in self._frozen.items()
+        }
+
     def tensors(self) -> dict[str, Tensor]:
         """All state by name: ``model.<parameter>`` and ``optim.<parameter>.<key>``.
 
@@ -175,6 +187,16 @@ def _cut(model: Decoder, layout: Layout) -> dict[str, Box]:
             offset[placement.dim] = rank * part[placement.dim]
         boxes[name] = Box(whole[name], part, tuple(offset), name in partial)
     return boxes
+
+
+def _require_grad(module: nn.Module, args: Any, out: Tensor) -> None:
+    """Give frozen embeddings a gradient, which nobody reads.
+
+    ZeRO 3 takes a block's gradients for complete once that of its input is there, and of an input
+    without one at the beginning of the block's backward.
+    """
+    if torch.is_grad_enabled():
+        out.requires_grad_()
 
 
 def _declare_gathering(deepspeed: Any, model: Decoder) -> None:

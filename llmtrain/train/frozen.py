@@ -45,11 +45,14 @@ def left_out(
     where ``trainable`` is asked for and the frozen weights lie in no other checkpoint.
     """
     wanted = cfg.checkpoint.save
-    if wanted == "all" or source is None or model.adapters is None or cfg.average is not None:
+    if wanted == "all" or source is None or model.adapters is None:
+        return None
+    if cfg.average is not None or cfg.trainable:  # These may change what adapters leave alone.
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))
-    if found is None and (wanted == "trainable" or model.adapters.base is not None):
+    never = model.adapters.base is not None or cfg.parallel.engine == "deepspeed"
+    if found is None and model.adapters.freeze and (wanted == "trainable" or never):
         raise ConfigError(
             f"checkpoint.save: {source} holds the frozen weights itself, as a run saves them from "
             "its start; begin a new run with it as init.path, or set checkpoint.save=auto"

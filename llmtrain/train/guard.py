@@ -36,6 +36,11 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=cfg.window)
         self._norms: deque[float] = deque(maxlen=cfg.window)
 
+    def suspects(self, loss: float, norm: float) -> bool:
+        """Whether ``judge`` would find fault with a step of these global values."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        return not finite or (self.cfg.spike != "ignore" and self._spike(loss, norm) is not None)
+
     def judge(self, step: int, loss: float, norm: float, samples: str) -> Verdict:
         """Accept, skip or stop.
 

@@ -341,8 +341,15 @@ class TrainModule:
         """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""
         return sum_over_parts(values, self.params.values(), self.layout)
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Weights that do not train and are no part of ``tensors``, as they lie in memory in the
+        compute dtype: by the parameter's name, to be filled from a checkpoint."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
-        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``."""
+        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``. Packed
+        and ``frozen`` weights are not among them.
+        """
         model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
         return {**model, **state_tensors(self.optimizer, self.params)}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint import Saved
+from llmtrain.checkpoint.remote import Copied
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.plan import DataPlan
@@ -204,6 +205,14 @@ class Recorder:
         size = f"{human(saved.bytes)}B"
         text = f"checkpoint {saved.path.name} ({size}, training waited {saved.stall_seconds:.2f} s)"
         self.event(saved.step, text if saved.note is None else f"{text}; {saved.note}")
+
+    def copied(self, step: int, copied: Copied) -> None:
+        """Record what became of a checkpoint's copy in the object store."""
+        if copied.problem is None:
+            self.event(step, f"step {copied.step} copied in {copied.seconds:.1f} s", quiet=True)
+        else:
+            self.console.warn(copied.problem)
+            self.event(step, copied.problem, quiet=True)
 
     def close(self) -> None:
         """Close the loggers."""

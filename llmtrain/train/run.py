@@ -17,7 +17,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.errors import EXIT_OK, ConfigError, LlmtrainError
+from llmtrain.errors import EXIT_OK, CheckpointError, ConfigError, LlmtrainError
 from llmtrain.eval.generation import Sampling, generate
 from llmtrain.model import check_tensor_degree, flops_per_token, param_counts, resolve_model
 from llmtrain.ops import cuda_fault, kernels_line, kernels_warning
@@ -110,7 +110,7 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)
-            resume_with(module, resume.path, checkpointer.load, setting.ranks)
+            resume_with(module, resume.path, saver.loader(resume), setting.ranks)
         elif cfg.init is not None:
             assert begun is not None
             begin_with(module, begun, cfg.init, world)
@@ -146,15 +146,19 @@ def _drive(trainer: Trainer, resume: ResumePoint | None, signals: SignalWatch) -
             trainer.load_state_dict(resume.step, resume.extra)
             # The module has its own by now; those of hooks that this run has not stay unread.
             others = (MODEL_PREFIX, OPTIM_PREFIX, HOOK_PREFIX)
-            load = trainer.saver.checkpointer.load
+            load = trainer.saver.loader(resume)
             load(resume.path, trainer.hook_tensors(), unused=others, verify=False)
             _say_resume(recorder.console, cfg, resume)
-            recorder.event(resume.step, f"resumed from {resume.path.name}", quiet=True)
+            what = "a snapshot in memory" if resume.snapshot else resume.path.name
+            recorder.event(resume.step, f"resumed from {what}", quiet=True)
         trainer.run(signals)
         _samples(cfg, trainer.module, trainer.plan, recorder, trainer.step_done)
         _say_unigram(trainer)
         recorder.console.say(f"done: {trainer.step_done} steps; run folder {run_folder(cfg)}")
+        trainer.saver.close()
     except LlmtrainError as error:
+        if not isinstance(error, CheckpointError):  # those may need it
+            trainer.saver.close()
         recorder.event(trainer.step_done, str(error), quiet=True)
         raise
 
@@ -243,7 +247,8 @@ def _preamble(
 
 
 def _say_resume(console: Console, cfg: RunConfig, resume: ResumePoint) -> None:
-    console.say(f"resumed from {resume.path} after step {resume.step}")
+    where = f"a snapshot in memory on top of {resume.path}" if resume.snapshot else resume.path
+    console.say(f"resumed from {where} after step {resume.step}")
     changes = _changes(cfg, resume)
     for line in changes[:_CHANGE_LINES]:
         console.say(f"  changed since then: {line}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import Tensor
 
 import llmtrain
 from llmtrain.checkpoint import Checkpointer, Resume, Saved, read_files
+from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import BASE
-from llmtrain.config import to_yaml
+from llmtrain.checkpoint.remote import Copied, Mirror
+from llmtrain.checkpoint.snapshot import Snapshots
+from llmtrain.config import to_dict, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
@@ -28,7 +31,8 @@ class ResumePoint:
 
     step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
     newer checkpoints that were passed over. chosen: the user named it, it is not simply the newest
-    one of this run.
+    one of this run. snapshot: ``step`` is that of a snapshot in memory; the checkpoint at ``path``
+    is older.
     """
 
     path: Path
@@ -37,6 +41,7 @@ class ResumePoint:
     extra: dict[str, Any]
     skipped: list[str]
     chosen: bool = False
+    snapshot: bool = False
 
 
 class Saver:
@@ -49,6 +54,14 @@ class Saver:
         self._origin: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
+        self.mirror: Mirror | None = None
+        if cfg.checkpoint.remote is not None and world.is_main:
+            self.mirror = Mirror(cfg.checkpoint.remote, cfg.name, cfg.checkpoint.remote_keep)
+        self.has_any = False
+        self.snapshots: Snapshots | None = None
+        if cfg.checkpoint.snapshot_every is not None:
+            run = Path(cfg.out) / cfg.name
+            self.snapshots = Snapshots(run, Ranks(world.cpu_group), _course(cfg, plan))
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any], permanent: bool
@@ -71,7 +84,17 @@ class Saver:
             tensors = {key: value for key, value in tensors.items() if key not in left.names}
             files[BASE] = left.base.text(self.checkpointer.root)
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
-        self._last = step
+        self._last, self.has_any = step, True
+
+    def snap(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
+        """Snapshot after update ``step``. Raises CheckpointError when memory is full."""
+        assert self.snapshots is not None
+        self.snapshots.save(step, tensors, {**extra, "origin": self._origin})
+
+    def close(self) -> None:
+        """Give the memory of snapshots back: the run ends as it should."""
+        if self.snapshots is not None:
+            self.snapshots.clear()
 
     def has(self, step: int) -> bool:
         """Whether update ``step`` was saved by this process."""
@@ -79,11 +102,22 @@ class Saver:
 
     def poll(self) -> Saved | None:
         """A save that is on disk since the last call. Raises CheckpointError when it failed."""
-        return self.checkpointer.poll()
+        return self._copy(self.checkpointer.poll())
 
     def wait(self) -> Saved | None:
         """Until everything is on disk. Raises CheckpointError when that failed."""
-        return self.checkpointer.wait()
+        return self._copy(self.checkpointer.wait())
+
+    def _copy(self, saved: Saved | None) -> Saved | None:
+        if saved is not None and self.mirror is not None:
+            self.mirror.push(saved.path, saved.step)
+        return saved
+
+    def copied(self, last: bool = False) -> list[Copied]:
+        """Copies in the object store since the last call. last: wait for all. Main rank only."""
+        if self.mirror is None:
+            return []
+        return self.mirror.finish() if last else self.mirror.poll()
 
     def _resolve(self) -> tuple[Resume, bool]:
         """``checkpoint.resume``; a path is where this run began, not where it goes on for ever.
@@ -108,7 +142,11 @@ class Saver:
 
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
+        if self.cfg.checkpoint.remote is not None and self.cfg.checkpoint.resume != "never":
+            self._bring_home()
         resume, chosen = self._resolve()
+        if self.snapshots is not None and (resume.path is None or chosen):
+            self.snapshots.clear()  # of another course
         if resume.path is None:
             if resume.skipped:
                 raise CheckpointError(
@@ -117,8 +155,49 @@ class Saver:
                 )
             return None
         point = resume_point(self.cfg, self.plan, resume.path, resume.skipped, chosen)
-        self._last = point.step
-        return point
+        self._last, self.has_any = point.step, True
+        return point if chosen else self._newer_snapshot(point)
+
+    def _bring_home(self) -> None:
+        # Only the main rank has one, and only there it is used.
+        mirror = self.mirror
+        self.checkpointer.on_store(lambda store: mirror and mirror.bring_home(store))
+
+    def _newer_snapshot(self, point: ResumePoint) -> ResumePoint:
+        """``point``, or a snapshot that is further on the same course."""
+        step = None if self.snapshots is None else self.snapshots.newest()
+        if self.snapshots is None or step is None or step <= point.step:
+            return point
+        samples = step * self.cfg.train.global_batch_size
+        extra = self.snapshots.extra(step)
+        if extra.pop("origin") != self._origin:
+            return point
+        self._last = None
+        return replace(point, step=step, samples=samples, extra=extra, snapshot=True)
+
+    def loader(self, resume: ResumePoint) -> Callable[..., None]:
+        """``Checkpointer.load``, or what stands for it where the state is a snapshot's."""
+        if not resume.snapshot:
+            return self.checkpointer.load
+        step, snapshots = resume.step, self.snapshots
+        assert snapshots is not None
+
+        def load(path: Path, tensors: Mapping[str, Tensor], **options: Any) -> None:
+            snapshots.load(step, tensors)
+
+        return load
+
+
+def _course(cfg: RunConfig, plan: DataPlan) -> dict[str, Any]:
+    """What makes a state one of this run and layout."""
+    return {
+        "model": to_dict(cfg)["model"],
+        "parallel": to_dict(cfg)["parallel"],
+        "optimizer": cfg.optim.name,
+        "seed": cfg.seed,
+        "batch": (cfg.train.global_batch_size, cfg.data.seq_len),
+        "data": plan.state(),
+    }
 
 
 def resume_point(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from llmtrain.train.guard import Guard
 from llmtrain.train.hooks import Hook
 from llmtrain.train.module import StepResult, TrainModule
 from llmtrain.train.recorder import Recorder
+from llmtrain.train.replay import Measured, judge_again, keep_samples
+from llmtrain.train.replicas import verify_replicas
 from llmtrain.train.saver import Saver
 from llmtrain.train.signals import SignalWatch
 from llmtrain.train.watchdog import Watchdog
@@ -83,8 +86,13 @@ class Trainer:
                     self._leave(signals)
                 if times.evaluates(result.step):
                     self.evaluate()
+                if times.verifies(result.step):
+                    self.watch.at("checkpoint")
+                    verify_replicas(self.module.tensors(), self.world, result.step)
                 if times.saves(result.step) and result.step != times.stop:
                     self.save()
+                elif times.snaps(result.step) and result.step != times.stop:
+                    self.snap()
                 self.watch.at("data")
         finally:
             loader.close()
@@ -117,17 +125,11 @@ class Trainer:
             hook.before_batch(self, batch)
         self.watch.at("exchange")
         weight, told = self.world.sum([self.module.token_weight(batch), signals.pending])
-        self.watch.at("forward and backward")
-        sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
-        for hook in self.hooks:
-            hook.after_backward(self)
-        self.watch.at("norm")
-        norm = self.module.gradient_norm()
-        self.watch.at("loss")
-        (loss,) = self.world.sum([float(sums.loss)])
-        # Equal on all ranks to the last bit, or they might come to different verdicts.
-        norm.fill_(self.world.max([float(norm)])[0])
+        done = self._compute(batch, weight)
         step = self.step_done + 1
+        if self.guard.suspects(done.loss, float(done.norm)) and self._replays:
+            done = self._replay(batch, weight, done)
+        sums, loss, norm = done.sums, done.loss, done.norm
         verdict = self.guard.judge(step, loss, float(norm), self._sample_range(step))
         lr = self.cfg.optim.lr * self.schedule.factor(self.step_done)
         self.watch.at("update")
@@ -144,6 +146,36 @@ class Trainer:
         for hook in self.hooks:
             hook.after_step(self, result)
         return result, told > 0
+
+    def _compute(self, batch: Batch, weight: float) -> Measured:
+        """Forward, backward, and the global loss and gradient norm. weight: of the global batch."""
+        self.watch.at("forward and backward")
+        sums = self.module.forward_backward(batch, max(weight, 1e-9), len(self.plan.names))
+        for hook in self.hooks:
+            hook.after_backward(self)
+        self.watch.at("norm")
+        norm = self.module.gradient_norm()
+        self.watch.at("loss")
+        (loss,) = self.world.sum([float(sums.loss)])
+        # Equal on all ranks to the last bit, or they might come to different verdicts.
+        norm.fill_(self.world.max([float(norm)])[0])
+        return Measured(sums, loss, norm)
+
+    @property
+    def _replays(self) -> bool:
+        return self.cfg.guard.replay and self.cfg.parallel.engine == "native"
+
+    def _replay(self, batch: Batch, weight: float, first: Measured) -> Measured:
+        """Make a suspicious step again before it is judged; what was found is an event."""
+
+        def compute(batch: Batch) -> Measured:
+            self.module.drop_gradients()
+            return self._compute(batch, weight)
+
+        keep_samples(self, batch, Path(self.cfg.out) / self.cfg.name / "suspicious")
+        done, finding = judge_again(self, batch, first, compute)
+        self.recorder.event(self.step_done + 1, f"suspicious step: {finding}")
+        return done
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out loss per domain, recorded and handed to the hooks."""
@@ -167,6 +199,20 @@ class Trainer:
         self.saver.save(self.step_done, tensors, self.state_dict(), permanent)
         self.recorder.resume()
 
+    def snap(self) -> None:
+        """Snapshot to the node's memory; the first state of a run becomes a checkpoint, on which
+        snapshots stand."""
+        if not self.saver.has_any:
+            self.save()
+            return
+        self.recorder.pause()
+        self.watch.at("checkpoint")
+        for hook in self.hooks:
+            hook.on_checkpoint(self)
+        tensors = self.module.tensors() | self.hook_tensors()
+        self.saver.snap(self.step_done, tensors, self.state_dict())
+        self.recorder.resume()
+
     def hook_tensors(self) -> dict[str, Tensor]:
         """What the hooks keep in a checkpoint, as ``hook.<key>.<name>``."""
         found: dict[str, Tensor] = {}
@@ -187,12 +233,16 @@ class Trainer:
         saved = self.saver.wait()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied(last=True):
+            self.recorder.copied(self.step_done, copied)
 
     def _collect(self) -> None:
         """Report a background save that has reached the disk; raises when it failed."""
         saved = self.saver.poll()
         if saved is not None:
             self.recorder.saved(saved)
+        for copied in self.saver.copied():
+            self.recorder.copied(self.step_done, copied)
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Continue after update ``step`` with ``state`` of its checkpoint."""

@@ -86,15 +86,20 @@ def on_rank(rank: int, config: str, words: list[str]) -> int:
     return train(load_config(config, words), init_world("cpu"))
 
 
+SPLIT = {"TP2": ["parallel.tensor=2", "train.micro_batch_size=4"]}
+SPLIT |= {"ZeRO-3": ["parallel.engine=deepspeed", "parallel.zero_stage=3"]}
+
+
 @pytest.mark.dist
-def test_other_layouts_go_on(runs: Path) -> None:
-    """Saved under tensor parallelism, resumed on one process."""
+@pytest.mark.parametrize("layout", SPLIT)
+def test_other_layouts_go_on(layout: str, runs: Path) -> None:
+    """Begun and saved on two ranks, of either engine, resumed on one process."""
     config = str(next(runs.parent.glob("*.yaml")))
-    words = [*ADAPTED, f"init.path={runs}/tiny", "name=moved"]
-    split = [*words, "train.stop_after=2step", "parallel.tensor=2", "train.micro_batch_size=4"]
+    words = [*ADAPTED, f"init.path={runs}/tiny", f"name={layout}"]
+    split = [*words, "train.stop_after=2step", *SPLIT[layout]]
     assert run_ranks(2, lambda rank: on_rank(rank, config, split)) == [0, 0]
     assert main(["train", config, *words]) == 0
-    for one, other in zip(records(runs / "few"), records(runs / "moved"), strict=True):
+    for one, other in zip(records(runs / "few"), records(runs / layout), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
 
 

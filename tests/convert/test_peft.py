@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.hf_folders import run_convert, their_model
-from helpers.tiny import make_corpus, tiny_config
+from helpers.tiny import make_corpus, records, tiny_config
 
 from llmtrain.cli.main import main
 from llmtrain.convert.outgoing import open_checkpoint
@@ -162,6 +162,40 @@ def test_adapters_for_another_model(
     assert not (tmp_path / "ours").exists()
 
 
+def test_architectures_with_fused_matrices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GPT-NeoX: what is one matrix on both sides goes both ways, q k v does not."""
+    import peft
+
+    base = their_model("pythia")
+    base.save_pretrained(tmp_path / "hf")
+    assert run_convert("from-hf", tmp_path / "hf", tmp_path / "base") == 0
+    for name, targets in (("fits", ["dense", "dense_4h_to_h"]), ("fused", ["query_key_value"])):
+        settings = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        theirs = peft.get_peft_model(their_model("pythia"), settings)
+        theirs.save_pretrained(tmp_path / name)
+        words = (
+            "from-peft",
+            tmp_path / name,
+            tmp_path / f"our {name}",
+            "--base",
+            tmp_path / "base",
+        )
+        assert run_convert(*words) == (0 if name == "fits" else 2)
+        if name == "fused":
+            assert "query_key_value, which gpt_neox keeps in one matrix" in capsys.readouterr().err
+            continue
+        ours = load_trained(tmp_path / "our fits", torch.device("cpu"), ["precision.compute=fp32"])
+        with torch.no_grad():
+            expected = theirs(batches()[0]).logits
+            torch.testing.assert_close(ours.model(batches()[0]), expected, atol=1e-5, rtol=0)
+        assert run_convert("to-peft", tmp_path / "our fits", tmp_path / "back") == 0
+        again = peft.PeftModel.from_pretrained(their_model("pythia"), tmp_path / "back")
+        with torch.no_grad():
+            torch.testing.assert_close(again(batches()[0]).logits, expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and one that adapts its weights."""
@@ -198,8 +232,24 @@ def test_merged_and_apart_in_their_formats(run: Path, tmp_path: Path) -> None:
         assert (base(tokens).logits - expected).abs().max() > 1e-3
         apart = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
         torch.testing.assert_close(apart(tokens).logits, expected, atol=1e-5, rtol=0)
+        words = ("from-peft", tmp_path / "adapter", tmp_path / "back", "--base", run / "tiny")
+        assert run_convert(*words) == 0
+        back = load_trained(tmp_path / "back", torch.device("cpu"), ["precision.compute=fp32"])
+        assert torch.equal(back.model(tokens), expected)
         merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_run_goes_on_with_what_came_from_peft(run: Path, tmp_path: Path) -> None:
+    assert run_convert("to-peft", run / "adapted", tmp_path / "adapter") == 0
+    words = ("from-peft", tmp_path / "adapter", tmp_path / "back", "--base", run / "tiny")
+    assert run_convert(*words) == 0
+    config = next(run.parent.glob("*.yaml"))
+    same = ["model.adapters.rank=3", "train.duration=1step"]
+    for name, path in (("one", run / "adapted"), ("two", tmp_path / "back")):
+        assert main(["train", str(config), *same, f"name={name}", f"init.path={path}"]) == 0
+    one, two = (records(run / name)[0]["loss"] for name in ("one", "two"))
+    assert one == two
 
 
 def test_what_has_no_adapters(

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import begun, environment, llmtrain, make_corpus, records, tiny_config
 from safetensors import safe_open
 
 STEPS = 20
@@ -48,20 +48,15 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def run_until(config: Path, sees: str, number: int, where: Path) -> None:
     """Start the run and kill -9 it as soon as ``where`` has a file named like ``sees``."""
-    process = subprocess.Popen(
-        command("train", str(config)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = begun("train", str(config))
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        if process.poll() is not None:
-            raise AssertionError(f"ended by itself with {process.returncode}")
+        if not process.runs():
+            raise AssertionError(f"ended by itself with {process.wait().returncode}")
         if where.exists() and len(list(where.glob(sees))) >= number:
             break
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pids[0], signal.SIGKILL)
     process.wait()
 
 
@@ -129,21 +124,15 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(
 ) -> None:
     config = tiny_config(tmp_path, corpus)
     run = tmp_path / "runs" / "tiny"
-    process = subprocess.Popen(
-        command("train", str(config)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begun("train", str(config))
     end = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() or not records(run):
         assert time.monotonic() < end
         time.sleep(0.001)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "preempted" in errors
+    os.kill(process.pids[0], number)
+    done = process.wait()
+    assert done.returncode == 75, done.stderr
+    assert "preempted" in done.stderr
     stopped = records(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{stopped:08d}").exists()
     done = llmtrain("train", str(config))

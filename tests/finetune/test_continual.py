@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import begun, llmtrain, make_corpus, records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -215,14 +214,12 @@ def test_a_killed_process_goes_on_across_a_merge(tmp_path: Path, corpus: Path) -
     straight = run(tmp_path / "a", corpus, slow, **method)
     file = config(tmp_path / "b", corpus, slow, **method)
     broken = tmp_path / "b" / "runs" / "seq"
-    process = subprocess.Popen(
-        command("continual", str(file)), env=environment(), stdout=subprocess.DEVNULL
-    )
+    process = begun("continual", str(file))
     deadline = time.monotonic() + 60
     while not list((broken / "2-b" / "checkpoints").glob("step-0000000[4-9]")):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.runs()
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pids[0], signal.SIGKILL)
     process.wait()
     assert main(["continual", str(file)]) == 0
     assert same(tensors(broken / "2-b"), tensors(straight / "2-b"))

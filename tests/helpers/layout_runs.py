@@ -120,6 +120,9 @@ def build(rank: int, world: int, what: Case, parallel: dict[str, Any]) -> TrainM
     layout = build_layout(cfg.parallel, place, model_cfg.n_kv_heads)
     module = build_module(cfg, model_cfg, Precision(what.compute, torch.float32), layout)
     module.restore(_vary_vectors)
+    if frozen := module.frozen():
+        _vary_vectors({f"model.{name}": value for name, value in frozen.items()})
+        module.weights_changed()
     return module
 
 

@@ -102,6 +102,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **own, **extra}
 
 
+def begun(*arguments: str, timeout: float = 120) -> warm.Running:
+    """``llmtrain`` on one process, not yet at its end."""
+    return warm.start(arguments, 1, environment(), timeout)
+
+
 def llmtrain(
     *arguments: str, ranks: int = 1, timeout: float = 120, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
@@ -111,7 +116,7 @@ def llmtrain(
     and torchrun anew, where start and end of the processes are a part of what is tested.
     """
     if not fresh:
-        return warm.run(arguments, ranks, environment(), timeout)
+        return warm.start(arguments, ranks, environment(), timeout).wait()
     return subprocess.run(
         command(*arguments, ranks=ranks),
         capture_output=True,

@@ -20,6 +20,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -36,87 +37,124 @@ MODULES = (
 )
 
 
-def run(
+class Running:
+    """A command that has been started; ``pids`` of its ranks."""
+
+    def __init__(
+        self, job: dict[str, Any], timeout: float, deepspeed: bool, store: Any = None
+    ) -> None:
+        self._store = store  # that its ranks meet in
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self._said = [Path(self._folder.name, name) for name in ("out", "err")]
+        for file in self._said:
+            file.touch()
+        self._words, self._timeout = job["words"], timeout
+        self._server = _server(deepspeed)
+        said = [str(file) for file in self._said]
+        self._server.tell(job | {"folder": os.getcwd(), "said": said, "timeout": timeout})
+        self.pids: list[int] = self._server.answer()
+
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        return not self._server.has_answered()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Its end, with what it said."""
+        code: int | None = self._server.answer()
+        out, err = (file.read_text() for file in self._said)
+        self._folder.cleanup()
+        if code is None:
+            raise subprocess.TimeoutExpired(self._words, self._timeout, out, err)
+        return subprocess.CompletedProcess(self._words, code, out, err)
+
+
+def start(
     arguments: tuple[str, ...], ranks: int, environment: dict[str, str], timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """``llmtrain *arguments`` on ``ranks`` processes to its end; output is kept.
+) -> Running:
+    """``llmtrain *arguments`` on ``ranks`` processes. One command at a time.
 
     With several ranks the exit code is torchrun's: 0, or 1 once one of them has failed.
     """
     from torch.distributed import TCPStore
 
-    env = environment
+    job = {"words": ["llmtrain", *arguments], "ranks": ranks, "environment": environment}
+    store = None
     if ranks > 1:
         # Kept by the launcher, as torchrun's is: it outlives a rank that fails.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        env = {
-            **env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        job["environment"] = {
+            **environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
             "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "warm",
             "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
         }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
-        said = [Path(folder, name) for name in ("out", "err")]
-        for file in said:
-            file.touch()
-        ask = _server("parallel.engine=deepspeed" in arguments, json.dumps(environment))
-        code = ask(
-            {"arguments": ["llmtrain", *arguments], "ranks": ranks, "environment": env,
-             "folder": os.getcwd(), "said": [str(file) for file in said], "timeout": timeout}
-        )  # fmt: skip
-        out, err = (file.read_text() for file in said)
-    if code is None:
-        raise subprocess.TimeoutExpired(arguments, timeout, out, err)
-    return subprocess.CompletedProcess(arguments, code, out, err)
+    return Running(job, timeout, "parallel.engine=deepspeed" in arguments, store)
 
 
-@functools.cache
-def _server(deepspeed: bool, environment: str) -> Any:
-    """A function that sends a job and waits for its exit code; the server ends with this process.
+def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python -c code *arguments`` with some variables of its environment; output is kept."""
+    from helpers.tiny import environment
+
+    words = ["-c", *arguments]
+    job = {"words": words, "ranks": 1, "environment": environment(**variables), "code": code}
+    return Running(job, 120.0, deepspeed=False).wait()
+
+
+class _Server:
+    """The process that forks, seen from the tests; it ends with this one.
 
     DeepSpeed changes torch where it is imported: runs on it have a server of their own.
     """
-    from llmtrain.cli.process import wanted_environment
 
-    env: dict[str, str] = json.loads(environment)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "helpers.warm", *(["deepspeed"] if deepspeed else [])],
-        env=env | wanted_environment(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    atexit.register(server.kill)
-    stdin, stdout = server.stdin, server.stdout
-    assert stdin is not None and stdout is not None
+    def __init__(self, deepspeed: bool) -> None:
+        from helpers.tiny import environment
 
-    def ask(job: dict[str, Any]) -> int | None:
-        stdin.write(json.dumps(job) + "\n")
-        stdin.flush()
-        answer = stdout.readline()
-        assert answer, f"the server has ended with {server.wait()}"
-        code: int | None = json.loads(answer)
-        return code
+        from llmtrain.cli.process import wanted_environment
 
-    return ask
+        env = environment()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "helpers.warm", *(["deepspeed"] if deepspeed else [])],
+            env=env | wanted_environment(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=0,
+        )  # fmt: skip
+        atexit.register(self._process.kill)
+
+    def tell(self, job: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+
+    def answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the server has ended with {self._process.wait()}"
+        return json.loads(line)
+
+    def has_answered(self) -> bool:
+        return bool(select.select([self._process.stdout], [], [], 0.0)[0])
 
 
-def serve() -> None:
-    """The server: forks each job that comes on stdin. Returns only in a child that has run one."""
+_server = functools.cache(_Server)
+
+
+def serve() -> dict[str, Any]:
+    """The server: forks each job that comes on stdin. Returns only in a child, with its job."""
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     for line in jobs:
         job = json.loads(line)
-        children = set()
+        children: list[int] = []
         for rank in range(job["ranks"]):
             child = os.fork()
             if not child:
                 jobs.close()
                 answers.close()
                 become(rank, job)
-                return
-            children.add(child)
-        answers.write(json.dumps(ended(children, job["timeout"])) + "\n")
-        answers.flush()
+                return dict(job)
+            children.append(child)
+        print(json.dumps(children), file=answers, flush=True)
+        print(json.dumps(ended(set(children), job["timeout"])), file=answers, flush=True)
     os._exit(0)
 
 
@@ -168,7 +206,7 @@ def become(rank: int, job: dict[str, Any]) -> None:
 
     os.environ.update(wanted_environment(os.environ), **{MARK: str(os.getpid())})
     os.chdir(job["folder"])
-    sys.argv[:] = job["arguments"]
+    sys.argv[:] = job["words"]
 
 
 if __name__ == "__main__":
@@ -184,8 +222,11 @@ if __name__ == "__main__":
     # What is imported is no garbage: children need not look through it, nor take it down.
     gc.collect()
     gc.freeze()
-    serve()
-    # Only a child comes here; it ends as the installed command does.
-    from llmtrain.cli.main import entry
+    job = serve()
+    if "code" in job:
+        exec(compile(job["code"], "<code>", "exec"), {"__name__": "__main__"})
+    else:
+        # Ends as the installed command does.
+        from llmtrain.cli.main import entry
 
-    entry()
+        entry()

@@ -161,3 +161,17 @@ def test_a_part_of_a_mask() -> None:
     assert torch.equal(part.box((0, 0), (22, 18)), whole[8:, 4:])
     assert torch.equal(mask.box((5, 3), (9, 7)), whole[5:14, 3:10])
     assert mask.density == whole.double().mean()
+
+
+@pytest.mark.parametrize(("text", "shape"), [("4x4", (46, 32))])
+def test_traced_without_a_break(text: str, shape: tuple[int, int]) -> None:
+    layer = Linear(shape[1], shape[0], matmul=FP32)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(shape, generator=draw))
+    layer.set_mask(_mask(text, 0.5, shape))
+    x, upstream = torch.randn(9, shape[1], generator=draw), torch.randn(9, shape[0], generator=draw)
+    eager = [value.clone() for value in _run(layer, x, upstream)]
+    layer.compile(backend="aot_eager", fullgraph=True)
+    for ours, reference in zip(_run(layer, x, upstream), eager, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-5)

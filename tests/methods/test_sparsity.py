@@ -302,6 +302,7 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
         (["sparsity={method: set, density: 0.5}", "model.adapters={}"], "model.adapters freezes"),
         (["sparsity={method: slope, granularity: '2:4'}", "model.adapters={}"], "must be false"),
         (["sparsity={density: 0.5}", "parallel.engine=deepspeed"], "deepspeed"),
+        (["sparsity={density: 0.5}", "model.adapters={base: int8}"], "model.adapters.base packs"),
         (["sparsity={density: 0.5, masks: nowhere}"], "nowhere cannot be read"),
         (["sparsity={granularity: 16x16, density: 0.3}"], "cannot be met by the 8 blocks"),
     ],

@@ -130,6 +130,23 @@ def test_a_new_adapter_changes_nothing_and_only_it_trains(kind: str) -> None:
     assert float(a.std()) == pytest.approx(1 / (3 * 32) ** 0.5, rel=0.1)
 
 
+def test_lengths_are_computed_once_until_something_changes() -> None:
+    model = built(AdapterConfig("dora", rank=3))
+    plain = merged(model)
+    side = model.blocks[0].mlp.down.adapter  # type: ignore[union-attr]
+    runs: list[int] = []
+    lengths = side.lengths
+    side.lengths = lambda *args: runs.append(1) or lengths(*args)
+    with torch.no_grad():
+        for _ in range(3):
+            model(TOKENS)
+        assert len(runs) == 1
+        side.b.weight.mul_(2.0)
+        torch.testing.assert_close(model(TOKENS), merged(model)(TOKENS), atol=3e-6, rtol=1e-5)
+        assert len(runs) == 2
+        assert (plain(TOKENS) - model(TOKENS)).abs().max() > 1e-3
+
+
 def test_frozen_weights_save_no_inputs() -> None:
     """What forward keeps for backward shrinks by the inputs of the layers without an adapter."""
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.kernel_sets import passes_on
 from torch import Tensor
 
 from llmtrain import ops
@@ -195,20 +192,4 @@ for dtype in (t.E4M3, t.E5M2):
 @NATIVE
 @pytest.mark.parametrize("level", ["avx512", "avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_SETS],
-        env={
-            **os.environ,
-            "LLMTRAIN_CPU_KERNELS": level,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{root}:{root / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    known = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
-    used = done.stdout.split("compiled, ")[1].strip()
-    assert used in known and known.index(used) >= known.index(level)
+    passes_on(level, OTHER_SETS)

@@ -3,15 +3,12 @@ separate passes, on inputs of every kind."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.kernel_sets import passes_on
 from ops.test_fp8 import by_search, same_bytes
 from torch import Tensor
 
@@ -306,19 +303,6 @@ for name in t.ACTIVATIONS:
 @NATIVE
 @pytest.mark.parametrize("level", ["avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    root = Path(__file__).parents[2]
     if level == ops.kernels_line().split()[-1]:
         return  # the tests above
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_SETS],
-        env={
-            **os.environ,
-            "LLMTRAIN_CPU_KERNELS": level,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{root}:{root / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    passes_on(level, OTHER_SETS)

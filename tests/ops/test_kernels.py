@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import warm
+from helpers.kernel_sets import passes_on
 from torch import Tensor
 
 from llmtrain import ops
@@ -248,18 +247,7 @@ for dtype in (torch.float32, torch.bfloat16):
 @NATIVE
 @pytest.mark.parametrize("level", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARISON],
-        env={**os.environ, "LLMTRAIN_CPU_KERNELS": level, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    known = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
-    used = done.stdout.split("compiled, ")[1].strip()
-    assert used in known and known.index(used) >= known.index(level)
+    passes_on(level, COMPARISON)
 
 
 @NATIVE
@@ -305,9 +293,8 @@ def test_a_library_of_other_sources_is_told_and_not_used(tmp_path: Path) -> None
                 file.write("// changed\n")
         elif changed is None:
             shutil.rmtree(sources)
-        done = subprocess.run(
-            [sys.executable, "-c", STALE, str(sources)], capture_output=True, text=True, check=True
-        )
+        done = warm.python(STALE, str(sources))
+        assert done.returncode == 0, done.stderr
         line, warning, same = done.stdout.splitlines()
         assert told in line and same == "True"
         assert (warning == "None") is not bool(changed)

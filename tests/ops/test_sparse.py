@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.kernel_sets import passes_on
 from torch import Tensor
 
 from llmtrain import ops
@@ -174,23 +173,7 @@ for block in ((1, 1), (2, 4), (4, 4)):
 @NATIVE
 @pytest.mark.parametrize("level", ["avx2", "baseline"])
 def test_other_instruction_sets(level: str) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_SETS],
-        env={
-            **os.environ,
-            "LLMTRAIN_CPU_KERNELS": level,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{root}:{root / 'tests'}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    known = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
-    used = done.stdout.split("compiled, ")[1].strip()
-    assert used in known and known.index(used) >= known.index(level)
+    passes_on(level, OTHER_SETS)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -1,0 +1,136 @@
+"""Sparse-IFT: sparse layers at the FLOPs of dense ones (Thangarasa et al. 2023, 2303.11525)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config import load_config
+from llmtrain.data.plan import build_plan
+from llmtrain.model import flops_per_token, param_counts, resolve_model
+from llmtrain.recipes.experiment import (
+    MINI_SOURCES,
+    Claim,
+    Experiment,
+    Trial,
+    byte_corpus,
+    mini_run,
+)
+from llmtrain.sparsity import mean_density
+from llmtrain.train.console import human, table
+
+DENSE = "dense"
+WIDE, WIDE_RIGL, WIDER = "wide 50%", "wide 50%, rigl", "wide 75%, rigl"
+DOPED, NARROW = "doped 50%", "plain 50%"
+
+
+def wide(width: int, sparsity: float, multiple: int) -> int:
+    """Width of a Sparse Wide layer of as many kept weights: width sqrt(1 / (1 - s))."""
+    return round(width * math.sqrt(1 / (1 - sparsity)) / multiple) * multiple
+
+
+def doped_rank(width: int, sparsity: float) -> int:
+    """Rank of the low-rank part of a Sparse Doped layer: s d_in d_out / (d_in + d_out)."""
+    return round(sparsity * width / 2)
+
+
+def _trials(scale: str) -> list[Trial]:
+    width, multiple = {"mini": (96, 8), "small": (768, 64), "paper": (1024, 64)}[scale]
+    half, quarter = wide(width, 0.5, multiple), wide(width, 0.75, multiple)
+    static, rigl = {"density": 0.5}, {"method": "rigl", "density": 0.5, "every": "0.02dur"}
+    rank = doped_rank(width, 0.5)
+    adapters = {"rank": rank, "alpha": float(rank), "freeze": False}
+    found = {
+        DENSE: (width, None, None),
+        WIDE: (half, static, None),
+        WIDE_RIGL: (half, rigl, None),
+        WIDER: (quarter, {**rigl, "density": 0.25}, None),
+        DOPED: (width, static, adapters),
+        NARROW: (width, static, None),
+    }
+    return [Trial(label, _run(scale, width, *rest)) for label, (width, *rest) in found.items()]
+
+
+def _run(scale: str, width: int, sparsity: Any, adapters: Any) -> dict[str, Any]:
+    """Attention heads, depth, data, steps and learning rate are the same for all widths."""
+    shape: dict[str, Any] = {"d_model": width, "n_heads": 4, "tie_embeddings": True}
+    shape["d_ff"] = 8 * round(width / 3)
+    if adapters is not None:
+        shape["adapters"] = adapters
+    sections = {} if sparsity is None else {"sparsity": sparsity}
+    if scale == "mini":
+        data = {"seq_len": 128, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
+        return mini_run(
+            200,
+            model={**shape, "n_layers": 3},
+            data=data,
+            train={"duration": "200step", "global_batch_size": 8},
+            eval={"every": None, "samples": 64},
+            **sections,
+        )
+    depth, steps = (12, 10000) if scale == "small" else (24, 30000)
+    return {
+        "model": {**shape, "vocab_size": 50257, "n_layers": depth, "n_heads": 16},
+        "data": {
+            "sources": {"text": {"path": "data/text"}},
+            "heldout": {"text": {"path": "data/text_heldout"}},
+            "seq_len": 1024,
+            "weights": {"text": 1},
+        },
+        "optim": {"lr": 6.0e-4},
+        "train": {
+            "duration": f"{steps}step",
+            "global_batch_size": 256,
+            "micro_batch_size": 8,
+        },
+        "checkpoint": {"every": "1000step"},
+        **sections,
+    }
+
+
+def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Parameters stored and kept in hidden layers, and counted FLOPs of a token."""
+    rows = [("", "hidden weights", "kept, with adapters", "FLOPs per token")]
+    for label, seeds in folders.items():
+        cfg = load_config(seeds[0] / "config.yaml")
+        model = resolve_model(cfg, build_plan(cfg, 0).vocab_size)
+        density = 1.0 if cfg.sparsity is None else mean_density(model, cfg.sparsity)
+        hidden = param_counts(model)["hidden"]
+        beside = _adapter_weights(cfg.model.adapters is not None, model.n_layers, seeds[0])
+        flops = flops_per_token(model, cfg.data.seq_len, density) + 6.0 * beside
+        rows.append((label, f"{hidden:,}", f"{density * hidden + beside:,.0f}", human(flops)))
+    return table(rows)
+
+
+def _adapter_weights(adapted: bool, layers: int, run: Path) -> int:
+    """Weights of all adapters of a run: rank (inputs + outputs) of every matrix."""
+    if not adapted:
+        return 0
+    cfg = load_config(run / "config.yaml").model
+    assert cfg.adapters is not None and cfg.d_ff is not None
+    d, ff = cfg.d_model, cfg.d_ff
+    return layers * cfg.adapters.rank * (4 * (d + d) + 3 * (d + ff))
+
+
+EXPERIMENT = Experiment(
+    name="sparse-ift",
+    title="Sparse layers at the FLOPs of dense ones: wider, or with a low-rank part",
+    paper=(
+        "Sparse-IFT (2303.11525): GPT-3 Small on WikiText-103 gains 0.4 of perplexity at equal "
+        "FLOPs; ResNet-18 on ImageNet 3.5 points; dynamic masks (RigL) beat static ones.",
+        "Its Sparse Parallel and Sparse Factorized layers are not built here.",
+    ),
+    trials=_trials,
+    claims=(
+        Claim("sparse wide with RigL (50%) beats dense at equal FLOPs", WIDE_RIGL, DENSE),
+        Claim("RigL beats a static mask", WIDE_RIGL, WIDE),
+        Claim("75% sparse, twice as wide, beats 50%", WIDER, WIDE_RIGL, decides=False),
+        Claim("doped: a low-rank part helps a sparse layer", DOPED, NARROW, decides=False),
+    ),
+    baseline=DENSE,
+    seeds=2,
+    costs=costs,
+    corpus=byte_corpus,
+)

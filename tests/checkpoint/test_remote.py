@@ -1,0 +1,191 @@
+"""Copies of checkpoints in an object store that fails, and runs that come back from them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from helpers.killed import weights
+from helpers.tiny import make_corpus, records, tiny_config
+
+from llmtrain.checkpoint import Checkpointer, Store, remote, verify
+from llmtrain.checkpoint.remote import COMPLETE, Mirror
+from llmtrain.cli.main import main
+from llmtrain.config.upkeep import CheckpointConfig
+from llmtrain.errors import CheckpointError, EnvironmentFault
+
+SAVING = CheckpointConfig(asynchronous=False, keep=5)
+
+
+class Flaky(MemoryFileSystem):
+    """A store in memory whose calls fail when ``fails`` says so."""
+
+    protocol = "flaky"
+    cachable = False
+    fails: Iterator[bool] = itertools.repeat(False)
+    files: ClassVar[list[str]] = []
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def _maybe(self, what: str) -> None:
+        if next(Flaky.fails):
+            raise ConnectionResetError("the wire is cut")
+        Flaky.files.append(what.rpartition("/")[2])
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        self._maybe(rpath)
+        super().put_file(lpath, rpath, *args, **kwargs)
+
+    def get_file(self, rpath: str, lpath: str, *args: Any, **kwargs: Any) -> None:
+        self._maybe(rpath)
+        super().get_file(rpath, lpath, *args, **kwargs)
+
+    def pipe_file(self, path: str, value: bytes, *args: Any, **kwargs: Any) -> None:
+        self._maybe(path)
+        super().pipe_file(path, value, *args, **kwargs)
+
+    def ls(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._maybe("ls")
+        return super().ls(path, *args, **kwargs)
+
+
+fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def empty() -> None:
+    Flaky.store.clear()
+    Flaky.files.clear()
+    Flaky.fails = itertools.repeat(False)
+
+
+def mirror(waits: list[float], keep: int = 2) -> Mirror:
+    return Mirror("flaky://bucket/runs", "tiny", keep, waits.append)
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"model.w": torch.full((5, 3), value), "optim.w": torch.full((5, 3), -value)}
+
+
+def saved(root: Path, steps: range, permanent: tuple[int, ...] = ()) -> list[Path]:
+    with Checkpointer(root, SAVING) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state(step), permanent=step in permanent)
+    return [root / f"step-{step:08d}" for step in steps]
+
+
+def test_a_store_that_fails_now_and_then_gets_every_copy(tmp_path: Path) -> None:
+    waits: list[float] = []
+    copies = mirror(waits)
+    Flaky.fails = itertools.cycle([False, True, False, True, True])
+    for step, path in enumerate(saved(tmp_path / "a", range(1, 5), permanent=(1,)), 1):
+        copies.push(path, step)
+    assert [copy.problem for copy in copies.finish()] == [None] * 4
+    assert len(waits) > 10 and max(waits) <= 8
+    Flaky.fails = itertools.repeat(False)
+    assert copies.steps() == [1, 3, 4]
+    assert not list((tmp_path / "a").glob(".up-*"))
+    store = Store(tmp_path / "b")
+    store.open()
+    assert copies.bring_home(store) == 4
+    assert verify(tmp_path / "b" / "step-00000004") == []
+    assert weights(tmp_path / "b" / "step-00000004") == weights(tmp_path / "a" / "step-00000004")
+    assert copies.bring_home(store) is None
+    store.close()
+
+
+def test_the_marker_comes_last_and_without_it_nothing_counts(tmp_path: Path) -> None:
+    first, second, third = saved(tmp_path / "a", range(1, 4))
+    copies = mirror([])
+    copies.push(first, 1)
+    assert copies.finish()[0].problem is None
+    assert Flaky.files.index(COMPLETE) > Flaky.files.index("checksums.json")
+    # The wire is cut for good after three files of the second.
+    Flaky.fails = itertools.chain([False] * 4, itertools.repeat(True))
+    copies.push(second, 2)
+    problem = copies.finish()[0].problem
+    assert problem is not None and "step 2 was not copied: flaky://bucket/runs failed 5" in problem
+    Flaky.fails = itertools.repeat(False)
+    assert copies.steps() == [1]
+    assert any("step-00000002" in name for name in Flaky.store)
+    copies.push(third, 3)
+    copies.finish()
+    assert copies.steps() == [1, 3]
+    assert not any("step-00000002" in name for name in Flaky.store)
+
+
+def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
+    copies = mirror([])
+    for step, path in enumerate(saved(tmp_path / "a", range(1, 3)), 1):
+        copies.push(path, step)
+    copies.finish()
+    name = next(n for n in Flaky.store if "step-00000002/model" in n)
+    data = bytearray(Flaky.store[name].getvalue())
+    data[-3] ^= 1
+    copies._fs.pipe_file(name, bytes(data))
+    store = Store(tmp_path / "b")
+    store.open()
+    assert copies.bring_home(store) == 1
+    assert [p.name for p in sorted((tmp_path / "b").glob("*step*"))] == ["step-00000001"]
+    Flaky.fails = itertools.repeat(True)
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        copies.bring_home(store)
+    store.close()
+
+
+def test_an_address_nobody_knows() -> None:
+    with pytest.raises(EnvironmentFault, match=r"checkpoint\.remote: nowhere addresses"):
+        Mirror("nowhere://bucket", "tiny", 2)
+    with pytest.raises(EnvironmentFault) as refused:
+        Mirror("sftp://me:secret@host/runs", "tiny", 2)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    changes: dict[str, Any] = {
+        "train__duration": "6step",
+        "eval__every": None,
+        "eval__samples": 2,
+        "checkpoint__every": "2step",
+        "checkpoint__remote": "flaky://bucket/runs",
+    }
+    config = tiny_config(tmp_path, make_corpus(tmp_path, documents=40), **changes)
+    assert main(["train", str(config), "name=straight", "checkpoint.remote=null"]) == 0
+    Flaky.fails = itertools.cycle([False, False, True])
+    assert main(["train", str(config), "train.stop_after=4step"]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert any("step 4 copied" in event["text"] for event in records(run, "event"))
+    shutil.rmtree(run)
+    assert main(["train", str(config)]) == 0
+    assert [record["step"] for record in records(run)] == [5, 6]
+    last = "checkpoints/step-00000006"
+    assert weights(run / last) == weights(tmp_path / "runs" / "straight" / last)
+    assert any("step-00000006/COMPLETE" in name for name in Flaky.store)
+
+
+def test_a_disk_that_fills_up_keeps_the_newest_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "a"
+    saved(root, range(1, 5), permanent=(1,))
+    newest = root / "step-00000004" / "meta.json"
+    newest.write_bytes(newest.read_bytes().replace(b"4", b"9", 1))
+    with Checkpointer(root, SAVING) as checkpoints:
+        checkpoints.save(5, state(5))
+        assert len(list(root.glob("step-*"))) == 5
+        nothing = SimpleNamespace(total=10, used=9, free=1)
+        monkeypatch.setattr("llmtrain.checkpoint.store.shutil.disk_usage", lambda _: nothing)
+        checkpoints.save(6, state(6))
+    left = sorted(int(path.name[5:]) for path in root.glob("step-*"))
+    assert left == [1, 5, 6]

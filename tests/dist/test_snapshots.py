@@ -1,0 +1,81 @@
+"""Snapshots in memory: killed processes lose a step or two, and no bit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.killed import Run, weights
+from helpers.tiny import make_corpus, records, tiny_config
+
+from llmtrain.checkpoint import snapshot
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.snapshot import Snapshots
+from llmtrain.errors import CheckpointError
+
+STEPS = 12
+CHANGES: dict[str, Any] = {
+    "train__duration": f"{STEPS}step",
+    "eval__every": None,
+    "eval__samples": 2,
+    "checkpoint__every": "10step",
+    "checkpoint__snapshot_every": "1step",
+    "average": {"method": "ema"},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
+
+
+@pytest.mark.dist
+def test_killed_between_checkpoints_goes_on_from_the_last_step(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, memory = 2, tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
+    config = tiny_config(tmp_path, corpus, **CHANGES)
+    assert Run(config, ["name=straight"], ranks).wait() == [0] * ranks
+    assert list(memory.iterdir()) == []
+    run = tmp_path / "runs" / "tiny"
+    first = Run(config, ranks=ranks)
+    end = time.monotonic() + 60
+    while not list(memory.glob("*/rank-0-step-00000007*")):
+        assert not first.over() and time.monotonic() < end, first.output.read_text()
+    first.send()
+    assert first.wait() == [-9] * ranks
+    second = Run(config, ranks=ranks)
+    assert second.wait() == [0] * ranks, second.output.read_text()
+    (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
+    assert event["text"] == "resumed from a snapshot in memory" and event["step"] >= 6
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert weights(run / last) == weights(tmp_path / "runs" / "straight" / last)
+    assert [r["step"] for r in records(run)] == list(range(1, STEPS + 1))
+    assert list(memory.iterdir()) == []
+
+
+def test_only_whole_snapshots_of_the_same_course_count(tmp_path: Path) -> None:
+    state = {"model.w": torch.arange(6.0).reshape(2, 3)}
+    alone = Ranks(None)
+    kept = Snapshots(tmp_path / "run", alone, {"seed": 1}, tmp_path)
+    for step in (3, 4, 5):
+        kept.save(step, {k: v + step for k, v in state.items()}, {"guard": step})
+    assert kept.newest() == 5 and kept.extra(5) == {"guard": 5}
+    assert len(list(kept.folder.iterdir())) == 2
+    file = kept.folder / "rank-0-step-00000005.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    assert kept.newest() == 4
+    kept.load(4, state)
+    assert state["model.w"][1, 2] == 9
+    assert Snapshots(tmp_path / "run", alone, {"seed": 2}, tmp_path).newest() is None
+    with pytest.raises(CheckpointError, match="another shape"):
+        kept.load(4, {"model.w": torch.zeros(3, 2)})
+    with pytest.raises(CheckpointError, match="other tensors"):
+        kept.load(4, {"model.v": torch.zeros(3, 2)})
+    kept.clear()
+    assert not kept.folder.exists()
