@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.errors import EnvironmentFault, LlmtrainError
@@ -56,14 +57,18 @@ def build(target: Path = LIBRARY) -> Path:
         f'-DLLMTRAIN_ARCHITECTURES="{names}"',
     ]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        library, parts = f"{folder}/{target.name}", []
+        library = f"{folder}/{target.name}"
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        # Operators by nvcc too, which knows where its headers are.
-        flags = {".cu": codes, ".cpp": [*defines, *headers]}
-        for source in (path for path in sorted(SOURCES.iterdir()) if path.suffix in flags):
-            parts.append(f"{folder}/{source.name}.o")
-            options = [*shared, *hidden, *flags[source.suffix]]
-            run_command([str(nvcc), *options, "-c", str(source), "-o", parts[-1]])
+        # C++ by nvcc too, which knows where its headers are.
+        flags = {".cu": [*shared, *hidden, *codes], ".cpp": [*shared, *hidden, *defines, *headers]}
+        units = sorted(path for path in SOURCES.iterdir() if path.suffix in flags)
+        parts = [f"{folder}/{unit.name}.o" for unit in units]
+        commands = [
+            [str(nvcc), *flags[unit.suffix], "-c", str(unit), "-o", part]
+            for unit, part in zip(units, parts, strict=True)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(run_command, commands))
         torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         links = [
             "-shared",
