@@ -21,7 +21,6 @@ from llmtrain.ops.native import sources_stamp
 
 # Ampere casts in software and has no FP8 products; Ada, Hopper and Blackwell have both.
 ARCHITECTURES = ("80", "89", "90a", "100")
-UNITS = ("fp8.cu", "fused.cu", "ops.cpp")
 
 
 def find_nvcc() -> Path:
@@ -62,8 +61,8 @@ def build(target: Path = LIBRARY) -> Path:
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         # C++ by nvcc too, which knows where its headers are.
         flags = {".cu": [*shared, *hidden, *codes], ".cpp": [*shared, *hidden, *defines, *headers]}
-        units = [SOURCES / name for name in UNITS]
-        parts = [f"{folder}/{unit.stem}.o" for unit in units]
+        units = sorted(path for path in SOURCES.iterdir() if path.suffix in flags)
+        parts = [f"{folder}/{unit.name}.o" for unit in units]
         commands = [
             [str(nvcc), *flags[unit.suffix], "-c", str(unit), "-o", part]
             for unit, part in zip(units, parts, strict=True)

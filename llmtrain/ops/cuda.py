@@ -88,6 +88,14 @@ def _activation_backward_cast(
     return torch.empty_like(x), *_copies(x, x.shape[-1], True, turned)
 
 
+def _transposable(scores: Tensor, patterns: Tensor) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+def _in_place(*args: object) -> None:
+    return None
+
+
 # Shapes and dtypes of the operators' results, for torch.compile.
 FAKES: dict[str, Callable[..., object]] = {
     "fp8_cast": _cast,
@@ -98,6 +106,9 @@ FAKES: dict[str, Callable[..., object]] = {
     "norm_join_cast": _norm_join_cast,
     "activation_cast": _activation_cast,
     "activation_backward_cast": _activation_backward_cast,
+    "transposable_mask": _transposable,
+    "mask_apply_": _in_place,
+    "masked_adamw_": _in_place,
 }
 
 
