@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,11 +29,6 @@ RIGL = "sparsity={method: rigl, density: 0.25, every: 2step, end: 7step}"
 # A checkpoint holds zeros outside the masks in any case; these look while the run is training.
 ZERO = "hooks=[{use: 'helpers.hooks:ZeroOutside'}]"
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def config(folder: Path, corpus: Path, **changes: object) -> Path:
