@@ -22,12 +22,6 @@ from llmtrain.data.phases import RAMP_STEPS, stretches_of
 from llmtrain.data.plan import build_plan, plan_report
 from llmtrain.errors import DataError
 
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
 A, B = {"letters": 0.9, "digits": 0.1}, {"letters": 0.3, "digits": 0.7}
 
 

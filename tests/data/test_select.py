@@ -26,11 +26,6 @@ from llmtrain.errors import ConfigError, DataError
 SEQ = 48
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
 def score_file(file: Path, corpus: Path, seed: int = 0, seq_len: int = SEQ) -> Path:
     """Random scores of the corpus' sources, some of them NaN, as `data score` would write them."""
     cfg = load_config(tiny_config(file.parent, corpus))

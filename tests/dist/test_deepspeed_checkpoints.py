@@ -44,11 +44,6 @@ def _imported() -> None:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
-@pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return train(tmp_path_factory.mktemp("native"), corpus)
 

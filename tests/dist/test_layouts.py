@@ -6,11 +6,6 @@ import pytest
 from helpers.tiny import llmtrain, make_corpus, records, tiny_config
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
 # Layouts differ in the order in which fp32 sums are made, 6e-8 apart at first. The weights carry
 # that on: over twenty updates it grew to 6e-8 in the loss and 6e-7 in the norm, measured over all
 # layouts here; the bounds leave five times that for other processors' kernels. A wrong share of

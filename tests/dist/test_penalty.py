@@ -93,11 +93,6 @@ def _grad(param: torch.nn.Parameter) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Results:
     """One process, held against the formula in float64."""
     config = str(tiny_config(tmp_path_factory.mktemp("alone"), corpus))

@@ -27,11 +27,6 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
-
 @pytest.mark.dist
 def test_killed_between_checkpoints_goes_on_from_the_last_step(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.tiny import begun, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import begun, llmtrain, records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,11 +31,6 @@ TASKS: list[dict[str, Any]] = [
     {"name": "b", "weights": {"digits": 1}},
 ]
 THREE = [*TASKS, {"name": "c", "weights": {"letters": 1, "digits": 1}, "domains": ["letters"]}]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def config(folder: Path, corpus: Path, tasks: list[dict[str, Any]], **method: Any) -> Path:

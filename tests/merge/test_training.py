@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,11 +17,6 @@ from llmtrain.model import build_model, resolve_model
 
 STEPS = 20
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def run(folder: Path, corpus: Path, *changes: str) -> Path:

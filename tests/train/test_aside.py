@@ -4,15 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 
 from llmtrain.cli.main import main
 from llmtrain.train.aside import set_records_aside
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 @pytest.fixture

@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import yaml
-from helpers.tiny import make_corpus, tiny_config
+from helpers.tiny import tiny_config
 
 from llmtrain.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def test_a_70b_on_a_thousand_ranks(

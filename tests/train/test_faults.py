@@ -7,14 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.tiny import command, environment, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import command, environment, llmtrain, records, tiny_config
 
 from llmtrain.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 @pytest.fixture

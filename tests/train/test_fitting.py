@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 from safetensors.torch import load_file, save_file
 
 from llmtrain.checkpoint.layout import CHECKSUMS, checksums_text, read_checksums
@@ -26,11 +26,6 @@ KEYS = {
     "penalty.anchor": "penalty={{strength: 0.1, anchor: '{}'}}",
 }
 FISHER = "penalty={{kind: ewc, data: {{letters: 1}}, samples: 2, fisher: '{}'}}"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 
 from llmtrain.cli.main import main
 from llmtrain.train import Hook
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
-
 
 PEAK, WARMUP, TOTAL, LOWEST = 3e-3, 3, 8, 0.1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 
 from llmtrain.cli.main import main
 from llmtrain.config.schema import ModelConfig
@@ -19,11 +19,6 @@ from llmtrain.model import Decoder, attention, complete, hidden_layers
 from llmtrain.model.formats import Assignment, check_fp8_device, check_fp8_shape
 
 RULES = [{"layers": ["*.mlp.down"], "format": "fp8_current"}]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def _train(folder: Path, corpus: Path, *words: str, **changes: Any) -> Path:

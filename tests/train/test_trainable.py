@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers.layout_runs import Outcome, assert_same, build, case, one_step, outcome, rank_batch
 from helpers.ranks import run_ranks
-from helpers.tiny import make_corpus, tiny_config
+from helpers.tiny import tiny_config
 
 from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
@@ -189,11 +189,6 @@ def test_a_pipeline_stage_without_anything_to_train_is_refused() -> None:
         return str(caught.value)
 
     assert all("pipeline stage 0" in text for text in run_ranks(2, body))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
