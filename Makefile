@@ -18,7 +18,7 @@ LOG := $(VENV)/install.log
 KERNELS := llmtrain/ops/_cpu.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install build quickstart test test-gpu test-cluster test-faults check format docs clean
+.PHONY: help install build quickstart test test-gpu test-cluster test-faults check-kernels check format docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -77,6 +77,9 @@ test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
+
+check-kernels: $(KERNELS)  ## CPU kernels under sanitizers, CUDA kernels emulated on the CPU (a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)
 	@OMP_NUM_THREADS=1 LLMTRAIN_FAULTS=110 $(BIN)/python -m pytest tests/faults -s -o timeout=1800 $(PYTEST_ARGS)

@@ -35,30 +35,60 @@ typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_a
 inline Vec load_vec(const float* x) { return *reinterpret_cast<const LooseVec*>(x); }
 inline void store_vec(float* out, Vec x) { *reinterpret_cast<LooseVec*>(out) = x; }
 
+// Loads that stay where they stand: the compiler would load a vector again for each use, and loads
+// are what there are too few of, or begin the next column early and run out of registers.
 inline Vec splat(const float* x) {
+  Vec out;
 #if defined(__AVX512F__)
-  return (Vec)_mm512_set1_ps(*x);
+  asm volatile("vbroadcastss %1, %0" : "=v"(out) : "m"(*x));
 #elif defined(__AVX2__)
-  return (Vec)_mm256_broadcast_ss(x);
+  asm volatile("vbroadcastss %1, %0" : "=x"(out) : "m"(*x));
 #else
-  return Vec{*x, *x, *x, *x};
+  out = Vec{*x, *x, *x, *x};
 #endif
+  return out;
 }
 
-// Holds a loaded vector in its register: the compiler would load it again for each use, and loads
-// are what there are too few of.
-inline void hold(Vec& x) {
+// A zero for one use: the compiler would keep it in a register of its own through the loops.
+inline Vec zero() {
+  Vec out;
 #if defined(__AVX512F__)
-  asm("" : "+v"(x));
+  asm volatile("vpxord %0, %0, %0" : "=v"(out));
 #elif defined(__AVX2__)
-  asm("" : "+x"(x));
+  asm volatile("vxorps %0, %0, %0" : "=x"(out));
+#else
+  out = Vec{};
+#endif
+  return out;
+}
+
+inline Vec load_once(const float* x) {
+  Vec out;
+#if defined(__AVX512F__)
+  asm volatile("vmovups %1, %0" : "=v"(out) : "m"(*reinterpret_cast<const LooseVec*>(x)));
+#elif defined(__AVX2__)
+  asm volatile("vmovups %1, %0" : "=x"(out) : "m"(*reinterpret_cast<const LooseVec*>(x)));
+#else
+  out = load_vec(x);
+#endif
+  return out;
+}
+
+// sum += a * b, with the sum staying where it is: left to choose, the compiler keeps it in the
+// register of a factor, and then moves and spills.
+inline void multiply_add(Vec& sum, const Vec& a, const Vec& b) {
+#if defined(__AVX512F__)
+  asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+#elif defined(__AVX2__)
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "xm"(b));
+#else
+  sum += a * b;
 #endif
 }
 
 // Vectors of sums a row: as many as registers allow, and enough to hide the latency of an add.
 template <int H>
-constexpr int kVectors = kLanes == 16 ? (H == 4 ? 4 : H == 2 ? 8 : 12)
-                                      : (H == 4 ? 3 : H == 2 ? 6 : 10);
+constexpr int kVectors = kLanes == 16 && H > 1 ? 16 / H : 12 / H;
 
 int64_t panel(int64_t height) {
   return kLanes * (height == 4 ? kVectors<4> : height == 2 ? kVectors<2> : kVectors<1>);
@@ -67,46 +97,97 @@ int64_t panel(int64_t height) {
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// s [4, 3] += four factors times three vectors, in all sixteen registers. Left to the compiler, one
+// sum spills, and every column waits for its store. A factor is read by `load` at `row` of `from`.
+#define LLMTRAIN_ROW(load, row, from, s0, s1, s2)                                 \
+  load " " row "(%[" from "]), %%ymm15\n\tvfmadd231ps %%ymm15, %%ymm12, %[" s0 "]\n\t" \
+  "vfmadd231ps %%ymm15, %%ymm13, %[" s1 "]\n\tvfmadd231ps %%ymm15, %%ymm14, %[" s2 "]\n\t"
+#define LLMTRAIN_SUMS(s)                                                                   \
+  [s0] "+x"(s[0]), [s1] "+x"(s[1]), [s2] "+x"(s[2]), [s3] "+x"(s[3]), [s4] "+x"(s[4]),     \
+      [s5] "+x"(s[5]), [s6] "+x"(s[6]), [s7] "+x"(s[7]), [s8] "+x"(s[8]), [s9] "+x"(s[9]), \
+      [s10] "+x"(s[10]), [s11] "+x"(s[11])
+
+inline void add_column4(const float* w, const float* x, Vec* s) {
+  asm volatile(
+      "vmovups (%[x]), %%ymm12\n\tvmovups 32(%[x]), %%ymm13\n\tvmovups 64(%[x]), %%ymm14\n\t"
+      LLMTRAIN_ROW("vbroadcastss", "0", "w", "s0", "s1", "s2")
+      LLMTRAIN_ROW("vbroadcastss", "4", "w", "s3", "s4", "s5")
+      LLMTRAIN_ROW("vbroadcastss", "8", "w", "s6", "s7", "s8")
+      LLMTRAIN_ROW("vbroadcastss", "12", "w", "s9", "s10", "s11")
+      : LLMTRAIN_SUMS(s)
+      : [x] "r"(x), [w] "r"(w)
+      : "memory", "xmm12", "xmm13", "xmm14", "xmm15");
+}
+
+// The same with three columns of x and tokens of four rows of dy, which lie kTokens apart.
+inline void add_tokens4(const float* dy, const float* x, const float* y, const float* z, Vec* s) {
+  static_assert(kTokens == 384);
+  asm volatile(
+      "vmovups (%[x]), %%ymm12\n\tvmovups (%[y]), %%ymm13\n\tvmovups (%[z]), %%ymm14\n\t"
+      LLMTRAIN_ROW("vmovups", "0", "w", "s0", "s4", "s8")
+      LLMTRAIN_ROW("vmovups", "1536", "w", "s1", "s5", "s9")
+      LLMTRAIN_ROW("vmovups", "3072", "w", "s2", "s6", "s10")
+      LLMTRAIN_ROW("vmovups", "4608", "w", "s3", "s7", "s11")
+      : LLMTRAIN_SUMS(s)
+      : [x] "r"(x), [y] "r"(y), [z] "r"(z), [w] "r"(dy)
+      : "memory", "xmm12", "xmm13", "xmm14", "xmm15");
+}
+#undef LLMTRAIN_ROW
+#undef LLMTRAIN_SUMS
+#endif
+
+// sum [H, V] += w [H] times x [V]. What there are fewer of is loaded first, and held.
+template <int H>
+inline void add_column(const float* w, const float* x, Vec* sum) {
+  constexpr int V = kVectors<H>;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (H == 4) return add_column4(w, x, sum);
+#endif
+  if (H == 4) {
+    Vec value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) value[v] = load_once(x + v * kLanes);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+      const Vec factor = splat(w + h);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) multiply_add(sum[h * V + v], factor, value[v]);
+    }
+  } else {
+    Vec factor[H];
+#pragma GCC unroll 2
+    for (int h = 0; h < H; ++h) factor[h] = splat(w + h);
+#pragma GCC unroll 12
+    for (int v = 0; v < V; ++v) {
+      const Vec value = H > 1 ? load_once(x + v * kLanes) : load_vec(x + v * kLanes);
+#pragma GCC unroll 2
+      for (int h = 0; h < H; ++h) multiply_add(sum[h * V + v], factor[h], value);
+    }
+  }
+}
+
 // Bands [begin, end) of a chunk, for one panel: x of the chunk's first column, sums of row 0.
 template <int H, int W>
 void bands(const SparseSide& side, int64_t chunk, int64_t begin, int64_t end, const float* x,
            float* sums) {
   constexpr int V = kVectors<H>, P = V * kLanes;
-  const int32_t* starts = side.starts + chunk * side.bands();
+  const int32_t *starts = side.starts + chunk * side.bands(), *columns_of = side.columns_of;
   for (int64_t band = begin; band < end; ++band) {
     float* out = sums + band * H * P;
-    Vec sum[H][V];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h)
-#pragma GCC unroll 12
-      for (int v = 0; v < V; ++v)
-        sum[h][v] = chunk == 0 ? Vec{} : load_vec(out + h * P + v * kLanes);
+    Vec sum[H * V];
+#pragma GCC unroll 16
+    for (int i = 0; i < H * V; ++i)
+      sum[i] = chunk == 0 ? zero() : load_vec(out + i * kLanes);
     const float* w = side.values + starts[band] * int64_t{H * W};
-    for (int32_t tile = starts[band]; tile < starts[band + 1]; ++tile, w += H * W) {
-      const float* in = x + side.columns_of[tile] * int64_t{P};
+    const int32_t* end_of = columns_of + starts[band + 1];
+    for (const int32_t* tile = columns_of + starts[band]; tile < end_of; ++tile, w += H * W) {
+      const float* in = x + *tile * int64_t{P};
 #pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) {
-        Vec value[V];
-        if (H > 1)
-#pragma GCC unroll 12
-          for (int v = 0; v < V; ++v) {
-            value[v] = load_vec(in + j * P + v * kLanes);
-            if (H == 4) hold(value[v]);
-          }
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-          Vec factor = splat(w + j * H + h);
-          hold(factor);
-#pragma GCC unroll 12
-          for (int v = 0; v < V; ++v)
-            sum[h][v] += factor * (H > 1 ? value[v] : load_vec(in + j * P + v * kLanes));
-        }
-      }
+      for (int j = 0; j < W; ++j) add_column<H>(w + j * H, in + j * P, sum);
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h)
-#pragma GCC unroll 12
-      for (int v = 0; v < V; ++v) store_vec(out + h * P + v * kLanes, sum[h][v]);
+#pragma GCC unroll 16
+    for (int i = 0; i < H * V; ++i) store_vec(out + i * kLanes, sum[i]);
   }
 }
 
@@ -271,16 +352,61 @@ inline void add_sums(const Vec* quad, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] += sums[i];
 }
 
-// Three times four sums at once: `G` columns by `H` rows, over the tokens of a chunk.
+// Columns of x whose sums are in registers together, and vectors of tokens that each keeps apart.
+// Single rows take fewer columns: twelve pointers do not fit into the registers.
+template <int H>
+constexpr int kColumns = H == 1 ? 4 : 12 / H;
+template <int H>
+constexpr int kApart = H == 1 ? 3 : 1;
+
+// sum += tokens from t of H rows of dy times those of columns of x: [kColumns, H], thrice for H 1.
+template <int H>
+inline void add_tokens(const float* dy, const float* const* x, int64_t t, Vec* sum) {
+  constexpr int G = kColumns<H>;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (H == 4) return add_tokens4(dy + t, x[0] + t, x[1] + t, x[2] + t, sum);
+#endif
+  if (H == 4) {
+    Vec value[G];
+#pragma GCC unroll 3
+    for (int g = 0; g < G; ++g) value[g] = load_once(x[g] + t);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+      const Vec factor = load_once(dy + h * kTokens + t);
+#pragma GCC unroll 3
+      for (int g = 0; g < G; ++g) multiply_add(sum[g * H + h], factor, value[g]);
+    }
+  } else if (H == 2) {
+    Vec factor[H];
+#pragma GCC unroll 2
+    for (int h = 0; h < H; ++h) factor[h] = load_once(dy + h * kTokens + t);
+#pragma GCC unroll 6
+    for (int g = 0; g < G; ++g) {
+      const Vec value = load_once(x[g] + t);
+#pragma GCC unroll 2
+      for (int h = 0; h < H; ++h) multiply_add(sum[g * H + h], factor[h], value);
+    }
+  } else {
+#pragma GCC unroll 3
+    for (int u = 0; u < kApart<H>; ++u) {
+      const Vec factor = load_once(dy + t + u * kLanes);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g)
+        multiply_add(sum[u * G + g], factor, load_vec(x[g] + t + u * kLanes));
+    }
+  }
+}
+
+// The sums of tokens chunk `block`, for the bands [begin, end) of a chunk.
 template <int H>
 void gradient_bands(const SparseGradient& job, int64_t chunk, int64_t begin, int64_t end,
                     int64_t block) {
-  constexpr int G = 12 / H;
+  constexpr int G = kColumns<H>, kStep = kApart<H> * kLanes;
   const SparseSide& side = job.side;
   const int64_t columns_up = round_up(side.columns, side.width);
   const float* dy = job.dy + block * side.bands() * H * kTokens;
   const float* x = job.x + (block * columns_up + chunk * side.chunk) * kTokens;
-  const int64_t tokens = round_up(at_most(kTokens, job.tokens - block * kTokens), kLanes);
+  const int64_t tokens = round_up(at_most(kTokens, job.tokens - block * kTokens), kStep);
   const int32_t* starts = side.starts + chunk * side.bands();
   const int shift = side.width == 4 ? 2 : side.width == 2 ? 1 : 0;  // a division is slow
   for (int64_t band = begin; band < end; ++band) {
@@ -295,29 +421,18 @@ void gradient_bands(const SparseGradient& job, int64_t chunk, int64_t begin, int
         const int64_t c = first + done + at_most(g, count - 1);
         from[g] = x + (side.columns_of[c >> shift] + (c & (side.width - 1))) * kTokens;
       }
-      Vec sum[G][H] = {};
-      for (int64_t t = 0; t < tokens; t += kLanes) {
-        Vec value[G];
-        if (H == 4)
-#pragma GCC unroll 3
-          for (int g = 0; g < G; ++g) {
-            value[g] = load_vec(from[g] + t);
-            hold(value[g]);
-          }
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-          Vec factor = load_vec(rows + h * kTokens + t);
-          hold(factor);
-#pragma GCC unroll 12
-          for (int g = 0; g < G; ++g)
-            sum[g][h] += factor * (H == 4 ? value[g] : load_vec(from[g] + t));
-        }
-      }
+      Vec sum[12] = {};
+      for (int64_t t = 0; t < tokens; t += kStep) add_tokens<H>(rows, from, t, sum);
       float* out = job.out + (first + done) * H;
-      const auto* quads = reinterpret_cast<const Vec*>(sum);
-      for (int64_t q = 0; q < 3; ++q) {
+      // A copy, because what has an address is stored in every turn of the loop.
+      Vec sums[12];
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; ++i) sums[i] = sum[i];
+      if (H == 1)
+        for (int g = 0; g < G; ++g) sums[g] += sums[G + g] + sums[2 * G + g];
+      for (int64_t q = 0; q < G * H / 4; ++q) {
         const int64_t left = at_most(count * H - 4 * q, 4);
-        if (left > 0) add_sums(quads + 4 * q, out + 4 * q, left);
+        if (left > 0) add_sums(sums + 4 * q, out + 4 * q, left);
       }
     }
   }

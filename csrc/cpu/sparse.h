@@ -62,7 +62,8 @@ struct SparseUpdate {
   float root;             // 1 / sqrt(1 - beta2^step)
 };
 
-constexpr int64_t kTokens = 384;  // tokens of a chunk of the gradient's sums
+// Tokens of a chunk of the gradient's sums; a multiple of three vectors of any set.
+constexpr int64_t kTokens = 384;
 
 template <class T>
 struct SparseKernels {

@@ -8,35 +8,11 @@
 // times 4 words are 32).
 #include "fp8.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
+#include "device.h"
 
 namespace llmtrain {
 
-constexpr int kTile = 128, kThreads = 256, kVector = 16;
-
-struct Bf16 {
-  using Type = __nv_bfloat16;
-  static __device__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
-};
-
-struct Fp32 {
-  using Type = float;
-  static __device__ float number(float x) { return x; }
-};
-
-// FP8 tensors, which are only transposed.
-struct Byte {
-  using Type = uint8_t;
-};
-
-// Saturating, to nearest even; infinities become the largest number; NaN becomes 0x7f, for which
-// the two formats' own conversions have several codes.
-template <bool kE5M2>
-__device__ uint8_t to_fp8(float x) {
-  const auto code = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, kE5M2 ? __NV_E5M2 : __NV_E4M3);
-  return x != x ? uint8_t{0x7f} : static_cast<uint8_t>(code);
-}
+constexpr int kTile = 128, kThreads = 256;
 
 // 16 numbers, or as many as `count` says, of which the rest is 0.
 template <class S, bool kE5M2>
@@ -83,16 +59,6 @@ __device__ void put(uint8_t* to, const uint8_t* codes, int count, bool whole) {
 
 __device__ int at_most(int64_t left) {
   return left < 0 ? 0 : left > kVector ? kVector : static_cast<int>(left);
-}
-
-// 4 rows of 4 bytes -> 4 columns of 4 bytes, in place.
-__device__ void turn(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
-  const uint32_t ab01 = __byte_perm(a, b, 0x5140), ab23 = __byte_perm(a, b, 0x7362);
-  const uint32_t cd01 = __byte_perm(c, d, 0x5140), cd23 = __byte_perm(c, d, 0x7362);
-  a = __byte_perm(ab01, cd01, 0x5410);
-  b = __byte_perm(ab01, cd01, 0x7632);
-  c = __byte_perm(ab23, cd23, 0x5410);
-  d = __byte_perm(ab23, cd23, 0x7632);
 }
 
 // aligned_rows: rows of x and out begin at multiples of 16 elements; aligned_columns: those of
@@ -191,6 +157,9 @@ cudaError_t cast(const Source& x, uint8_t* out, int64_t n, bool e5m2, cudaStream
 
 cudaError_t cast_transpose(const Source& x, uint8_t* out, uint8_t* transposed, int64_t rows,
                            int64_t columns, bool e5m2, cudaStream_t stream) {
+  if (x.master)
+    return e5m2 ? launch<Master, true>(x, out, transposed, rows, columns, stream)
+                : launch<Master, false>(x, out, transposed, rows, columns, stream);
   if (x.bfloat16)
     return e5m2 ? launch<Bf16, true>(x, out, transposed, rows, columns, stream)
                 : launch<Bf16, false>(x, out, transposed, rows, columns, stream);
@@ -200,7 +169,7 @@ cudaError_t cast_transpose(const Source& x, uint8_t* out, uint8_t* transposed, i
 
 cudaError_t transpose(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns,
                       cudaStream_t stream) {
-  return launch<Byte, false>({x, false, 1.0f}, nullptr, out, rows, columns, stream);
+  return launch<Byte, false>({x, false, 1.0f, false}, nullptr, out, rows, columns, stream);
 }
 
 }  // namespace llmtrain

@@ -7,11 +7,13 @@
 
 namespace llmtrain {
 
-// What is cast: float32 or bfloat16 as it lies in memory, times a power of two.
+// What is cast: float32 or bfloat16 as it lies in memory, times a power of two. master: float32
+// that is rounded to bfloat16 first (weights; with their transposed copies only).
 struct Source {
   const void* data;
   bool bfloat16;
   float factor;
+  bool master;
 };
 
 // x [n] -> out [n].

@@ -29,6 +29,7 @@ NAMES = (
     "lottery-ticket",
     "slope",
     "sparse-ift",
+    "lost",
 )
 
 

@@ -62,9 +62,30 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
         if not rule.layers:
             message = "is empty; write patterns of layer names, such as blocks.0.*"
             faults.add(f"quantization.rules.{i}.layers", message)
+    if "te" in used:
+        _check_te(cfg, faults)
     if cfg.parallel.engine == "deepspeed":
         faults.add(
             "quantization",
             "does not work with parallel.engine deepspeed; use the native engine",
             "parallel.engine",
         )
+
+
+def _check_te(cfg: RunConfig, faults: Collector) -> None:
+    """What TransformerEngine's layers are not made to work with here."""
+    layout = cfg.parallel
+    for name, clear in (
+        ("parallel.tensor", layout.tensor == 1),
+        ("parallel.pipeline", layout.pipeline == 1),
+        ("train.recompute", cfg.train.recompute == "none"),
+        ("train.compile", not cfg.train.compile),
+        ("model.adapters", cfg.model.adapters is None),
+        ("sparsity", cfg.sparsity is None),
+    ):
+        if not clear:
+            message = f"te does not go with {name}; leave that away, or use fp8_current"
+            faults.add("quantization.format", message, name)
+    if cfg.device == "cpu":
+        message = "te runs on NVIDIA GPUs only; on device: cpu use fp8_current, which is emulated"
+        faults.add("quantization.format", message, "device")

@@ -28,6 +28,9 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
             f"slope prunes N of M, not {section.granularity}; write 2:4",
             "sparsity.method",
         )
+    if method == "lost" and section.granularity != "unstructured":
+        message = "is not read with method: lost, which keeps whole columns; leave it unstructured"
+        faults.add("sparsity.granularity", message, "sparsity.method")
     _check_times(cfg, faults)
     _check_company(cfg, faults)
     for i, rule in enumerate(section.rules):
@@ -36,6 +39,9 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
             faults.add(f"sparsity.rules.{i}.layers", message)
     if section.masks is not None and not section.masks.strip():
         faults.add("sparsity.masks", "is empty; name a file of masks, or leave it null")
+    if section.masks is not None and section.method in ("gradual", "lost"):
+        message = f"is not read with method: {section.method}; take it away"
+        faults.add("sparsity.masks", message, "sparsity.method")
     if section.masks is not None and section.choose != "random":
         message = "is not read beside sparsity.masks; take one of them away"
         faults.add("sparsity.choose", message, "sparsity.masks")
@@ -93,9 +99,9 @@ def _check_company(cfg: RunConfig, faults: Collector) -> None:
             "static, or model.adapters.freeze: false",
             "model.adapters",
         )
-    if section.method == "slope" and adapters is not None and adapters.freeze:
+    if section.method in ("slope", "lost") and adapters is not None and adapters.freeze:
         faults.add(
             "model.adapters.freeze",
-            "must be false with sparsity.method slope, which trains the weights too",
+            f"must be false with sparsity.method {section.method}, which trains the weights too",
             "sparsity.method",
         )

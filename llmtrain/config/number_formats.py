@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 
-FORMATS = ("none", "mus_fp8", "fp8_current", "fake")
+FORMATS = ("none", "mus_fp8", "fp8_current", "te", "fake")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class QuantizationConfig:
 
     format: str = key(
         "mus_fp8",
-        "mus_fp8: FP8 with scale 1; fp8_current: FP8, a scale per tensor; fake: rounded to "
-        "`weights`, `inputs`, `gradients`; none: the compute dtype",
+        "mus_fp8: FP8 with scale 1; fp8_current: FP8, a scale per tensor; te: by "
+        "TransformerEngine; fake: rounded to `weights`, `inputs`, `gradients`; none: the compute "
+        "dtype",
         choices=FORMATS,
     )
     rules: list[FormatRule] = key(list, "other formats by layer; the last that matches counts")
@@ -40,6 +41,11 @@ class QuantizationConfig:
         "mus_fp8: power of two, factor on gradients while they are in FP8; null: the power of two "
         "nearest to the tokens of a step over the head's multiplier",
         gt=0,
+    )
+    te_recipe: str = key(
+        "current",
+        "te: scales from earlier steps, of the tensor, of blocks, or of 32 numbers (Blackwell)",
+        choices=("delayed", "current", "block", "mxfp8"),
     )
     weights: str = key("none", "fake: int3 to int16, ternary, a float such as e4m3, or none")
     inputs: str = key("none", "fake: the same of the layers' inputs")

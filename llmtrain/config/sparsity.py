@@ -27,8 +27,8 @@ class SparsityConfig:
         "static",
         "static: the mask stays (SPDF); set, rigl: weights are dropped and grown in turns; "
         "gradual: pruned step by step; slope: N:M, pruned once more for backward, and "
-        "adapters at the end",
-        choices=("static", "set", "rigl", "gradual", "slope"),
+        "adapters at the end; lost: columns beside a low-rank part, both of the initial weights",
+        choices=("static", "set", "rigl", "gradual", "slope", "lost"),
     )
     granularity: str = key(
         "unstructured",
@@ -63,6 +63,9 @@ class SparsityConfig:
     )
     adapters_at: Duration = key(
         lambda: dur("0.99dur"), "slope: where model.adapters begin to take part", gt=0
+    )
+    gamma: float = key(
+        0.5, "lost: factor of the low-rank part; 1 - gamma: of the columns", gt=0, lt=1
     )
     products: str = key(
         "auto",

@@ -17,6 +17,7 @@ from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
 from llmtrain.linear.sparse import SparseLinear, SparseMatmul
+from llmtrain.linear.te import TeMatmul, enter_recipe
 
 __all__ = [
     "BF16",
@@ -39,9 +40,11 @@ __all__ = [
     "Reach",
     "SparseLinear",
     "SparseMatmul",
+    "TeMatmul",
     "adapted_weight",
     "apply_linear",
     "backward_for",
+    "enter_recipe",
     "fake_matmul",
     "fake_vectors",
     "fp8_matmul",

@@ -34,7 +34,7 @@ from torch.distributed.tensor.placement_types import Placement as TensorPlacemen
 
 from llmtrain.linear.function import Plan
 from llmtrain.linear.linear import Linear
-from llmtrain.linear.matmul import Matmul, matmul_for
+from llmtrain.linear.matmul import Matmul, thin_matmul_for
 from llmtrain.linear.operand import Operand
 from llmtrain.linear.placement import Placement
 from llmtrain.parallel.collectives import all_reduce
@@ -131,7 +131,7 @@ class LowRank(nn.Module):
         self.awake = True
         tensor = layer.plan.tensor
         by_tokens = tensor is not None and tensor.sequence
-        plain: Matmul = matmul_for(layer.matmul.dtype)
+        plain: Matmul = thin_matmul_for(layer.matmul.dtype)
         column, row = (layer.placement is p for p in (Placement.COLUMN, Placement.ROW))
         shared: dict[str, Any] = {"matmul": plain, "tensor": tensor}
         self.a = SideLinear(

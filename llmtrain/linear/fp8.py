@@ -36,6 +36,7 @@ from llmtrain.ops import (
     fp8_cast_transpose,
     fp8_transpose,
     fp8_uncast,
+    fp8_weight,
 )
 
 
@@ -62,6 +63,9 @@ class Fp8Matmul:
         return f"Fp8Matmul({self.name})"
 
     def operand(self, weight: Tensor, reach: Reach = ALONE) -> Packed:
+        if self.static and weight.device.type == "cuda":
+            values, across = fp8_weight(weight.detach(), self.dtype)
+            return Packed(values, None, across)
         # dgrad on CUDA reads the transposed copy.
         return self._pack(weight.detach().to(self.dtype), E4M3, reach, True)
 

@@ -22,6 +22,7 @@ from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
 from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.linear.te import TeMatmul
 from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.tensor import TensorParallel, local
 
@@ -251,6 +252,8 @@ class Linear(nn.Module):
         casts: x in e4m3, where its producer has cast it (``takes_casts``). handoff: see there.
         """
         weight, bias = self.parts()
+        if isinstance(self.matmul, TeMatmul):
+            return self.matmul.run(x, weight, bias, self.plan.scale)
         operand, given = self._operand(weight), Given(casts, handoff)
         adapter = self.adapter
         if adapter is None:

@@ -169,8 +169,19 @@ class OneDNNMatmul(DenseMatmul):
         return product if into is None else into.add_(product)
 
 
+class ThinMatmul(OneDNNMatmul):
+    """The same for adapters: a weight gradient of few rows or columns goes through torch's default,
+    as oneDNN would spend half of its time there on turning the operands."""
+
+    def wgrad(
+        self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        return DenseMatmul.wgrad(self, grad, x, into, scale)
+
+
 FP32 = DenseMatmul("fp32", torch.float32)
 FP32_ONEDNN = OneDNNMatmul("fp32 (oneDNN)", torch.float32)
+FP32_THIN = ThinMatmul("fp32 (oneDNN, thin)", torch.float32)
 BF16 = DenseMatmul("bf16", torch.bfloat16)
 
 
@@ -194,3 +205,9 @@ def matmul_for(dtype: torch.dtype) -> Matmul:
     if dtype == torch.float32:
         return FP32_ONEDNN if _prefers_onednn() else FP32
     raise ValueError(f"no matmul computes in {dtype}; there are float32 and bfloat16")
+
+
+def thin_matmul_for(dtype: torch.dtype) -> Matmul:
+    """``matmul_for`` of an adapter's A and B."""
+    found = matmul_for(dtype)
+    return FP32_THIN if found is FP32_ONEDNN else found

@@ -93,10 +93,15 @@ class SparseLinear(nn.Module):
         self.values = nn.Parameter(self.packed.values)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] of float32 or bfloat16 -> [..., out] of its dtype."""
+    def forward(self, x: Tensor, casts: None = None) -> Tensor:
+        """x [..., in] of float32 or bfloat16 -> [..., out] of its dtype. casts: none, see
+        ``takes_casts``."""
         y: Tensor = _SparseFunction.apply(x, self.values, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def takes_casts(self, x: Tensor) -> bool:
+        """Whether what comes before may hand over a cast of ``x`` instead: never."""
+        return False
 
     def dense(self) -> Tensor:
         """The weight [out, in] with zeros, a copy."""

@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from llmtrain.train.trainer import Trainer
 
 # What the masks of a checkpoint were made with; other values of a resumed run contradict them.
-_MADE_WITH = ("method", "granularity", "density", "rules")
+_MADE_WITH = ("method", "granularity", "density", "rules", "seed")
 
 
 def sparsity(section: SparsityConfig) -> StaticMask:
     """The hook of a section ``sparsity``."""
     from llmtrain.methods.gradual_pruning import GradualPruning
+    from llmtrain.methods.lost import Lost
     from llmtrain.methods.rigl import Regrowth
     from llmtrain.methods.slope import Slope
 
@@ -56,6 +57,7 @@ def sparsity(section: SparsityConfig) -> StaticMask:
         "rigl": Regrowth,
         "gradual": GradualPruning,
         "slope": Slope,
+        "lost": Lost,
     }
     return kinds[section.method](section)
 

@@ -13,7 +13,17 @@ from torch import nn
 from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError, EnvironmentFault
-from llmtrain.linear import Linear, Matmul, Numbers, Placement, fake_matmul, fp8_matmul, matmul_for
+from llmtrain.linear import (
+    Linear,
+    Matmul,
+    Numbers,
+    Placement,
+    TeMatmul,
+    enter_recipe,
+    fake_matmul,
+    fp8_matmul,
+    matmul_for,
+)
 from llmtrain.model.attention import Attention
 from llmtrain.model.scaling import multiplier
 
@@ -135,8 +145,24 @@ def apply_formats(
         if found.format in FP8_FORMATS and device.type == "cuda":
             check_fp8_device(found.format, torch.cuda.get_device_capability(device))
             check_fp8_shape(found, layer)
-        layer.set_matmul(format_matmul(found.format, section, layer.matmul.dtype, scale))
+        if found.format == "te":
+            _check_te_device(device, layer.matmul.dtype)
+            layer.set_matmul(TeMatmul(section.te_recipe, found.shape))
+            if not isinstance(layer.matmul, TeMatmul):
+                raise ConfigError(f"quantization: {found.name} is masked, which te does not know")
+        else:
+            layer.set_matmul(format_matmul(found.format, section, layer.matmul.dtype, scale))
+    if any(isinstance(layer.matmul, TeMatmul) for layer in layers.values()):
+        enter_recipe(model, section.te_recipe)
     set_kv_format(model, section.kv)
+
+
+def _check_te_device(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        raise EnvironmentFault(
+            "quantization.format: te computes in bfloat16 on an NVIDIA GPU; use format: "
+            "fp8_current, or a machine with one"
+        )
 
 
 def set_kv_format(model: nn.Module, name: str) -> None:
@@ -210,6 +236,7 @@ def format_lines(model: nn.Module, model_cfg: ModelConfig, cfg: RunConfig) -> li
     lines = []
     for (kind, shape, name, reason), blocks in seen.items():
         what = format_matmul(name, section, torch.float32).name if name == "fake" else name
+        what = f"te, {section.te_recipe}" if name == "te" else what
         what = "the compute dtype" if name == "none" else what
         why = f" ({reason})" if reason else ""
         lines.append(f"  {_ranges(blocks)} {kind} [{shape[0]}, {shape[1]}]: {what}{why}")

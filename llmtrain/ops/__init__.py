@@ -24,6 +24,7 @@ from llmtrain.ops.fp8 import (
     fp8_cast_transpose,
     fp8_transpose,
     fp8_uncast,
+    fp8_weight,
 )
 from llmtrain.ops.fused import (
     Casts,
@@ -89,6 +90,7 @@ __all__ = [
     "fp8_cast_transpose",
     "fp8_transpose",
     "fp8_uncast",
+    "fp8_weight",
     "fuses_activation",
     "fuses_norm",
     "kernels_line",

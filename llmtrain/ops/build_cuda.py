@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.errors import EnvironmentFault, LlmtrainError
@@ -56,14 +57,18 @@ def build(target: Path = LIBRARY) -> Path:
         f'-DLLMTRAIN_ARCHITECTURES="{names}"',
     ]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        kernels, ops, library = (f"{folder}/{name}" for name in ("fp8.o", "ops.o", target.name))
+        library = f"{folder}/{target.name}"
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        run_command(
-            [str(nvcc), *shared, *hidden, *codes, "-c", str(SOURCES / "fp8.cu"), "-o", kernels]
-        )
-        # By nvcc too, which knows where its headers are.
-        flags = [*shared, *hidden, *defines, *headers]
-        run_command([str(nvcc), *flags, "-c", str(SOURCES / "ops.cpp"), "-o", ops])
+        # C++ by nvcc too, which knows where its headers are.
+        flags = {".cu": [*shared, *hidden, *codes], ".cpp": [*shared, *hidden, *defines, *headers]}
+        units = sorted(path for path in SOURCES.iterdir() if path.suffix in flags)
+        parts = [f"{folder}/{unit.name}.o" for unit in units]
+        commands = [
+            [str(nvcc), *flags[unit.suffix], "-c", str(unit), "-o", part]
+            for unit, part in zip(units, parts, strict=True)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(run_command, commands))
         torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
         links = [
             "-shared",
@@ -75,7 +80,7 @@ def build(target: Path = LIBRARY) -> Path:
             "-ltorch_cpu",
             "-lc10",
         ]
-        run_command([str(nvcc), *links, kernels, ops, "-o", library])
+        run_command([str(nvcc), *links, *parts, "-o", library])
         os.replace(library, target)
     return target
 

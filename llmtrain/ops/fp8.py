@@ -65,6 +65,17 @@ def fp8_cast_transpose(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tu
     return pair
 
 
+def fp8_weight(weight: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [n, m] of float32, rounded to ``compute``, in e4m3, and that transposed: what the
+    products of a step read, made once. On CUDA the weights are read once and nothing else is
+    written."""
+    master = weight.dtype == torch.float32 and compute == torch.bfloat16
+    if master and cuda_usable(weight):
+        pair: tuple[Tensor, Tensor] = cuda_kernels().fp8_weight(weight.contiguous())
+        return pair
+    return fp8_cast_transpose(weight.to(compute), E4M3)
+
+
 def _takes_bytes(x: Tensor) -> bool:
     return usable(x.new_empty(0, dtype=torch.float32)) and x.dtype in FP8_MAX
 

@@ -22,6 +22,7 @@ from llmtrain.ops.native import kernels, usable
 from llmtrain.ops.norm import rms_norm_reference
 
 # In the order of their numbers in csrc (fused.h).
+MULTIPLE = 16
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "swiglu")
 
 
@@ -63,8 +64,20 @@ def _norm_reference(x: Tensor, norm: NormTerms) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), bias, norm.eps)
 
 
-def _runs(x: Tensor) -> bool:
-    return usable(x) or cuda_usable(x)
+def _cuda_takes(x: Tensor, width: int) -> bool:
+    """Whether CUDA's kernels take a result of ``width`` like ``x``: its rows and columns are
+    multiples of 16, as FP8 products want them too, and it begins at such an address."""
+    sizes = x.shape[:-1].numel() % MULTIPLE or width % MULTIPLE
+    return not sizes and cuda_usable(x) and x.data_ptr() % MULTIPLE == 0
+
+
+def _runs(x: Tensor, width: int | None = None) -> bool:
+    return usable(x) or _cuda_takes(x, x.shape[-1] if width is None else width)
+
+
+def _width(x: Tensor, name: str) -> int:
+    """Of the activation's result."""
+    return x.shape[-1] // 2 if name == "swiglu" else x.shape[-1]
 
 
 def fuses_norm(x: Tensor, layer: bool, bias: bool) -> bool:
@@ -75,14 +88,16 @@ def fuses_norm(x: Tensor, layer: bool, bias: bool) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return cuda_usable(x) if layer else (_runs(x) and not bias)
+    return _cuda_takes(x, x.shape[-1]) or (usable(x) and not layer and not bias)
 
 
 def fuses_activation(x: Tensor, name: str) -> bool:
     """The same for an activation."""
     if torch.compiler.is_compiling():
         return False
-    return cuda_usable(x) or (usable(x) and name in ("swiglu", "relu"))
+    if x.is_cuda:
+        return _cuda_takes(x, _width(x, name))
+    return usable(x) and name in ("swiglu", "relu")
 
 
 def _library(x: Tensor) -> Any:
@@ -109,6 +124,8 @@ def _norm_gradients(
     weight, mean, rstd = saved
     grad = grad.contiguous()
     residual = None if residual is None else residual.contiguous()
+    if x.is_cuda:
+        return _norm_gradients_cuda(grad, x, saved, residual)
     if mean.numel() == 0 and rstd.numel():
         dx, d_weight = _library(x).rms_norm_backward(grad, x, weight, rstd, residual)
         return dx, d_weight, None
@@ -116,6 +133,23 @@ def _norm_gradients(
         grad, x, weight, mean, rstd, residual
     )
     return out
+
+
+def _norm_gradients_cuda(
+    grad: Tensor, x: Tensor, saved: tuple[Tensor, Tensor, Tensor], residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """By torch's own kernels, which take the statistics as [..., 1]."""
+    weight, mean, rstd = saved
+    shape, rstd = [x.shape[-1]], rstd.view(*x.shape[:-1], 1)
+    if mean.numel():
+        mean, needed = mean.view(*x.shape[:-1], 1), [True, True, True]
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            grad, x, shape, mean, rstd, weight, torch.zeros_like(weight), needed
+        )
+    else:
+        dx, dw = torch.ops.aten._fused_rms_norm_backward(grad, x, shape, rstd, weight, [True, True])
+        db = None
+    return dx if residual is None else dx + residual, dw, db
 
 
 class _AddNormCast(Function):
@@ -288,7 +322,7 @@ def activation_cast(
 
     handoff: where backward leaves the cast gradient of x for the layer that made x.
     """
-    if not _runs(x):
+    if not _runs(x, _width(x, name)):
         y = activation_reference(x, name)
         return y, _cast_reference(y, E4M3, turned)
     y, plain, across = _ActivationCast.apply(x, name, turned, keep, handoff)  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -137,8 +137,8 @@ def choose(losses: Losses, made: Mapping[str, Sequence[Path]], scale: str) -> li
     return found
 
 
-def study(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str], str, Losses]:
-    """Tables, claims and verdict of the miniature, its plot, and the losses it is of."""
+def study(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str], str, Any]:
+    """Tables, claims and verdict of the miniature, its plot, and the numbers behind them."""
     found = choose(losses, made, "mini")
     long = {one.method: one for one in found if one.steps == STEPS["mini"][-1]}
     claims = tuple(_claims(long))
@@ -151,7 +151,9 @@ def study(losses: Losses, made: Mapping[str, Sequence[Path]]) -> tuple[list[str]
         Point(c.method.label, before[0] - c.loss(TARGET), c.loss(SOURCE) - before[1], c.steps)
         for c in found
     ]
-    return lines, pareto_svg(EXPERIMENT.title, points, (TARGET, SOURCE)), losses
+    numbers = {one.label: [asdict(seed) for seed in one.measured] for one in found}
+    drawing = pareto_svg(EXPERIMENT.title, points, (TARGET, SOURCE))
+    return lines, drawing, {"losses": losses, "measures": numbers}
 
 
 def _claims(long: Mapping[Method, Chosen]) -> list[Claim]:

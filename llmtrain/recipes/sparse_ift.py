@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import load_config
-from llmtrain.data.plan import build_plan
-from llmtrain.model import flops_per_token, param_counts, resolve_model
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import flops_per_token, param_counts
 from llmtrain.recipes.experiment import (
     MINI_SOURCES,
     Claim,
@@ -18,6 +17,7 @@ from llmtrain.recipes.experiment import (
     byte_corpus,
     mini_run,
 )
+from llmtrain.recipes.shape import shape_of
 from llmtrain.sparsity import mean_density
 from llmtrain.train.console import human, table
 
@@ -94,24 +94,22 @@ def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:
     """Parameters stored and kept in hidden layers, and counted FLOPs of a token."""
     rows = [("", "hidden weights", "kept, with adapters", "FLOPs per token")]
     for label, seeds in folders.items():
-        cfg = load_config(seeds[0] / "config.yaml")
-        model = resolve_model(cfg, build_plan(cfg, 0).vocab_size)
+        cfg, model = shape_of(seeds[0])
         density = 1.0 if cfg.sparsity is None else mean_density(model, cfg.sparsity)
         hidden = param_counts(model)["hidden"]
-        beside = _adapter_weights(cfg.model.adapters is not None, model.n_layers, seeds[0])
+        beside = _adapter_weights(model)
         flops = flops_per_token(model, cfg.data.seq_len, density) + 6.0 * beside
         rows.append((label, f"{hidden:,}", f"{density * hidden + beside:,.0f}", human(flops)))
     return table(rows)
 
 
-def _adapter_weights(adapted: bool, layers: int, run: Path) -> int:
-    """Weights of all adapters of a run: rank (inputs + outputs) of every matrix."""
-    if not adapted:
+def _adapter_weights(model: ModelConfig) -> int:
+    """Weights of all adapters: rank (inputs + outputs) of every matrix."""
+    if model.adapters is None:
         return 0
-    cfg = load_config(run / "config.yaml").model
-    assert cfg.adapters is not None and cfg.d_ff is not None
-    d, ff = cfg.d_model, cfg.d_ff
-    return layers * cfg.adapters.rank * (4 * (d + d) + 3 * (d + ff))
+    assert model.d_ff is not None
+    d, ff = model.d_model, model.d_ff
+    return model.n_layers * model.adapters.rank * (4 * (d + d) + 3 * (d + ff))
 
 
 EXPERIMENT = Experiment(

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config import load_config
-from llmtrain.data.plan import build_plan
-from llmtrain.model import flops_per_token, resolve_model
+from llmtrain.model import flops_per_token
 from llmtrain.recipes.experiment import Claim, Experiment, Trial, byte_corpus, mini_run
+from llmtrain.recipes.shape import shape_of
 from llmtrain.sparsity import training_flops
 from llmtrain.train.console import human, table
 
@@ -112,9 +111,7 @@ def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:
     rows = [("FLOPs (kept weights count)", "pretraining", "in all", "of dense, in all")]
     reference = 0.0
     for label, seeds in folders.items():
-        cfg = load_config(seeds[0] / "config.yaml")
-        plan = build_plan(cfg, 0)
-        model = resolve_model(cfg, plan.vocab_size)
+        cfg, model = shape_of(seeds[0])
         tokens = cfg.train.global_batch_size * cfg.data.seq_len
         whole = training_flops(cfg, model)
         after = (

@@ -73,6 +73,120 @@ def test_compiled_without_a_break() -> None:
     assert torch.equal(compiled(x), work(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(16, 16), (48, 272), (3, 32, 1040), (0, 64), (7, 13)], ids=str)
+@pytest.mark.parametrize("layer", [True, False], ids=["layernorm", "rmsnorm"])
+def test_norms_with_casts(dtype: torch.dtype, shape: tuple[int, ...], layer: bool) -> None:
+    """Against the CPU's, whose own tests are against float64; (7, 13) takes torch's passes."""
+    draw = torch.Generator().manual_seed(0)
+    x, branch, upstream = (torch.randn(shape, generator=draw).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(2, shape[-1], generator=draw)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.clone().to(device).requires_grad_() for t in (x, branch, weight, bias)]
+        a, b, w, s = leaves
+        terms = ops.NormTerms(w, s if layer else None, 1e-5, layer)
+        total, y, casts = ops.add_norm_cast(a, b, terms, turned=True)
+        joined, joined_casts = ops.norm_join_cast(a, b, terms, 0.8, turned=True)
+        for values, copies in ((y, casts), (joined, joined_casts)):
+            same_bytes(copies.plain.cpu(), by_search(values.detach().cpu(), E4M3))
+            flat = values.detach().flatten(0, -2).cpu()
+            assert copies.turned is not None
+            same_bytes(copies.turned.cpu(), by_search(flat.t(), E4M3))
+        to = upstream.to(device)
+        torch.autograd.backward([total, y, joined], [to, to * 2, to * 3])
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        found.append([t.detach().cpu() for t in (total, y, joined, *grads)])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        gap = (ours.double() - reference.double()).norm()
+        assert gap <= (1e-5 if dtype == torch.float32 else 2e-2) * reference.double().norm()
+    if all(n % 16 == 0 for n in shape):
+        left_out = ops.add_norm_cast(
+            x.cuda(), None, ops.NormTerms(weight.cuda(), None, 1e-5, layer), keep=False
+        )
+        assert left_out[1].shape == shape and left_out[1].untyped_storage().nbytes() <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu", "swiglu"])
+@pytest.mark.parametrize("shape", [(16, 32), (48, 288), (130, 46), (0, 32)], ids=str)
+def test_activations_with_casts(dtype: torch.dtype, name: str, shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=draw) * 3).to(dtype)
+    y, _ = ops.activation_cast(x, name)
+    dy = torch.randn(y.shape, generator=draw).to(dtype)
+    dx, _ = ops.activation_backward_cast(dy, x, name)
+    there, casts = ops.activation_cast(x.cuda(), name, turned=True)
+    back, grads = ops.activation_backward_cast(dy.cuda(), x.cuda(), name, 2.0**9, True)
+    for ours, reference in ((there, y), (back, dx)):
+        gap = (ours.cpu().double() - reference.double()).norm()
+        assert gap <= (2e-6 if dtype == torch.float32 else 1e-2) * reference.double().norm()
+    for copies, values, fp8 in ((casts, there, E4M3), (grads, back * 2.0**9, E5M2)):
+        same_bytes(copies.plain.cpu(), by_search(values.cpu(), fp8))
+        assert copies.turned is not None
+        same_bytes(copies.turned.cpu(), by_search(values.t().cpu(), fp8))
+
+
+def test_weights_are_rounded_and_cast_in_one_pass() -> None:
+    weight = torch.randn(272, 144, generator=torch.Generator().manual_seed(0)) * 50
+    values, turned = ops.fp8_weight(weight.cuda(), torch.bfloat16)
+    same_bytes(values.cpu(), by_search(weight.bfloat16(), E4M3))
+    same_bytes(turned.cpu(), by_search(weight.bfloat16().t(), E4M3))
+
+
+def test_kernels_replay_in_a_cuda_graph() -> None:
+    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(64, device="cuda")
+
+    def work() -> list[Tensor]:
+        total, y, casts = ops.add_norm_cast(x, x, ops.NormTerms(weight, None, 1e-5, False), True)
+        active, more = ops.activation_cast(y, "gelu", True)
+        back, grads = ops.activation_backward_cast(y, active, "gelu", 2.0, True)
+        kept = [total, y, active, back, *ops.fp8_weight(x.float(), torch.bfloat16)]
+        return [*kept, *casts, *more, *grads, *ops.fp8_cast_transpose(x, E4M3)]  # type: ignore[list-item]
+
+    with torch.no_grad():
+        work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = work()
+        x.copy_(torch.randn(64, 64, device="cuda"))
+        graph.replay()
+        for ours, reference in zip(outs, work(), strict=True):
+            assert torch.equal(ours.view(torch.uint8), reference.view(torch.uint8))
+
+
+@PRODUCTS
+def test_a_block_with_fused_casts_is_the_block_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit scaling's own: LayerNorm at the end of branches, GELU."""
+    from llmtrain.config.scaling import ScalingConfig
+    from llmtrain.config.schema import ModelConfig
+    from llmtrain.model import build_model, complete, hidden_layers
+
+    scaling = ScalingConfig(parametrization="mus", tau=0.3)
+    cfg = ModelConfig(
+        vocab_size=101, d_model=64, n_layers=2, n_heads=4, d_ff=128, activation="gelu",
+        norm="layernorm", norm_placement="post_branch", scaling=scaling,
+    )  # fmt: skip
+    model = build_model(complete(cfg, 101, 16), seed=3, device="cuda", compute_dtype=torch.bfloat16)
+    for _, layer in hidden_layers(model):
+        layer.set_matmul(fp8_matmul("mus_fp8", torch.bfloat16, 2.0**6))
+    tokens = torch.arange(64, device="cuda").view(4, 16)
+    results = []
+    for fused in (True, False):
+        if not fused:
+            for where in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.mlp.fuses_activation"):
+                monkeypatch.setattr(where, lambda *args: False)
+        model.zero_grad()
+        out = model(tokens)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        out.backward(upstream.to(out))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([out.detach(), *(g.clone() for g in grads)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() < 0.05 * b.float().norm()
+
+
 def _exact(x: Tensor, fp8: torch.dtype) -> Tensor:
     top = FP8_MAX[fp8]
     return x.float().clamp(-top, top).to(fp8).double()

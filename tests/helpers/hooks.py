@@ -37,3 +37,17 @@ class KeepStart(Hook):
 
         weights = {n: p.detach().clone() for n, p in trainer.module.params.items()}  # type: ignore[attr-defined]
         save_file(weights, run_folder(trainer.cfg) / "start.bin")  # type: ignore[attr-defined]
+
+
+class ZeroOutside(Hook):
+    """Looks after every step whether weights and moments are zero outside the masks."""
+
+    def after_step(self, trainer: object, result: object) -> None:
+        from llmtrain.model import hidden_layers
+
+        module = trainer.module  # type: ignore[attr-defined]
+        for name, layer in hidden_layers(module.model):
+            outside = ~layer.mask.box((0, 0), layer.mask.shape)
+            state = module.optimizer.state[layer.weight]
+            for value in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+                assert bool((value[outside] == 0).all()), name

@@ -52,6 +52,10 @@ class Run:
             out = os.open(self.output, os.O_WRONLY | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            # pytest's own are not those of file descriptors 1 and 2.
+            sys.stdout, sys.stderr = (
+                os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+            )
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
             os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
             if ranks > 1:

@@ -43,7 +43,7 @@ ROOMS = (
 )
 OPTIONAL = {
     *("datasets", "streaming", "tensorboard", "transformers", "wandb", "mlflow", "boto3"),
-    *("deepspeed", "lm_eval"),
+    *("deepspeed", "lm_eval", "transformer_engine"),
 }
 # Writes DeepSpeed's format, which is made of pickles of plain tensors and numbers.
 FOREIGN = PACKAGE / "checkpoint" / "universal.py"

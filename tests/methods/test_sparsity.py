@@ -23,8 +23,11 @@ from llmtrain.sparsity.storage import load_masks
 from llmtrain.train.run import train
 
 SLOPE = "sparsity={method: slope, granularity: '2:4', adapters_at: 1step}"
+LOST = "sparsity={method: lost, density: 0.25}"
 STATIC = "sparsity={density: 0.25}"
 RIGL = "sparsity={method: rigl, density: 0.25, every: 2step, end: 7step}"
+# A checkpoint holds zeros outside the masks in any case; these look while the run is training.
+ZERO = "hooks=[{use: 'helpers.hooks:ZeroOutside'}]"
 Weights = dict[str, Tensor]
 
 
@@ -81,12 +84,12 @@ def outside_is_zero(run: Path, step: int) -> bool:
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    return run(tmp_path_factory.mktemp("static"), corpus, STATIC)
+    return run(tmp_path_factory.mktemp("static"), corpus, STATIC, ZERO)
 
 
 @pytest.fixture(scope="module")
 def rigl(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    return run(tmp_path_factory.mktemp("rigl"), corpus, RIGL)
+    return run(tmp_path_factory.mktemp("rigl"), corpus, RIGL, ZERO)
 
 
 def test_weights_and_moments_outside_a_static_mask_stay_zero(static: Path) -> None:
@@ -188,7 +191,7 @@ def test_masks_of_a_checkpoint_begin_another_run_and_leave_with_the_weights(
 
 def test_gradual_pruning_follows_the_cubic_and_only_prunes(tmp_path: Path, corpus: Path) -> None:
     section = "sparsity={method: gradual, density: 0.2, start: 1step, end: 5step, every: 2step}"
-    found = run(tmp_path, corpus, section)
+    found = run(tmp_path, corpus, section, ZERO)
     masks = {step: kept(found, step)["blocks.0.mlp.up"] for step in range(1, 9)}
     for step, wanted in ((1, 1.0), (2, 1.0), (3, 0.2 + 0.8 * 0.125), (5, 0.2), (8, 0.2)):
         assert abs(float(masks[step].double().mean()) - wanted) < 1e-3
@@ -213,15 +216,55 @@ def test_slopes_adapters_sleep_until_the_end(tmp_path: Path, corpus: Path) -> No
     assert (mask.view(-1, 4).sum(1) == 2).all()
 
 
+def test_lost_splits_the_initial_weights(tmp_path: Path, corpus: Path) -> None:
+    adapters = "model.adapters={rank: 4, freeze: false}"
+    hook = "hooks=[{use: 'helpers.hooks:KeepStart'}]"
+    plain = run(tmp_path / "plain", corpus, hook, "train.stop_after=1step")
+    section = "sparsity={method: lost, density: 0.25, gamma: 0.4}"
+    lost = run(tmp_path / "lost", corpus, hook, adapters, section)
+    whole, start = load_file(plain / "start.bin"), load_file(lost / "start.bin")
+    for layer, masks in kept(lost).items():
+        weight, b, a = (
+            value.double()
+            for value in (
+                whole[f"{layer}.weight"],
+                start[f"{layer}.adapter.b.weight"],
+                start[f"{layer}.adapter.a.weight"],
+            )
+        )
+        parts, own = len(a) // 4, start[f"{layer}.weight"].double()
+        assert (masks == masks[:1]).all() and int(masks[0].sum()) == masks.shape[1] // 4
+        rest = []
+        for part in range(parts):
+            # Rows of gate and up in turn; query heads, key and value of each group of 8 rows.
+            rows = torch.arange(len(weight)) % parts == part
+            if layer.endswith("qkv"):
+                head = torch.arange(len(weight)) // 8 % 4
+                rows = head == part + 1 if part else head < 2
+            u, s, v = torch.linalg.svd(weight[rows], full_matrices=False)
+            low = u[:, :4] * s[:4] @ v[:4]
+            rest.append((rows, weight[rows] - low))
+            product = 2.0 * b[rows] @ a[4 * part : 4 * part + 4]  # alpha / rank is 2
+            torch.testing.assert_close(product, 0.4 * low, rtol=1e-4, atol=1e-6)
+        residual = torch.zeros_like(weight)
+        for rows, value in rest:
+            residual[rows] = value
+        torch.testing.assert_close(own, 0.6 * residual * masks, rtol=1e-4, atol=1e-6)
+        norms = residual.norm(dim=0)
+        assert norms[masks[0]].min() >= norms[~masks[0]].max()
+    assert outside_is_zero(lost, 8)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("words", "parallel", "ranks"),
     [
         ([SLOPE, "model.adapters={rank: 2, freeze: false}"], ["parallel.tensor=2"], 4),
         (["sparsity={method: rigl, density: 0.25, granularity: 4x4, every: 1step}"], [], 2),
+        ([LOST, "model.adapters={rank: 2, freeze: false}"], ["parallel.tensor=2"], 2),
         ([STATIC, "quantization.format=mus_fp8"], ["parallel.pipeline=2"], 2),
     ],
-    ids=["slope, TP2+FSDP2", "rigl, FSDP2", "FP8, pipeline 2"],
+    ids=["slope, TP2+FSDP2", "rigl, FSDP2", "lost, TP2", "FP8, pipeline 2"],
 )
 def test_layouts_train_the_same_and_read_each_others_checkpoints(
     tmp_path: Path, corpus: Path, words: list[str], parallel: list[str], ranks: int
@@ -296,6 +339,8 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
         (["sparsity={method: set, density: 0.5}", "average={}"], "averaged weights would not"),
         (["sparsity={method: set, density: 0.5}", "model.adapters={}"], "model.adapters freezes"),
         (["sparsity={method: slope, granularity: '2:4'}", "model.adapters={}"], "must be false"),
+        (["sparsity={method: lost, density: 0.5}"], "lost needs an adapter of all of blocks.0"),
+        (["sparsity={method: lost, granularity: 4x4, density: 0.5}"], "keeps whole columns"),
         (["sparsity={density: 0.5}", "parallel.engine=deepspeed"], "deepspeed"),
         (["sparsity={density: 0.5}", "model.adapters={base: int8}"], "model.adapters.base packs"),
         (["sparsity={density: 0.5, masks: nowhere}"], "nowhere cannot be read"),

@@ -31,6 +31,40 @@ def test_fake_kernels_have_the_shapes_of_the_references() -> None:
             assert (fake.shape, fake.stride()) == (real.shape, real.stride())
 
 
+def _alike(fakes: object, reals: object) -> None:
+    assert isinstance(fakes, tuple) and isinstance(reals, tuple)
+    for fake, real in zip(fakes, reals, strict=True):
+        assert isinstance(fake, torch.Tensor) and fake.dtype == real.dtype
+        assert (fake.shape, fake.stride()) == (real.shape, real.stride())
+
+
+@pytest.mark.skipif(not ops.native_loaded(), reason="the compiled kernels are not built")
+def test_fake_kernels_of_norms_and_activations_have_the_shapes_of_the_cpus() -> None:
+    """Its operators have the same results, but for what is left out (keep)."""
+    kernels = torch.ops.llmtrain
+    x, w = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+    far, w0 = x.to("meta"), w.to("meta")
+    for layer, turned, branch in ((True, True, x), (False, False, None)):
+        there = None if branch is None else far
+        real = kernels.add_norm_cast(x, branch, w, None, 1e-5, layer, turned)
+        fake = cuda.FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, True)
+        _alike(fake, real)
+        lost = cuda.FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, False)
+        assert isinstance(lost, tuple) and lost[1].numel() == 0
+        _alike(lost[2:], real[2:])
+        real = kernels.norm_join_cast(x, x, w, None, 1e-5, layer, 0.5, turned)
+        _alike(cuda.FAKES["norm_join_cast"](far, far, w0, None, 1e-5, layer, 0.5, turned), real)
+        for number in (0, cuda.SWIGLU):
+            real = kernels.activation_cast(x, number, turned)
+            _alike(cuda.FAKES["activation_cast"](far, number, turned, True), real)
+            dy = real[0]
+            back = kernels.activation_backward_cast(dy, x, number, 2.0, turned)
+            fake = cuda.FAKES["activation_backward_cast"](dy.to("meta"), far, number, 2.0, turned)
+            _alike(fake, back)
+    pair = ops.fp8_weight(torch.randn(5, 7), torch.bfloat16)
+    _alike(cuda.FAKES["fp8_weight"](torch.empty(5, 7, device="meta")), pair)
+
+
 def test_asking_for_the_library_breaks_no_graph() -> None:
     def work(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if cuda.ready() else x + 2
