@@ -161,6 +161,17 @@ class StaticMask(Hook):
         self.masks.zero_state(trainer.module.optimizer, names)
         trainer.module.weights_changed()
 
+    def after_backward(self, trainer: Trainer) -> None:
+        """A penalty pulls at every weight; what is pruned stays where it is."""
+        if trainer.cfg.penalty is not None and not self.dropped:
+            self.mask_gradients(self.make(trainer))
+
+    def mask_gradients(self, masks: Masks) -> None:
+        """Gradients become zero outside the masks."""
+        for name, param in masks.params.items():
+            if param.grad is not None:
+                masks.zero_outside(name, param.grad)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Drop the masks when it is time."""
         if not self.dropped and self._until is not None and result.step >= self._until:
@@ -169,6 +180,8 @@ class StaticMask(Hook):
     def drop(self, trainer: Trainer) -> None:
         """Dense layers from here on."""
         assert self.masks is not None
+        # An average may have written beyond the masks: the dense part starts from zeros there.
+        self.zero(trainer, self.masks.layers)
         self.masks.remove()
         self.dropped = True
         self.count_flops(trainer, trainer.step_done)
