@@ -127,8 +127,11 @@ class StaticMask(Hook):
 
     def _given(self, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
         """The masks that ``sparsity.masks`` names: of a file, or of a checkpoint."""
-        path = Path(self.cfg.masks or "")
-        found = checkpoint_masks(path) if path.is_dir() else load_masks(path)
+        path = Path(self.cfg.masks or "").expanduser()
+        try:
+            found = checkpoint_masks(path) if path.is_dir() else load_masks(path)
+        except CheckpointError as error:
+            raise ConfigError(f"sparsity.masks: {error}") from error
         return fit_masks(found, sparse, path)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:

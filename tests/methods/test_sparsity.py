@@ -344,6 +344,7 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
         (["sparsity={density: 0.5}", "parallel.engine=deepspeed"], "deepspeed"),
         (["sparsity={density: 0.5}", "model.adapters={base: int8}"], "model.adapters.base packs"),
         (["sparsity={density: 0.5, masks: nowhere}"], "nowhere cannot be read"),
+        (["sparsity={density: 0.5, masks: docs}"], "sparsity.masks: docs holds no checkpoint"),
         (["sparsity={granularity: 16x16, density: 0.3}"], "cannot be met by the 8 blocks"),
     ],
 )
