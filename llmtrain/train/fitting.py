@@ -112,9 +112,12 @@ def _compare(setting: Setting, needed: Needed, path: Path) -> list[str]:
     config = yaml.safe_load(files.get("config.yaml", b"")) or {}
     notes = _check_structure(path, config.get("model") or {}, setting.model, needed)
     check_adapters_alike(path, config.get("model") or {}, setting.model)
+    params = _parameters(setting.model)
     if needed.optimizer:
         _check_optimizer(path, config.get("optim") or {}, stored, setting.cfg)
-    _check_tensors(path, stored, _parameters(setting.model), needed)
+        if not setting.cfg.trainable:
+            _check_moments(path, stored, params)
+    _check_tensors(path, stored, params, needed)
     return notes
 
 
@@ -206,6 +209,26 @@ def _check_optimizer(
             f"{path} holds the moments of {name} and optim.name is {cfg.optim.name}; set "
             f"init.optimizer=false or optim.name={name}"
         )
+
+
+def _check_moments(
+    path: Path, stored: Mapping[str, TensorLayout], params: Mapping[str, nn.Parameter]
+) -> None:
+    """Moments of what trains, and of nothing else."""
+    theirs = {key[len(OPTIM_PREFIX) :].rpartition(".")[0] for key in stored if _is_moment(key)}
+    ours = {name for name, param in params.items() if param.requires_grad}
+    if theirs != ours:
+        what = min(theirs ^ ours)
+        differ = "holds moments of" if what in theirs else "has no moments of"
+        here = "is frozen" if what in theirs else "trains"
+        raise CheckpointError(
+            f"{path} {differ} {what}, which {here} in this run ({len(theirs ^ ours)} such); set "
+            "init.optimizer=false"
+        )
+
+
+def _is_moment(key: str) -> bool:
+    return key.startswith(OPTIM_PREFIX)
 
 
 def _parameters(model: ModelConfig) -> dict[str, nn.Parameter]:
