@@ -187,7 +187,7 @@ def verdict(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "memory_over_peft": {"value": ratio("peak_memory_bytes", ours, theirs), "goal": 1.0},
     }
     full = f"{OURS}, full"
-    for key in ("tokens_per_cpu_second", "peak_memory_bytes"):
+    for key in ("tokens_per_cpu_second", "peak_memory_bytes") if runs[full] else ():
         found[f"lora_over_full_{key}"] = {"value": ratio(key, ours, full), "goal": None}
     return found
 
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full-rounds", type=int, default=1, help="of them with full finetuning")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-imports", action="store_true", help="skip the memory of imports")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     work = args.work.resolve()
@@ -217,6 +218,7 @@ def main() -> None:
             work / "imports.txt",
         )
         for who, text in IMPORTS.items()
+        if not args.no_imports
     }
     runs: dict[str, list[dict[str, Any]]] = {f"{who}, {m}": [] for who, m in CONTENDERS}
     for i in range(args.rounds):

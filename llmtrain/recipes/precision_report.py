@@ -20,6 +20,7 @@ from llmtrain.analysis.precision_laws import (
     fit_precision_law,
     fit_rounding_law,
 )
+from llmtrain.recipes.results import error_bound
 from llmtrain.train.console import table
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ Cell = Run
 Rise = Rounded
 # Every so many quantised runs one is left out of the fit that predicts it.
 FOLDS = 4
+LOWEST = 1.0
 ENOUGH = 0.8
 _COLORS = ("#2a78d6", "#d9641a", "#12936a")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 380, 300, 60, 46, 50
@@ -69,41 +71,56 @@ def costs(cells: Sequence[Cell], kind: int) -> dict[float, float]:
     return {bits: mean(found[bits]) for bits in sorted(found)}
 
 
-def held_out(cells: Sequence[Cell], near: PrecisionLaw) -> float:
-    """R^2 of losses of quantised runs, each predicted by a fit without its fold. near: the fit of
-    all, where those begin."""
+def held_out(cells: Sequence[Cell], near: PrecisionLaw) -> tuple[float, float]:
+    """R^2 of losses of quantised runs, each predicted by a fit without its fold: by the law, and by
+    the law of N and D alone. near: the fit of all, where those begin."""
     few = [c for c in cells if not _full(c)]
     rest = [c for c in cells if _full(c)]
-    targets, predictions = [], []
+    targets: list[float] = []
+    by_law: list[float] = []
+    by_size: list[float] = []
     for fold in range(FOLDS):
         left = few[fold::FOLDS]
-        law = fit_precision_law([*rest, *(c for c in few if c not in left)], near)
+        used = [*rest, *(c for c in few if c not in left)]
+        blind = fit_precision_law([c._replace(bits=(FULL,) * 3) for c in used], near)
+        law = fit_precision_law(used, near)
         targets += [c.loss for c in left]
-        predictions += [law.loss(c.n, c.d, c.bits) for c in left]
-    return explained(targets, predictions)
+        by_law += [law.loss(c.n, c.d, c.bits) for c in left]
+        by_size += [blind.loss(c.n, c.d, (FULL,) * 3) for c in left]
+    return explained(targets, by_law), explained(targets, by_size)
 
 
-def verdicts(grid: Grid, law: PrecisionLaw, rounding: RoundingLaw, r2: float) -> list[Verdict]:
+def fewest_against_most(cells: Sequence[Cell], kind: int) -> tuple[float, float]:
+    """What the fewest bits of ``kind`` cost more than the most, mean over models, and its bound."""
+    found = {(c.n, c.d, c.bits[kind]): c.loss for c in cells if _alone(c, kind)}
+    bits = sorted({b for _, _, b in found})
+    models = sorted({(n, d) for n, d, _ in found})
+    gaps = [found[n, d, bits[0]] - found[n, d, bits[-1]] for n, d in models]
+    return mean(gaps), error_bound(gaps)
+
+
+def verdicts(
+    grid: Grid, law: PrecisionLaw, rounding: RoundingLaw, r2: tuple[float, float]
+) -> list[Verdict]:
     """The claims against the numbers."""
-    steps = [list(costs(grid.cells, kind).values()) for kind in range(3)]
-    names = [name for name, values in zip(KINDS, steps, strict=True) if values[0] <= values[-1]]
-    least = [values[0] for values in steps]
-    budget = [min(c.n for c in grid.cells) * min(c.d for c in grid.cells) * 6]
-    budget.append(max(c.n for c in grid.cells) * max(c.d for c in grid.cells) * 6)
-    best = [best_precision(law, c).bits for c in budget]
-    low = min(costs(grid.cells, 0))
+    gaps = [fewest_against_most(grid.cells, kind) for kind in range(3)]
+    every = [costs(grid.cells, kind) for kind in range(3)]
+    low, high = min(every[0]), max(every[0])
+    least = [found[low] for found in every]
+    sizes, lengths = [c.n for c in grid.cells], [c.d for c in grid.cells]
+    budgets = (6 * min(sizes) * min(lengths), 6 * max(sizes) * max(lengths))
+    best = [best_precision(law, c).bits for c in budgets]
+    inside = all(LOWEST < b < FULL for b in best)
     return [
         Verdict(
-            "fewer bits cost more, of each kind",
-            ", ".join(
-                f"{n} {v[0]:+.3f} to {v[-1]:+.3f}" for n, v in zip(KINDS, steps, strict=True)
-            ),
-            not names,
+            f"{low:.0f} bits cost more than {high:.0f}, of each kind (95% bound over models)",
+            ", ".join(f"{k} {g:+.3f} ({b:.3f})" for k, (g, b) in zip(KINDS, gaps, strict=True)),
+            all(gap > bound for gap, bound in gaps),
         ),
         Verdict(
-            f"N_eff predicts quantised runs left out, R2 at least {ENOUGH}",
-            f"R2 {r2:.3f}",
-            r2 >= ENOUGH,
+            f"N_eff predicts quantised runs left out: R2 at least {ENOUGH}, above N and D alone",
+            f"R2 {r2[0]:.3f}, alone {r2[1]:.3f}",
+            r2[0] >= ENOUGH and r2[0] > r2[1],
         ),
         Verdict(
             "rounding after training costs more after more tokens",
@@ -120,9 +137,9 @@ def verdicts(grid: Grid, law: PrecisionLaw, rounding: RoundingLaw, r2: float) ->
             False,
         ),
         Verdict(
-            "the best precision does not depend on compute (within a bit)",
+            "the best precision lies inside 1 to 16 bits and moves less than a bit with compute",
             f"{best[0]:.1f} to {best[1]:.1f} bits",
-            abs(best[0] - best[1]) <= 1,
+            inside and abs(best[0] - best[1]) <= 1,
             False,
         ),
     ]

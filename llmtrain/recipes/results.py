@@ -52,10 +52,15 @@ def findings(experiment: Experiment, losses: Losses) -> list[Finding]:
             - _mean(own, claim.domains)
             for i, own in enumerate(losses[claim.better])
         ]
-        n = len(gaps)
-        t = _T95[n - 2] if n - 2 < len(_T95) else _NORMAL95
-        out.append(Finding(claim, mean(gaps), t * stdev(gaps) / math.sqrt(n)))
+        out.append(Finding(claim, mean(gaps), error_bound(gaps)))
     return out
+
+
+def error_bound(gaps: Sequence[float]) -> float:
+    """The one-sided 95% bound of the error of the mean of ``gaps``, two or more."""
+    n = len(gaps)
+    t = _T95[n - 2] if n - 2 < len(_T95) else _NORMAL95
+    return t * stdev(gaps) / math.sqrt(n)
 
 
 def verdict(found: Sequence[Finding], refuted: Sequence[str] = ()) -> str:

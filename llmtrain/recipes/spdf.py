@@ -16,8 +16,8 @@ DENSE, HALF, QUARTER = "dense", "50% sparse", "75% sparse"
 STAYS, SHORT = "75% sparse, stays", "dense, as few FLOPs"
 DENSITIES = {HALF: 0.5, QUARTER: 0.25, STAYS: 0.25}
 # Steps of pretraining, of finetuning, and of a dense pretraining with the counted FLOPs of a
-# 75% sparse one (0.37 of them in the miniature's model).
-PRETRAIN, FINETUNE, FEW = 160, 50, 59
+# 75% sparse one (0.40 of them in the miniature's model).
+PRETRAIN, FINETUNE, FEW = 120, 40, 48
 OLD, NEW = ("code", "docs"), ("math",)
 
 
@@ -44,9 +44,9 @@ def _schedule(steps: int) -> dict[str, Any]:
 
 
 def _mini(scale: str, label: str) -> dict[str, Any]:
-    """0.35 million parameters on bytes of code and documentation, then on arithmetic."""
+    """0.1 million parameters on bytes of code and documentation, then on arithmetic."""
     steps = FEW if label == SHORT else PRETRAIN
-    shape = {"d_model": 96, "n_layers": 3, "n_heads": 4, "d_ff": 256, "tie_embeddings": True}
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 168, "tie_embeddings": True}
     phases = [
         {"until": f"{steps}step", "weights": {"code": 1.0, "docs": 1.0}},
         {"weights": {"math": 1.0}},
@@ -54,7 +54,7 @@ def _mini(scale: str, label: str) -> dict[str, Any]:
     return mini_run(
         steps + FINETUNE,
         model=shape,
-        data={"seq_len": 128, "block_size": 16, "phases": phases},
+        data={"seq_len": 64, "block_size": 16, "phases": phases},
         train={"duration": f"{steps + FINETUNE}step", "global_batch_size": 8},
         schedule=_schedule(steps),
         eval={"every": None, "samples": 64},

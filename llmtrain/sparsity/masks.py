@@ -122,12 +122,12 @@ class Masks:
         if self.products != "auto" or self.double or self.device.type != "cpu":
             return
         for name in names:
-            kept, layer = self.kept[name], self.layers[name]
-            if layer.matmul.packs and layer.mask is None:
+            kept, matmul = self.kept[name], self.layers[name].matmul
+            if (matmul.inner if isinstance(matmul, MaskedMatmul) else matmul).packs:
                 continue  # FP8 and the like are always dense
             density = float(kept.double().mean()) if kept.numel() else 1.0
             box, block = self._boxes[name][1], self.sparse[name].granularity.block
-            self.cases[name] = case_of(box, block, density, layer.matmul.dtype)
+            self.cases[name] = case_of(box, block, density, matmul.dtype)
         new = set(self.cases.values()) - self.choices.keys()
         self.choices |= pick_products(new, self.layout.world.cpu_group)
 

@@ -130,6 +130,7 @@ class Watchdog:
         # Python code need not run for this one: it also serves a rank that is stuck in C++.
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._main = threading.get_ident()
+        self.write()  # the thread may not get to run, which is what there is to find out
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self

@@ -12,8 +12,9 @@ from helpers.ranks import run_ranks
 from helpers.tiny import environment, make_corpus, tiny_config
 from torch.distributed import TCPStore
 
-from llmtrain.cli import chorus, main
+from llmtrain.cli import chorus
 from llmtrain.cli.chorus import said_elsewhere
+from llmtrain.machine import tell_launcher
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.sh"
 
@@ -68,7 +69,7 @@ def test_the_launcher_is_told_the_code_that_says_most(
     monkeypatch.setenv("LLMTRAIN_EXIT_FILE", str(tmp_path / "code"))
     for rank, code in codes:
         monkeypatch.setenv("RANK", rank)
-        main._tell_launcher(code)
+        tell_launcher(code)
     assert (tmp_path / "code").read_text() == end
 
 

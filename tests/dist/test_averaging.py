@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from helpers.layout_runs import add_whole, whole
 from helpers.ranks import run_ranks
-from helpers.tiny import llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import in_parts, llmtrain, make_corpus, records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -214,38 +214,23 @@ def test_any_layout_equals_float64_and_computes_with_the_merged_weights(
     )
 
 
-def test_copies_come_back_under_another_layout(tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path, documents=40)
+def test_copies_come_back_under_another_layout(tmp_path: Path, corpus: Path) -> None:
     section = "average={method: sfa, every: 6step, beta: 0.4}"
-    runs = []
-    for name, parts in (
-        ("alone", [(1, "20step", [])]),
-        (
-            "moved",
-            [
-                (2, "5step", ["parallel.engine=deepspeed", "parallel.zero_stage=3"]),
-                (2, "11step", ["parallel.pipeline=2", "train.micro_batch_size=4"]),
-                (2, "14step", ["parallel.tensor=2"]),
-                (1, "20step", []),
-            ],
-        ),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = str(tiny_config(folder, corpus))
-        for ranks, stop, changes in parts:
-            words = ["train", config, section, f"train.stop_after={stop}", *changes]
-            done = llmtrain(*words, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-        runs.append(records(folder / "runs" / "tiny"))
-    for ours, theirs in zip(*runs, strict=True):
+    parts = [
+        (2, "5step", ["parallel.engine=deepspeed", "parallel.zero_stage=3"]),
+        (2, "11step", ["parallel.pipeline=2", "train.micro_batch_size=4"]),
+        (2, "14step", ["parallel.tensor=2"]),
+        (1, "20step", []),
+    ]
+    moved = in_parts(tmp_path / "moved", corpus, parts, section)
+    alone = in_parts(tmp_path / "alone", corpus, [(1, "20step", [])], section)
+    for ours, theirs in zip(moved, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
 
 
-def test_a_zero_run_resumed_across_a_merge_is_bit_identical(tmp_path: Path) -> None:
+def test_a_zero_run_resumed_across_a_merge_is_bit_identical(tmp_path: Path, corpus: Path) -> None:
     """With the anchor on disk; nothing but checkpoints and records is left behind."""
-    corpus = make_corpus(tmp_path, documents=40)
     section = "average={method: sfa, every: 4step, beta: 0.4, storage: disk}"
     engine = ["parallel.engine=deepspeed", "parallel.zero_stage=2"]
     found = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny import llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import in_parts, llmtrain, make_corpus, records, tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -130,20 +130,10 @@ def test_any_layout_has_the_penalty_of_one_process(
 
 def test_a_run_resumes_under_another_layout(tmp_path: Path, corpus: Path) -> None:
     section = "penalty={kind: ewc, strength: 0.05, data: {letters: 1}, samples: 4}"
-    runs = []
-    for name, parts in (
-        ("alone", [(1, "20step", [])]),
-        ("moved", [(2, "6step", []), (2, "20step", ["parallel.tensor=2"])]),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = str(tiny_config(folder, corpus))
-        for ranks, stop, changes in parts:
-            words = ["train", config, section, f"train.stop_after={stop}", *changes]
-            done = llmtrain(*words, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-        runs.append(records(folder / "runs" / "tiny"))
-    for ours, theirs in zip(*runs, strict=True):
+    parts = [(2, "6step", []), (2, "20step", ["parallel.tensor=2"])]
+    moved = in_parts(tmp_path / "moved", corpus, parts, section)
+    alone = in_parts(tmp_path / "alone", corpus, [(1, "20step", [])], section)
+    for ours, theirs in zip(moved, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-4)
         own, other = ours["method"]["penalty"], theirs["method"]["penalty"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.tiny import begun, environment, llmtrain, make_corpus, records, tiny_config
+from helpers.stored import stored_bits
 from safetensors import safe_open
 
 STEPS = 20
@@ -33,17 +34,6 @@ def trajectory(run: Path) -> list[tuple[int, float, float, float, str]]:
     return [
         (r["step"], r["loss"], r["grad_norm"], r["lr"], str(r["sources"])) for r in records(run)
     ]
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    """Every tensor of the final checkpoint as bytes."""
-    out = {}
-    for file in sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")):
-        with safe_open(str(file), "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                out[key] = tensors.get_tensor(key).numpy().tobytes()
-    assert any(key.startswith("optim.") for key in out)
-    return out
 
 
 def run_until(config: Path, sees: str, number: int, where: Path) -> None:
@@ -73,7 +63,7 @@ def test_killed_twice_and_resumed_is_bit_identical(
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert trajectory(run) == trajectory(straight)
-    assert weights(run) == weights(straight)
+    assert stored_bits(run) == stored_bits(straight)
 
 
 @pytest.mark.dist
@@ -87,7 +77,7 @@ def test_half_a_run_then_the_other_half(tmp_path: Path, corpus: Path, straight: 
     assert rest.returncode == 0, rest.stderr
     assert "resumed from" in rest.stdout
     assert trajectory(run) == trajectory(straight)
-    assert weights(run) == weights(straight)
+    assert stored_bits(run) == stored_bits(straight)
 
 
 @pytest.mark.dist
@@ -138,7 +128,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_75(
     done = llmtrain("train", str(config))
     assert done.returncode == 0, done.stderr
     assert trajectory(run) == trajectory(straight)
-    assert weights(run) == weights(straight)
+    assert stored_bits(run) == stored_bits(straight)
 
 
 @pytest.mark.dist
@@ -158,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_resumes(
     assert victim.name in done.stderr
     assert "resumed from" in done.stdout
     assert trajectory(run) == trajectory(straight)
-    assert weights(run) == weights(straight)
+    assert stored_bits(run) == stored_bits(straight)
 
 
 @pytest.mark.dist
@@ -176,7 +166,7 @@ def test_a_run_begun_from_a_path_goes_on_from_its_own_checkpoints(
     assert second.returncode == 0, second.stderr
     assert "step-00000017" in second.stdout
     run = tmp_path / "runs" / "tiny"
-    assert weights(run) == weights(straight)
+    assert stored_bits(run) == stored_bits(straight)
 
 
 @pytest.mark.dist

@@ -110,7 +110,7 @@ class Trajectory:
         expected = {
             **dict.fromkeys(("kill", "kill at call", "kill on a slow disk"), (-9, 0)),
             **dict.fromkeys(("full", "read-only", "broken disk"), (2, 0)),
-            **dict.fromkeys(("terminate", "storm"), (75, 0, -15)),
+            **dict.fromkeys(("terminate", "storm"), (75, 0, -15, -10)),  # or before anybody listens
         }
         assert code in expected[kind], f"{self.story()}\n{said}"
         assert code != 2 or "Traceback" not in said, f"{self.story()}\n{said}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.stored import same_bits, stored
 from helpers.tiny import records, tiny_config
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
@@ -24,19 +24,8 @@ def run(folder: Path, corpus: Path, *changes: str) -> Path:
     return folder / "runs" / "tiny"
 
 
-def tensors(run: Path, step: int = STEPS) -> Weights:
-    out: Weights = {}
-    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        out.update(load_file(file))
-    return out
-
-
 def part(found: Weights, prefix: str) -> Weights:
     return {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-
-
-def same(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +40,8 @@ EWC = "penalty={kind: ewc, strength: 0.5, data: {letters: 1}, samples: 5}"
 def test_strength_0_is_plain_training_bit_for_bit(
     tmp_path: Path, corpus: Path, plain: Path, section: str
 ) -> None:
-    ours = tensors(run(tmp_path, corpus, section))
-    assert same({k: v for k, v in ours.items() if not k.startswith("hook.")}, tensors(plain))
+    ours = stored(run(tmp_path, corpus, section))
+    assert same_bits({k: v for k, v in ours.items() if not k.startswith("hook.")}, stored(plain))
 
 
 def test_l2_pulls_by_its_formula(tmp_path: Path, corpus: Path, plain: Path) -> None:
@@ -62,8 +51,8 @@ def test_l2_pulls_by_its_formula(tmp_path: Path, corpus: Path, plain: Path) -> N
     anchor = f"{plain}/checkpoints/step-00000019"
     bare = run(tmp_path / "a", corpus, *start)
     held = run(tmp_path / "b", corpus, *start, f"penalty={{strength: 0.3, anchor: '{anchor}'}}")
-    here, there = part(tensors(plain, 7), "model."), part(tensors(plain, 19), "model.")
-    one, two = part(tensors(bare, 1), "optim."), part(tensors(held, 1), "optim.")
+    here, there = part(stored(plain, 7), "model."), part(stored(plain, 19), "model.")
+    one, two = part(stored(bare, 1), "optim."), part(stored(held, 1), "optim.")
     value = 0.0
     for name in here:
         away = here[name].double() - there[name].double()
@@ -93,17 +82,19 @@ def test_fisher_is_that_of_the_offline_estimate(tmp_path: Path, corpus: Path, pl
     trained = load_trained(point, device, over)
     batch = Loader(build_plan(trained.cfg, 5), 5, 0, 1).batch_at(0)
     wanted = empirical_fisher(Alone(trained, device), [batch])
-    found = part(tensors(held, 1), "hook.penalty.fisher.")
+    found = part(stored(held, 1), "hook.penalty.fisher.")
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-9)
-    assert same(part(tensors(held, 1), "hook.penalty.anchor."), part(tensors(plain, 19), "model."))
+    assert same_bits(
+        part(stored(held, 1), "hook.penalty.anchor."), part(stored(plain, 19), "model.")
+    )
     # A second one adds to the first.
     section = EWC.replace("letters", "digits")[:-1] + f", fisher: '{held}'}}"
     more = run(tmp_path / "more", corpus, *changes, section)
     only = run(tmp_path / "only", corpus, *changes, EWC.replace("letters", "digits"))
-    alone = part(tensors(only, 1), "hook.penalty.fisher.")
-    for name, value in part(tensors(more, 1), "hook.penalty.fisher.").items():
+    alone = part(stored(only, 1), "hook.penalty.fisher.")
+    for name, value in part(stored(more, 1), "hook.penalty.fisher.").items():
         torch.testing.assert_close(value, found[name] + alone[name], rtol=1e-5, atol=1e-12)
 
 
@@ -114,7 +105,7 @@ def test_resumed_under_a_penalty_is_bit_identical(
     straight = run(tmp_path / "a", corpus, section)
     run(tmp_path / "b", corpus, section, "train.stop_after=7step")
     halves = run(tmp_path / "b", corpus, section)
-    assert same(tensors(halves), tensors(straight))
+    assert same_bits(stored(halves), stored(straight))
     values = [r["method"]["penalty"] for r in records(halves)]
     assert values == [r["method"]["penalty"] for r in records(straight)]
     assert values[0] == 0 and values[-1] > 0
@@ -123,7 +114,7 @@ def test_resumed_under_a_penalty_is_bit_identical(
 
 
 def test_beside_adapters_only_they_are_held(tmp_path: Path, corpus: Path) -> None:
-    found = tensors(run(tmp_path, corpus, EWC, "model.adapters={rank: 2}"))
+    found = stored(run(tmp_path, corpus, EWC, "model.adapters={rank: 2}"))
     held = part(found, "hook.penalty.anchor.")
     assert held and all(".adapter." in name for name in held)
     assert held.keys() == part(found, "hook.penalty.fisher.").keys()
@@ -132,7 +123,7 @@ def test_beside_adapters_only_they_are_held(tmp_path: Path, corpus: Path) -> Non
 def test_a_stronger_penalty_stays_nearer(tmp_path: Path, corpus: Path) -> None:
     away = []
     for strength in (0.001, 1.0):
-        held = tensors(run(tmp_path / f"{strength}", corpus, f"penalty={{strength: {strength}}}"))
+        held = stored(run(tmp_path / f"{strength}", corpus, f"penalty={{strength: {strength}}}"))
         anchor = part(held, "hook.penalty.anchor.")
         end = part(held, "model.")
         away.append(sum(float((end[k] - anchor[k]).square().sum()) for k in anchor))
@@ -144,9 +135,9 @@ def test_a_run_begins_with_the_weights_of_another(
 ) -> None:
     """Small steps from a checkpoint: fresh moments, or those of the checkpoint."""
     few = ["train.duration=1step", "optim.lr=1e-12", f"init.path={plain}"]
-    fresh = tensors(run(tmp_path / "a", corpus, *few), 1)
-    kept = tensors(run(tmp_path / "b", corpus, *few, "init.optimizer=true"), 1)
-    for name, value in part(tensors(plain), "model.").items():
+    fresh = stored(run(tmp_path / "a", corpus, *few), 1)
+    kept = stored(run(tmp_path / "b", corpus, *few, "init.optimizer=true"), 1)
+    for name, value in part(stored(plain), "model.").items():
         torch.testing.assert_close(fresh[f"model.{name}"], value, rtol=0, atol=1e-9)
         assert float(fresh[f"optim.{name}.step"]) == 1
         assert float(kept[f"optim.{name}.step"]) == STEPS + 1

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,19 @@ def llmtrain(
         env=environment(),
         check=False,
     )
+
+
+def in_parts(
+    folder: Path, corpus: Path, parts: Sequence[tuple[int, str, Sequence[str]]], *changes: str
+) -> list[dict[str, Any]]:
+    """The steps' records of a run made in parts: ranks, where each stops, and its overrides."""
+    folder.mkdir(exist_ok=True)
+    config = str(tiny_config(folder, corpus))
+    for ranks, stop, own in parts:
+        words = ["train", config, *changes, f"train.stop_after={stop}", *own]
+        done = llmtrain(*words, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    return records(folder / "runs" / "tiny")
 
 
 def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:

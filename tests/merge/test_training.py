@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.stored import same_bits, stored
 from helpers.tiny import records, tiny_config
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
@@ -26,16 +26,8 @@ def run(folder: Path, corpus: Path, *changes: str) -> Path:
     return folder / "runs" / "tiny"
 
 
-def tensors(run: Path, step: int = STEPS) -> Weights:
-    """All tensors of a checkpoint."""
-    out: Weights = {}
-    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        out.update(load_file(file))
-    return out
-
-
 def model(run: Path, step: int = STEPS) -> Weights:
-    return {k: v for k, v in tensors(run, step).items() if k.startswith("model.")}
+    return {k: v for k, v in stored(run, step).items() if k.startswith("model.")}
 
 
 def initial(run: Path) -> Weights:
@@ -44,10 +36,6 @@ def initial(run: Path) -> Weights:
     shape = resolve_model(cfg, 257)
     made = build_model(shape, seed=cfg.seed, device="cpu", compute_dtype=torch.float32)
     return {f"model.{k}": v.detach() for k, v in made.named_parameters()}
-
-
-def same(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
 
 
 KEEP = ["checkpoint.every=1step", "checkpoint.keep=100"]
@@ -66,13 +54,13 @@ def losses(run: Path) -> list[tuple[float, float]]:
 def test_beta_0_is_plain_training_bit_for_bit(tmp_path: Path, corpus: Path, plain: Path) -> None:
     sfa = run(tmp_path, corpus, "average={method: sfa, every: 3step, beta: 0}")
     assert losses(sfa) == losses(plain)
-    ours = {k: v for k, v in tensors(sfa).items() if not k.startswith("hook.")}
-    assert same(ours, tensors(plain))
+    ours = {k: v for k, v in stored(sfa).items() if not k.startswith("hook.")}
+    assert same_bits(ours, stored(plain))
 
 
 def test_beta_1_returns_the_anchor(tmp_path: Path, corpus: Path) -> None:
     sfa = run(tmp_path, corpus, "average={method: sfa, every: 7step, beta: 1}")
-    assert same(model(sfa), initial(sfa))
+    assert same_bits(model(sfa), initial(sfa))
 
 
 def test_p_1_is_one_interpolation_as_in_wise_ft(tmp_path: Path, corpus: Path, plain: Path) -> None:
@@ -99,9 +87,9 @@ def test_the_merge_at_the_end_comes_where_pt_does_not_divide_t(
 
 def test_a_rolling_anchor_moves_with_each_merge(tmp_path: Path, corpus: Path) -> None:
     sfa = run(tmp_path, corpus, "average={every: 5step, beta: 0.25, anchor: rolling}", *KEEP)
-    stored = tensors(sfa, 10)
+    held = stored(sfa, 10)
     for name, value in model(sfa, 10).items():
-        assert torch.equal(stored[f"hook.average.anchor.{name[6:]}"], value)
+        assert torch.equal(held[f"hook.average.anchor.{name[6:]}"], value)
 
 
 def test_an_anchor_from_a_checkpoint(tmp_path: Path, corpus: Path, plain: Path) -> None:
@@ -156,12 +144,12 @@ def test_stock_equals_the_formula_in_float64(tmp_path: Path, corpus: Path, plain
     section = "average={method: stock, every: 4step, keep: 2}"
     stock = run(tmp_path, corpus, section, *changes, *KEEP)
     assert [r["step"] for r in records(stock, "event") if "excursions" in r["text"]] == [8]
-    stored = tensors(stock, 7)
-    first = {k[len("hook.average.excursion0.") :]: v for k, v in stored.items() if "cursion0" in k}
+    held = stored(stock, 7)
+    first = {k[len("hook.average.excursion0.") :]: v for k, v in held.items() if "cursion0" in k}
     straight = run(tmp_path / "straight", corpus, *changes, *KEEP)
-    assert same({f"model.{k}": v for k, v in first.items()}, model(straight, 4))
+    assert same_bits({f"model.{k}": v for k, v in first.items()}, model(straight, 4))
     start = initial(straight)
-    assert not same(model(stock, 5), model(straight, 5))
+    assert not same_bits(model(stock, 5), model(straight, 5))
     assert all(torch.equal(v, start[k]) for k, v in model(stock, 4).items())
 
 
@@ -182,7 +170,7 @@ def test_resumed_across_merges_is_bit_identical(tmp_path: Path, corpus: Path, na
         run(tmp_path / "b", corpus, METHODS[name], stop)
     halves = run(tmp_path / "b", corpus, METHODS[name])
     assert losses(halves) == losses(straight)
-    assert same(tensors(halves), tensors(straight))
+    assert same_bits(stored(halves), stored(straight))
 
 
 def test_a_section_added_or_taken_away_on_resume(tmp_path: Path, corpus: Path) -> None:
@@ -190,9 +178,9 @@ def test_a_section_added_or_taken_away_on_resume(tmp_path: Path, corpus: Path) -
     run(tmp_path, corpus, "train.stop_after=15step")
     begun = run(tmp_path, corpus, METHODS["sfa"])
     # The anchor is the weights averaging began with: those of step 15.
-    stored = tensors(begun)
-    anchor = {k: v for k, v in stored.items() if k.startswith("hook.average.anchor.")}
-    assert anchor and not same(
+    held = stored(begun)
+    anchor = {k: v for k, v in held.items() if k.startswith("hook.average.anchor.")}
+    assert anchor and not same_bits(
         {"model." + k[len("hook.average.anchor.") :]: v for k, v in anchor.items()}, initial(begun)
     )
 

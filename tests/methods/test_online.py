@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers.mixtures import walk
 from helpers.ranks import run_ranks
+from helpers.stored import stored_bits
 from helpers.tiny import make_corpus, records, tiny_config
-from safetensors import safe_open
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
@@ -149,16 +149,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tensors(run: Path, step: int = STEPS) -> dict[str, bytes]:
-    out = {}
-    for file in sorted((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")):
-        with safe_open(str(file), "pt") as found:
-            for key in found.keys():  # noqa: SIM118
-                out[key] = found.get_tensor(key).numpy().tobytes()
-    assert any(key.startswith("optim.") for key in out)
-    return out
-
-
 def test_weights_follow_from_the_losses_at_the_planned_steps(straight: Path) -> None:
     run = straight / "runs" / "tiny"
     changes = records(run, "mixture")
@@ -223,7 +213,7 @@ def test_a_killed_run_goes_on_bit_for_bit(straight: Path, tmp_path: Path, step: 
     config = straight / "tiny.yaml"
     assert main(["train", str(config), f"out={tmp_path / 'runs'}"]) == 0
     whole = straight / "runs" / "tiny"
-    assert tensors(run) == tensors(whole)
+    assert stored_bits(run) == stored_bits(whole)
     assert records(run, "mixture") == records(whole, "mixture")
     assert [r["sources"] for r in records(run)] == [r["sources"] for r in records(whole)]
     assert (run / "plan.json").read_text() == (whole / "plan.json").read_text()
@@ -249,7 +239,7 @@ def test_a_branch_of_an_online_run_is_its_own_continuation(straight: Path, tmp_p
     shutil.copytree(straight / "runs", tmp_path / "runs")
     trunk, out = tmp_path / "runs" / "tiny", f"out={tmp_path / 'runs'}"
     assert main(["branch", str(trunk), "--at", "12step", "name=same", out]) == 0
-    assert tensors(tmp_path / "runs" / "same") == tensors(trunk)
+    assert stored_bits(tmp_path / "runs" / "same") == stored_bits(trunk)
     words = ["online=null", "data.weights={digits: 1}", "name=plain", out]
     assert main(["branch", str(trunk), "--at", "12step", *words]) == 0
     plain = records(tmp_path / "runs" / "plain")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from llmtrain import ops
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, fp8_matmul
-from llmtrain.model import Decoder, build_model, complete, hidden_layers
+from llmtrain.model import Decoder, apply_recompute, build_model, complete, hidden_layers
 from llmtrain.ops import fused
 
 pytestmark = pytest.mark.skipif(
@@ -84,3 +85,39 @@ def test_a_cast_gradient_is_taken_for_its_own_tensor_only() -> None:
     assert handoff.take(grad) is casts
     layer.set_matmul(fp8_matmul("fp8_current", torch.float32))
     assert layer.handoff(x) is None and not layer.takes_casts(x)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", ["pre-norm, swiglu", "post-norm, relu, biases"])
+def test_nothing_reads_what_cuda_leaves_out(
+    shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that only FP8 layers read are never written there: here they are NaN."""
+    model = _model(SHAPES[shape], torch.float32)
+    apply_recompute(model, recompute)
+    expected = _run(model)
+    lost: list[int] = []
+
+    def placeholder(y: Tensor, like: Tensor, width: int) -> Tensor:
+        lost.append(width)
+        return y.new_full((1,), torch.nan).expand(*like.shape[:-1], width)
+
+    monkeypatch.setattr(fused, "_shown", placeholder)
+    for a, b in zip(_run(model), expected, strict=True):
+        assert torch.equal(a, b)
+    assert len(lost) >= 2
+
+
+def test_unit_scaling_as_cuda_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LayerNorm and GELU of ours round elsewhere than torch's, and a number near the border of two
+    FP8 numbers may become the other: a few of them, so the results are near."""
+    scaling = ScalingConfig(parametrization="mus", tau=0.3)
+    shape = {"norm_placement": "post_branch", "activation": "gelu", "norm": "layernorm"}
+    model = _model({**shape, "norm_bias": True, "scaling": scaling}, torch.float32)
+    for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.mlp.fuses_activation"):
+        monkeypatch.setattr(module, lambda *args: True)
+    fast = _run(model)
+    monkeypatch.undo()
+    for a, b in zip(fast, _run(model), strict=True):
+        assert (a - b).norm() < 2e-2 * b.norm()
+    assert not all(torch.equal(a, b) for a, b in zip(fast, _run(model), strict=True))

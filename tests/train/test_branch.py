@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.stored import stored_bits
 from helpers.tiny import make_corpus, records, tiny_config
-from safetensors import safe_open
 
 from llmtrain.cli.main import main
 from llmtrain.config import Duration, load_config
@@ -62,21 +62,11 @@ def tail(folder: Path, text: str, name: str = "tail") -> Path:
     return file
 
 
-def weights(run: Path, step: int = STEPS) -> dict[str, bytes]:
-    out = {}
-    for file in sorted((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")):
-        with safe_open(str(file), "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                out[key] = tensors.get_tensor(key).numpy().tobytes()
-    assert any(key.startswith("optim.") for key in out)
-    return out
-
-
 @pytest.mark.parametrize("at", ["16step", "0.6dur"])
 def test_an_unchanged_tail_is_the_trunks_own_continuation(trunk: Path, at: str) -> None:
     assert branch(trunk, "--at", at, "name=same") == 0
     same = trunk.parent / "same"
-    assert weights(same) == weights(trunk)
+    assert stored_bits(same) == stored_bits(trunk)
     step = Duration.parse(at).steps(BATCH * SEQ, STEPS)
     ours, theirs = records(same), [r for r in records(trunk) if r["step"] > step]
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "sources")
@@ -96,7 +86,7 @@ def test_a_tail_changes_the_mixture_from_the_branch_point_on(trunk: Path, tmp_pa
     # The learning-rate curve is the trunk's.
     rates = {r["step"]: r["lr"] for r in records(trunk)}
     assert all(r["lr"] == rates[r["step"]] for r in records(run))
-    assert weights(run) != weights(trunk)
+    assert stored_bits(run) != stored_bits(trunk)
 
 
 def test_a_branch_that_was_stopped_goes_on_and_one_that_is_done_stays(
@@ -107,7 +97,7 @@ def test_a_branch_that_was_stopped_goes_on_and_one_that_is_done_stays(
     assert branch(trunk, *words, "name=whole") == 0
     assert branch(trunk, *words, "train.stop_after=15step") == 0
     assert branch(trunk, *words) == 0
-    assert weights(trunk.parent / "tiny-tail") == weights(trunk.parent / "whole")
+    assert stored_bits(trunk.parent / "tiny-tail") == stored_bits(trunk.parent / "whole")
     capsys.readouterr()
     assert branch(trunk, *words) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
     assert "stand_still" in results[1][1]
     # The next start takes note of it, once.
     for expected in (text, None):
-        with Watchdog(CFG, tmp_path) as dog:
+        with Watchdog(WatchdogConfig(), tmp_path) as dog:
             assert dog.before == expected
 
 
