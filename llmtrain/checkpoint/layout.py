@@ -309,18 +309,27 @@ def base_of(path: Path) -> Base | None:
         near = Path(os.path.normpath(path.resolve().parent / str(body["relative"])))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / BASE} is damaged") from error
-    place = next((p for p in (there, near) if p.is_dir()), None)
-    if place is None:
+    places = [p for p in (there, near) if p.is_dir()]
+    if not places:
         raise CheckpointError(
             f"{path} holds adapters alone and their base, {there}, is not there; move that back, "
             "or make a link at that place to where it is now"
         )
+    # Where both exist, what moved along may be the right one.
+    place = places[0] if len(places) == 1 or _holds(places[0], content) else places[1]
     if content_of(place) != content:
         raise CheckpointError(
             f"{path} holds adapters alone and their base, {place}, now holds other weights than "
             "when they were trained; put the checkpoint back that was there"
         )
     return Base(place.resolve(), content)
+
+
+def _holds(path: Path, content: str) -> bool:
+    try:
+        return content_of(path) == content
+    except CheckpointError:
+        return False
 
 
 def read_layout(path: Path) -> dict[str, TensorLayout]:

@@ -105,9 +105,19 @@ def find(ranks: Ranks, path: Path, prefix: str = "") -> tuple[Path, list[str]]:
         return path, []
     good, skipped = newest_good(ranks, checkpoints_folder(path), prefix)
     if good is None:
-        because = f": {skipped[0]}" if skipped else ""
+        because = f": {skipped[0]}" if skipped else ranks.on_main(lambda: foreign(path))
         raise CheckpointError(f"{path} holds no checkpoint that can be used{because}")
     return good, skipped
+
+
+def foreign(path: Path) -> str:
+    """What to do with a folder in the format of peft or transformers; "" for any other."""
+    what = ""
+    if (path / "adapter_config.json").exists():
+        what, way = "an adapter of peft", "from-peft"
+    elif any(path.glob("*.safetensors")):
+        what, way = "a Hugging Face folder", "from-hf"
+    return what and f"; it is {what}: make a checkpoint of it with `llmtrain convert {way}`"
 
 
 def require_good(ranks: Ranks, path: Path, prefix: str = "") -> None:

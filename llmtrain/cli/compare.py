@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         raise LlmtrainError("give at least one model besides the base")
     if args.no_eval and args.no_spectra:
         raise LlmtrainError("--no-eval and --no-spectra leave nothing to compare")
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise LlmtrainError(f"--out: {args.out} is a file; name a folder")
     prepare_process()
     from llmtrain.analysis.spectra_plot import spectra_svg
     from llmtrain.finetune.compare import Request, compare

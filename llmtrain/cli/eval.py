@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_process()
     if args.tasks is not None:
         return _tasks(args)
+    from llmtrain.errors import ConfigError
     from llmtrain.eval.checkpoint import evaluate_checkpoint
     from llmtrain.parallel import close_world, init_world
     from llmtrain.train.console import table
@@ -58,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         close_world()
     if not world.is_main:
         return 0
+    if not result.domains:
+        raise ConfigError(
+            f"data.corpus: {result.path} was saved without held-out text; name some, as in "
+            "data.corpus=data/corpus"
+        )
     for fault in result.warnings:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     if args.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         raise LlmtrainError(
             "--tokens and --batch must be at least 1; --temperature and --top-k at least 0"
         )
+    if not math.isfinite(args.temperature):
+        raise LlmtrainError(f"--temperature must be a finite number, not {args.temperature:g}")
     if not 0 < args.top_p <= 1:
         raise LlmtrainError(f"--top-p must be above 0 and at most 1, not {args.top_p:g}")
     if os.environ.get("RANK", "0") != "0":

@@ -61,6 +61,7 @@ _OS_REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file; check the path",
     errno.EISDIR: "name a file, not a folder",
     errno.ENOENT: "check the path",
+    errno.EEXIST: "choose another name",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHOICE = re.compile(r"argument ([^:]+): invalid choice: '([^']*)' \(choose from (.*)\)")

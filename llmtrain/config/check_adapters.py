@@ -22,7 +22,7 @@ def check_adapters(cfg: RunConfig, faults: Collector) -> None:
     elif cfg.init is None:
         message = "trainable needs init.path, the checkpoint that holds the frozen weights"
         faults.add("checkpoint.save", f"{message}; set it, or write auto", "init.path")
-    for key in ("average", "trainable"):
+    for key in ("average", "trainable", "sparsity"):
         if getattr(cfg, key):
             message = f"trainable does not go together with the section {key}, which decides itself"
             faults.add("checkpoint.save", f"{message} what changes; write auto", key)

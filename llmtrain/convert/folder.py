@@ -57,8 +57,8 @@ class ModelFolder:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.begin
         return DTYPES[max(sizes, key=lambda kind: sizes[kind])]
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in the dtype it is stored in."""
+    def read(self, name: str, first: int = 0, n_rows: int | None = None) -> Tensor:
+        """A tensor, or so many of its rows, in the dtype it is stored in."""
         self.shape(name)
         file, entry = self.entries[name]
         if entry.dtype not in FLOATS:
@@ -66,9 +66,10 @@ class ModelFolder:
                 f"{file}: {name} is stored as {entry.dtype}, a quantised format; convert from the "
                 "original weights"
             )
-        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        shape = entry.shape if n_rows is None else (n_rows, *entry.shape[1:])
+        out = torch.empty(shape, dtype=DTYPES[entry.dtype])
         with _opened(file) as descriptor:
-            read_box(descriptor, entry, [0] * len(entry.shape), out, file)
+            read_box(descriptor, entry, [first, *[0] * (len(shape) - 1)][: len(shape)], out, file)
         return out
 
 

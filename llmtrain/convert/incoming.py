@@ -26,11 +26,11 @@ from llmtrain.checkpoint.layout import (
 from llmtrain.checkpoint.safefile import FileSum, write_small
 from llmtrain.checkpoint.storage import dtype_name
 from llmtrain.checkpoint.store import new_folder
-from llmtrain.config import RunConfig, to_yaml
+from llmtrain.config import RunConfig, from_dict, to_dict, to_yaml
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.architectures import Architecture, architecture_of
 from llmtrain.convert.folder import CONFIG, ModelFolder, open_folder
-from llmtrain.convert.names import VOCABULARY, Rule, ignored, rules_for
+from llmtrain.convert.names import HEADS, VOCABULARY, Rule, ignored, rules_for
 from llmtrain.convert.writing import (
     SHARD_BYTES,
     Converted,
@@ -40,7 +40,7 @@ from llmtrain.convert.writing import (
     write_file,
 )
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import CheckpointError, DataError
+from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.model import Decoder, complete
 
 _LONGEST = 4096
@@ -102,7 +102,7 @@ def _origin(folder: ModelFolder, architecture: Architecture) -> dict[str, Any]:
 def _model_config(folder: ModelFolder, kind: Architecture) -> tuple[ModelConfig, list[str]]:
     try:
         raw = kind.read(folder.config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{folder.path / CONFIG}: {what}") from error
     notes = []
@@ -113,7 +113,12 @@ def _model_config(folder: ModelFolder, kind: Architecture) -> tuple[ModelConfig,
             "sequences up to that length are computed the same, longer ones are refused"
         )
     assert raw.max_seq_len is not None
-    return complete(raw, None, min(raw.max_seq_len, _LONGEST)), notes
+    try:
+        # The checkpoint's config.yaml will be read with these rules.
+        from_dict(to_dict(_run_of(raw)))
+        return complete(raw, None, min(raw.max_seq_len, _LONGEST)), notes
+    except ConfigError as error:
+        raise CheckpointError(f"{folder.path / CONFIG}: {error}") from error
 
 
 def _found_names(folder: ModelFolder, rules: list[Rule]) -> list[Rule]:
@@ -165,6 +170,23 @@ def _check_tensors(
         )
     missing = shapes.keys() - {rule.ours for rule in rules}
     assert not missing, missing
+    embedding = next(rule.theirs[0] for rule in rules if rule.ours == "embedding.weight")
+    for head in sorted(n for n in folder.entries if n not in known and n in HEADS):
+        if not _equal(folder, head, embedding):
+            raise CheckpointError(
+                f"{folder.path}: {CONFIG} ties the head to the embedding (tie_word_embeddings), "
+                f"and {head} is another matrix than {embedding}; write false there if the head "
+                f"counts, as transformers 5 takes it, or take {head} out"
+            )
+
+
+def _equal(folder: ModelFolder, one: str, other: str) -> bool:
+    """Whether two stored tensors are the same, a few rows at a time."""
+    shape, n_rows = folder.shape(one), 1024
+    return shape == folder.shape(other) and all(
+        torch.equal(*(folder.read(n, i, min(n_rows, shape[0] - i)) for n in (one, other)))
+        for i in range(0, shape[0], n_rows)
+    )
 
 
 def _check_vocabulary(folder: ModelFolder, cfg: ModelConfig) -> list[str]:
@@ -220,13 +242,18 @@ class _OurWriter:
         return in_blocks(joined, target.shape[0])
 
 
+def _run_of(model: ModelConfig) -> RunConfig:
+    """The config of a run of such a model."""
+    run = RunConfig()
+    assert model.max_seq_len is not None
+    data = replace(run.data, seq_len=max(2, min(model.max_seq_len, run.data.seq_len)))
+    return replace(run, model=model, data=data)
+
+
 def _our_files(
     cfg: ModelConfig, source: dict[str, Any], layout: dict[str, TensorLayout], name: str
 ) -> dict[str, bytes]:
-    run = RunConfig()
-    assert cfg.max_seq_len is not None
-    data = replace(run.data, seq_len=min(cfg.max_seq_len, run.data.seq_len))
-    run = replace(run, name=name, model=cfg, data=data)
+    run = replace(_run_of(cfg), name=name)
     meta = {
         "step": 0,
         "tokens": 0,

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmtrain.config.schema import ModelConfig
 
 VOCABULARY = ("embedding.weight", "head.projection.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 _TABLES = (
     "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias",
     "attention.masked_bias",
@@ -98,7 +99,7 @@ def rules_for(architecture: str, cfg: ModelConfig) -> list[Rule]:
 def ignored(name: str) -> bool:
     """Whether a tensor of theirs is none of the model's weights: tables and masks that old files
     hold, and a head that is tied."""
-    return name.endswith(_TABLES) or name in ("lm_head.weight", "embed_out.weight")
+    return name.endswith(_TABLES) or name in HEADS
 
 
 def _llama(cfg: ModelConfig) -> list[Rule]:

@@ -66,6 +66,11 @@ def to_peft(src: Path, dst: Path, *, base: str | None = None) -> Converted:
             f"{opened.path} has trained the model's own weights too "
             "(model.adapters.freeze: false), which PEFT's format does not hold; use convert to-hf"
         )
+    if opened.run.sparsity is not None:
+        raise CheckpointError(
+            f"{opened.path} adapts masked weights (sparsity), which no base of PEFT holds; use "
+            "convert to-hf"
+        )
     _check_matrices(opened)
     layout = read_layout(opened.path)
     found = list(_tensors(opened, layout))

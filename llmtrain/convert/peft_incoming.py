@@ -126,6 +126,7 @@ def _open(path: Path) -> _Folder:
                 f"{path / CONFIG}: {key} {config[key]!r} trains or changes more than the matrices "
                 "A and B; merge the adapter with peft (merge_and_unload) and use convert from-hf"
             )
+    _check_values(path, config)
     entries = {n: (path / WEIGHTS, entry) for n, entry in read_header(path / WEIGHTS).items()}
     modules: dict[str, dict[str, str]] = {}
     for name in entries:
@@ -140,6 +141,59 @@ def _open(path: Path) -> _Folder:
     if not modules:
         raise CheckpointError(f"{path / WEIGHTS} holds no adapter")
     return _Folder(ModelFolder(path, config, entries), modules)
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a setting that cannot be what peft wrote."""
+
+    def number(value: Any, kinds: type | tuple[type, ...]) -> bool:
+        known = isinstance(value, kinds) and not isinstance(value, bool)
+        return known and 0 < value < float("inf")
+
+    def named(value: Any) -> bool:
+        if isinstance(value, str):
+            return value == "all-linear" or _is_pattern(value)
+        return value is None or _is_list_of(value, str)
+
+    def pattern(value: Any, kinds: type | tuple[type, ...]) -> bool:
+        if not isinstance(value or {}, dict):
+            return False
+        return all(_is_pattern(key) and number(v, kinds) for key, v in (value or {}).items())
+
+    good = {
+        "r": number(config.get("r", 8), int),
+        "lora_alpha": number(config.get("lora_alpha", 8), (int, float)),
+        "rank_pattern": pattern(config.get("rank_pattern"), int),
+        "alpha_pattern": pattern(config.get("alpha_pattern"), (int, float)),
+        "target_modules": named(config.get("target_modules")),
+        "exclude_modules": named(config.get("exclude_modules")),
+        "layers_to_transform": _is_list_of(config.get("layers_to_transform") or 0, int),
+        "layers_pattern": all(map(_is_pattern, _listed(config.get("layers_pattern") or []))),
+    }
+    for key, is_good in good.items():
+        if not is_good:
+            raise CheckpointError(
+                f"{path / CONFIG}: {key} {config.get(key)!r} is not what peft writes there: "
+                "positive numbers, names or regular expressions; save the adapter again with "
+                "peft's save_pretrained"
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    """Whether it is such a value or a list of them."""
+    return all(isinstance(v, kind) for v in _listed(value))
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
 
 
 def _check_names(folder: _Folder, opened: OpenedCheckpoint, layers: list[Layer]) -> None:

@@ -37,7 +37,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.merge.blocks import Inputs, Workers
 from llmtrain.merge.methods import RULES, Rule
 from llmtrain.merge.recipe import MergeRecipe
-from llmtrain.merge.sources import INDEX, Source, check_alike, is_finite, open_source
+from llmtrain.merge.sources import ADAPTERS, INDEX, Source, check_alike, is_finite, open_source
 
 RECIPE = "merge.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,6 +90,11 @@ def merge_models(
     if warn is not None:
         for source in models.every:
             source.tell(warn)
+        if any(ADAPTERS in name for name in models.first.shapes):
+            warn(
+                "A and B of adapters are merged each by itself, which is another model than their "
+                "products merged; for that, convert to-hf and from-hf each model first"
+            )
     with new_folder(out) as temporary, Workers() as workers:
         sums = _write(recipe, models, temporary, workers)
     weights = [s for s in sums if s.name.endswith(".safetensors")]

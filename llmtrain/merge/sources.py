@@ -22,6 +22,8 @@ from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+# In names of adapters' tensors. The module that knows takes longer to load than a small merge.
+ADAPTERS = ".adapter."
 # Small files that belong to a model and go with the result.
 _BESIDE = {".json", ".yaml", ".txt", ".model", ".jinja", ".tiktoken"}
 # With tied embeddings some writers store the head as well; readers do not look at it.
@@ -255,9 +257,12 @@ def check_alike(sources: list[Source]) -> None:
         missing = sorted(first.shapes.keys() ^ other.shapes.keys())
         if missing:
             where = first.path if missing[0] in first.shapes else other.path
+            remedy = "models of one architecture can be merged"
+            if any(ADAPTERS in name for name in missing):
+                remedy = "merge adapters into the weights first, with convert to-hf and from-hf"
             raise CheckpointError(
                 f"{pair} hold different tensors: only {where} has {missing[0]} "
-                f"({len(missing)} differ); models of one architecture can be merged"
+                f"({len(missing)} differ); {remedy}"
             )
         for name, shape in first.shapes.items():
             if other.shapes[name] != shape:

@@ -13,6 +13,7 @@ from llmtrain.model.adapters import (
     is_directed,
     part_names,
     set_magnitudes,
+    unlike,
     whole_change,
 )
 from llmtrain.model.block import Block
@@ -103,6 +104,7 @@ __all__ = [
     "stage_parts",
     "switch_step",
     "tensor_placements",
+    "unlike",
     "unpacked",
     "whole_change",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -197,6 +197,25 @@ def check_targets(cfg: ModelConfig) -> None:
                     f"model.adapters.{key}: {target!r} names nothing that model.adapters.targets "
                     "adapts; take it away, or add it there"
                 )
+
+
+def unlike(theirs: AdapterConfig, cfg: ModelConfig) -> str | None:
+    """The first matrix that adapters of ``theirs`` adapt otherwise than those of ``cfg`` do, in
+    words; None where both compute the same from the same values. Shapes alone would not tell."""
+    other = replace(cfg, adapters=theirs)
+    for layer in (f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in PARTS):
+        pairs = [{p.name: p for p in adapted_parts(c, layer)} for c in (other, cfg)]
+        for name in part_names(cfg, layer):
+            there, here = (_words(pair.get(name)) for pair in pairs)
+            if there != here:
+                return f"{layer} ({name}) has {there} there and {here} in this run"
+    return None
+
+
+def _words(part: AdaptedPart | None) -> str:
+    if part is None:
+        return "no adapter"
+    return f"an adapter of rank {part.rank} with alpha {part.alpha:g} (factor {part.scale:.4g})"
 
 
 def _none(target: str, cfg: ModelConfig, layers: list[str]) -> str:

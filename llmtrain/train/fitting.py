@@ -7,7 +7,7 @@ function. What does not fit is said before the run's folder is written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from llmtrain.checkpoint import MODEL_PREFIX, OPTIM_PREFIX, checkpoints_folder, 
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import TENSORS, TensorLayout, read_layout
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.loading import find, foreign
 from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, Decoder, unpacked
+from llmtrain.model import ADAPTER, Decoder, unlike, unpacked
 
 _TOKENIZER = "tokenizer.json"
 # Settings by which equal places in two models mean the same; other shapes follow from some.
@@ -100,14 +101,8 @@ def _check_kind(place: Path) -> None:
         raise CheckpointError(f"{place} does not exist; give a checkpoint or a run's folder")
     if not place.is_dir() or (place / TENSORS).exists() or scan(checkpoints_folder(place)):
         return
-    if any(place.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{place} is a Hugging Face folder; make a checkpoint of it with "
-            "`llmtrain convert from-hf` and name that"
-        )
-    raise CheckpointError(
-        f"{place} holds no checkpoint that can be used; give a checkpoint, or a run that has one"
-    )
+    remedy = foreign(place) or "; give a checkpoint, or a run that has one"
+    raise CheckpointError(f"{place} holds no checkpoint that can be used{remedy}")
 
 
 def _compare(setting: Setting, needed: Needed, path: Path) -> list[str]:
@@ -116,9 +111,13 @@ def _compare(setting: Setting, needed: Needed, path: Path) -> list[str]:
     _check_tokenizer(path, files, setting.plan)
     config = yaml.safe_load(files.get("config.yaml", b"")) or {}
     notes = _check_structure(path, config.get("model") or {}, setting.model, needed)
+    check_adapters_alike(path, config.get("model") or {}, setting.model)
+    params = _parameters(setting.model)
     if needed.optimizer:
         _check_optimizer(path, config.get("optim") or {}, stored, setting.cfg)
-    _check_tensors(path, stored, _parameters(setting.model), needed)
+        if not setting.cfg.trainable:
+            _check_moments(path, stored, params)
+    _check_tensors(path, stored, params, needed)
     return notes
 
 
@@ -149,6 +148,23 @@ def _check_structure(
                 f"model.{key}={_shown(theirs)}, or give a checkpoint of such a model"
             )
     return notes
+
+
+def check_adapters_alike(path: Path, stored: Mapping[str, Any], model: ModelConfig) -> None:
+    """Raise CheckpointError where the adapters of a checkpoint would mean another thing in a run.
+
+    stored: section ``model`` of the checkpoint's config.
+    """
+    section = stored.get("adapters")
+    if not section or model.adapters is None:
+        return
+    known = {field.name for field in fields(AdapterConfig)}
+    theirs = AdapterConfig(**{key: value for key, value in section.items() if key in known})
+    if (found := unlike(theirs, model)) is not None:
+        raise CheckpointError(
+            f"{path}: {found}; set model.adapters (kind, rank, alpha, targets and patterns) as in "
+            "its config.yaml"
+        )
 
 
 def _settings(stored: dict[str, Any], model: ModelConfig) -> dict[str, tuple[Any, Any]]:
@@ -193,6 +209,26 @@ def _check_optimizer(
             f"{path} holds the moments of {name} and optim.name is {cfg.optim.name}; set "
             f"init.optimizer=false or optim.name={name}"
         )
+
+
+def _check_moments(
+    path: Path, stored: Mapping[str, TensorLayout], params: Mapping[str, nn.Parameter]
+) -> None:
+    """Moments of what trains, and of nothing else."""
+    theirs = {key[len(OPTIM_PREFIX) :].rpartition(".")[0] for key in stored if _is_moment(key)}
+    ours = {name for name, param in params.items() if param.requires_grad}
+    if theirs != ours:
+        what = min(theirs ^ ours)
+        differ = "holds moments of" if what in theirs else "has no moments of"
+        here = "is frozen" if what in theirs else "trains"
+        raise CheckpointError(
+            f"{path} {differ} {what}, which {here} in this run ({len(theirs ^ ours)} such); set "
+            "init.optimizer=false"
+        )
+
+
+def _is_moment(key: str) -> bool:
+    return key.startswith(OPTIM_PREFIX)
 
 
 def _parameters(model: ModelConfig) -> dict[str, nn.Parameter]:

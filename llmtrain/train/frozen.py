@@ -47,7 +47,8 @@ def left_out(
     wanted = cfg.checkpoint.save
     if wanted == "all" or source is None or model.adapters is None:
         return None
-    if cfg.average is not None or cfg.trainable:  # These may change what adapters leave alone.
+    # These may change what adapters leave alone.
+    if cfg.average is not None or cfg.trainable or cfg.sparsity is not None:
         return None
     names = frozen_names(model)
     found = ranks.on_main(lambda: _base(source, names, resumed))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 import llmtrain
@@ -23,6 +24,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError
 from llmtrain.parallel import World
+from llmtrain.train.fitting import check_adapters_alike
 from llmtrain.train.frozen import LeftOut
 
 
@@ -222,8 +224,8 @@ def resume_point(
 ) -> ResumePoint:
     """The point to go on from at a verified checkpoint.
 
-    Raises CheckpointError or DataError when the run's batches or data are not those it was made
-    with.
+    Raises CheckpointError or DataError when the run's batches, adapters or data are not those it
+    was made with.
     """
     files = read_files(path)
     meta = json.loads(files["meta.json"])
@@ -236,6 +238,8 @@ def resume_point(
             f"the config says {batch}; resume with train.global_batch_size={old} (ranks and "
             "train.micro_batch_size may change)"
         )
+    config = yaml.safe_load(files.get("config.yaml", b"")) or {}
+    check_adapters_alike(path, config.get("model") or {}, cfg.model)
     plan.check_resume(json.loads(files["data.json"]), samples)
     extra, life = json.loads(files["extra.json"]), meta.get("life")
     return ResumePoint(path, step, samples, extra, skipped, chosen, life=life)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,68 @@ def test_a_base_that_moved_or_changed(
     shutil.copytree(other, base)
     [text] = verify(few)
     assert f"their base, {base}, now holds other weights than when they were trained" in text
+    refer(path=str(base), relative=os.path.relpath(link["path"], few.parent))
+    assert verify(few) == []  # at its old place stands another run now; its own is beside it
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("alpha=50", "with alpha 6 (factor 2) there and an adapter of rank 3 with alpha 50"),
+        ("kind=rslora", "(factor 2) there and an adapter of rank 3 with alpha 6 (factor 3.464)"),
+        ("targets=[v]", "blocks.0.attention.qkv (q) has an adapter of rank 3"),
+    ],
+)
+def test_adapters_that_would_mean_another_thing(
+    change: str, says: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same shapes; a run that begins with them and one that goes on with them."""
+    config = next(runs.parent.glob("*.yaml"))
+    words = [*ADAPTED, f"model.adapters.{change}"]
+    few = runs / "few/checkpoints/step-00000002"
+    assert main(["train", str(config), *words, "name=bent", f"init.path={few}"]) == 2
+    assert says in capsys.readouterr().err
+    going_on = ["name=bent", f"checkpoint.resume={few}"]
+    assert main(["train", str(config), *words, *going_on]) == 2
+    said = capsys.readouterr().err
+    assert says in said and f"{few}: " in said and "set model.adapters (kind" in said
+    assert not (runs / "bent/checkpoints/step-00000004").exists()
+
+
+def test_masked_weights_are_stored(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base does not hold them, so what is read later is what was trained."""
+    config = next(runs.parent.glob("*.yaml"))
+    words = [*ADAPTED, f"init.path={runs}/tiny", "name=sparse", "sparsity.density=0.5"]
+    assert main(["train", str(config), *words]) == 0
+    held = tensors(runs / "sparse/checkpoints/step-00000004")
+    assert 0.4 < (held["model.blocks.0.mlp.down.weight"] == 0).float().mean() < 0.6
+    capsys.readouterr()
+    assert run_convert("to-peft", runs / "sparse", tmp_path / "adapter") == 2
+    assert "adapts masked weights (sparsity)" in capsys.readouterr().err
+    assert main(["train", str(config), *words, "name=bad", "checkpoint.save=trainable"]) == 2
+    assert "does not go together with the section sparsity" in capsys.readouterr().err
+
+
+def test_merging_adapters(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mean = [f"{runs}/few", "--out", str(tmp_path / "mean")]
+    assert main(["merge", "soup", f"{runs}/tiny", *mean]) == 2
+    assert "merge adapters into the weights first" in capsys.readouterr().err
+    assert main(["merge", "soup", f"{runs}/all", *mean]) == 0
+    assert "merged each by itself" in capsys.readouterr().err
+
+
+def test_folders_of_other_formats(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for way, name in (("to-hf", "tiny"), ("to-peft", "few")):
+        assert run_convert(way, runs / name, tmp_path / way) == 0
+        assert main(["generate", str(tmp_path / way), "--prompt", "a"]) == 2
+        assert f"`llmtrain convert {way.replace('to', 'from')}`" in capsys.readouterr().err
+    assert run_convert("from-hf", tmp_path / "to-hf", tmp_path / "base") == 0
+    assert main(["eval", str(tmp_path / "base")]) == 2
+    assert "was saved without held-out text" in capsys.readouterr().err
 
 
 ZERO = ["parallel.engine=deepspeed"]

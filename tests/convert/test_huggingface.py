@@ -195,6 +195,12 @@ def broken(folder: Path, how: str) -> None:
         config.write_text(json.dumps({**settings, "rope_parameters": {"rope_type": "yarn"}}))
     elif how == "unknown activation":
         config.write_text(json.dumps({**settings, "hidden_act": "gelu"}))
+    elif how == "other heads":
+        config.write_text(json.dumps({**settings, "num_key_value_heads": 3}))
+    elif how == "no length":
+        config.write_text(json.dumps({**settings, "max_position_embeddings": 0}))
+    elif how == "two heads":
+        config.write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     elif how == "missing tensor":
         save_file({k: v for k, v in weights.items() if "norm" not in k}, file)
     elif how == "extra tensor":
@@ -225,6 +231,9 @@ BROKEN = {
     "unknown architecture": "model_type is 'mamba'; llmtrain converts llama",
     "unknown rope": "rope_type 'yarn'",
     "unknown activation": "hidden_act 'gelu'",
+    "other heads": "config.json: model.n_kv_heads: 3 does not divide n_heads 4",
+    "no length": "config.json: model.max_seq_len: must be at least",
+    "two heads": "lm_head.weight is another matrix than model.embed_tokens.weight",
     "missing tensor": "has no tensor",
     "extra tensor": "model.layers.0.moe.gate",
     "wrong shape": "model.norm.weight is [5] where config.json calls for [48]",

@@ -135,6 +135,10 @@ def damaged(folder: Path, **changes: Any) -> None:
         ({}, {"target_modules": ["q_proj", "down_proj", "o_proj"]}, ["lacks", "o_proj.lora_A"]),
         ({}, {"peft_type": "IA3"}, ["peft_type IA3 is none of LORA"]),
         ({}, {"init_lora_weights": "pissa"}, ["init_lora_weights 'pissa' trains or changes"]),
+        ({}, {"r": None}, ["r None is not what peft writes there"]),
+        ({}, {"lora_alpha": -3}, ["lora_alpha -3 is not what peft writes there"]),
+        ({}, {"target_modules": "(("}, ["target_modules '((' is not what peft writes there"]),
+        ({}, {"rank_pattern": {"((": 5}}, ["rank_pattern {'((': 5} is not what peft"]),
     ],
 )
 def test_adapters_for_another_model(

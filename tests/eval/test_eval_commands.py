@@ -114,6 +114,8 @@ def test_generate_takes_several_prompts_and_ends_at_the_context(
         (["generate", "{run}", "--prompt", ""], "--prompt is empty"),
         (["generate", "{run}", "--prompt", "a", "--tokens", "0"], "--tokens"),
         (["eval", "{run}", "eval.sampels=2"], "samples"),
+        (["generate", "{run}", "--prompt", "a", "--temperature", "nan"], "--temperature must be"),
+        (["compare", "{run}", "{run}", "--out", __file__], "test_eval_commands.py is a file"),
     ],
 )
 def test_bad_input_is_one_sentence(

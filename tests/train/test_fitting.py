@@ -173,6 +173,9 @@ def test_moments_that_are_not_there_are_not_taken_over(
     assert f"init.path: {merged}" in err and "set init.optimizer=false" in err
     lion = [f"init.path={plain}", "init.optimizer=true", "optim.name=lion"]
     assert "the moments of adamw" in refused(tmp_path, corpus, capfd, *lion)
+    frozen = [f"init.path={plain}", "init.optimizer=true", "model.adapters.rank=2"]
+    err = refused(tmp_path, corpus, capfd, *frozen)
+    assert "set init.optimizer=false" in err and "trains in this run" in err
 
 
 def test_a_resumed_run_has_its_copies_and_asks_for_no_anchor(
