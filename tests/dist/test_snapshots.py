@@ -36,11 +36,13 @@ def test_killed_between_checkpoints_goes_on_from_the_last_step(
     ranks, memory = 2, tmp_path / "memory"
     memory.mkdir()
     monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
-    config = tiny_config(tmp_path, corpus, **CHANGES)
+    config = tiny_config(tmp_path, corpus, **CHANGES, hooks=[{"use": "helpers.hooks:Slow"}])
     assert Run(config, ["name=straight"], ranks).wait() == [0] * ranks
     assert list(memory.iterdir()) == []
     run = tmp_path / "runs" / "tiny"
+    monkeypatch.setenv("SLOW_SECONDS", "0.1")  # or it is over before it is seen
     first = Run(config, ranks=ranks)
+    monkeypatch.delenv("SLOW_SECONDS")
     end = time.monotonic() + 60
     while not list(memory.glob("*/rank-0-step-00000007*")):
         assert not first.over() and time.monotonic() < end, first.output.read_text()
