@@ -62,12 +62,15 @@ class Mirror:
         self, address: str, name: str, keep: int, wait: Callable[[float], None] = time.sleep
     ) -> None:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
 
         if "@" in address:
             raise EnvironmentFault(
                 "checkpoint.remote: the address holds a user or a password, which would end up in "
                 "logs and configs; give credentials by the environment"
             )
+        if not address.strip():
+            raise EnvironmentFault("checkpoint.remote: is empty; give an address, or null")
         try:
             self._fs, root = url_to_fs(address)
         except (ImportError, ValueError) as error:
@@ -75,6 +78,8 @@ class Mirror:
                 f"checkpoint.remote: {address.partition('://')[0]} addresses cannot be used "
                 f"({error}); install the fsspec package for them, such as s3fs or gcsfs"
             ) from error
+        if isinstance(self._fs, LocalFileSystem):  # a folder that other machines have too
+            self._fs.auto_mkdir = True
         self.address, self._keep, self._wait = address, keep, wait
         self._root = f"{root.rstrip('/')}/{name}"
         self._work: queue.Queue[tuple[Path, int] | None] = queue.Queue()
@@ -121,8 +126,7 @@ class Mirror:
                 return None
             temporary = store.begin(step)
             try:
-                self._download(step, temporary)
-                if not verify(temporary):
+                if self._download(step, temporary) and not verify(temporary):
                     with explain(f"{store.root} cannot take the copy of step {step}"):
                         store.publish(temporary, step)
                     return step
@@ -130,7 +134,8 @@ class Mirror:
                 store.discard(temporary)
         return None
 
-    def _download(self, step: int, target: Path) -> None:
+    def _download(self, step: int, target: Path) -> bool:
+        """Bring the files of a copy; returns whether all are there."""
         names = self._markers()[step]["files"]
         for name in [*names, CHECKSUMS]:
             if leads_out(name):
@@ -138,10 +143,16 @@ class Mirror:
                     f"{self.address}: {step_name(step)} names {name!r}; not a file"
                 )
             where = f"{self._root}/{step_name(step)}/{name}"
-            self._again(
-                f"{name} of step {step} cannot be read",
-                partial(self._fs.get_file, where, str(target / name)),
-            )
+            try:
+                self._again(
+                    f"{name} of step {step} cannot be read",
+                    partial(self._fs.get_file, where, str(target / name)),
+                )
+            except CheckpointError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    return False
+                raise
+        return True
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
@@ -220,8 +231,9 @@ class Mirror:
                     return None
 
             text = self._again(f"the marker of step {step} cannot be read", look)
-            if text is not None:
-                found[step] = json.loads(text)
+            marker = None if text is None else _marker(text)
+            if marker is not None:
+                found[step] = marker
         return found
 
     def _again(self, what: str, action: Callable[[], T]) -> T:
@@ -239,6 +251,17 @@ class Mirror:
             self._wait(pause * random.uniform(0.5, 1.0))
             pause *= 2
         raise AssertionError
+
+
+def _marker(text: bytes) -> dict[str, Any] | None:
+    """What ``COMPLETE`` says; None where it is not as we write it, as if it were not there."""
+    try:
+        marker = json.loads(text)
+        files, permanent = marker["files"], marker["permanent"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    whole = isinstance(files, list) and all(isinstance(name, str) for name in files)
+    return {"files": files, "permanent": bool(permanent)} if whole else None
 
 
 def _link(source: str, target: str) -> None:

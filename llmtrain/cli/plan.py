@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not 1 <= args.gpus <= MOST_PROCESSES:
         raise ConfigError(f"--gpus {args.gpus}: plans are for 1 to {MOST_PROCESSES:,} GPUs")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ConfigError(f"--price {args.price:g}: must be a number, 0 or more")
     cfg = load_config(args.config, list(args.overrides))
     machine = machine_named(
         args.gpu,

@@ -45,7 +45,7 @@ class SparsityConfig:
         choices=("random", "magnitude"),
     )
     masks: str | None = key(
-        None, "the first mask: of a checkpoint, or a file of `llmtrain sparsity`"
+        None, "the first mask: of a checkpoint, or a file of `llmtrain sparsity lottery`"
     )
     seed: int | None = key(None, "of random masks; null: the run's", ge=0, lt=2**63)
     until: Duration | None = key(
@@ -85,5 +85,8 @@ class LotteryConfig:
         lambda: dur("0.05dur"), "where each level begins again, with the weights of then", gt=0
     )
     points: int = key(
-        5, "places on the line between two levels where the loss is measured; 0: none", ge=0, le=99
+        5,
+        "places on the line between two levels where the loss is measured, at least 3; 0: none",
+        ge=0,
+        le=99,
     )

@@ -53,6 +53,7 @@ def density_sweep(
     Raises LlmtrainError for a checkpoint without held-out text, or what cannot be pruned so.
     """
     kind = parse_granularity(granularity, "--granularity")
+    kind.check_search("--granularity")
     if kind.m:
         densities = [kind.density(None, "--densities")]
     for density in densities:

@@ -90,6 +90,11 @@ def check(cfg: RunConfig) -> LotteryConfig:
         raise ConfigError(
             f"lottery.rewind: {cfg.lottery.rewind} is not inside the run; make it earlier"
         )
+    if cfg.lottery.points in (1, 2):
+        raise ConfigError(
+            f"lottery.points: {cfg.lottery.points} is too few; use 3 or more, ends included, or 0 "
+            "to measure none"
+        )
     return cfg.lottery
 
 
@@ -113,20 +118,27 @@ def _run(cfg: RunConfig, section: LotteryConfig, say: Say, world: World) -> list
             barrier = curve.barriers[MEAN]
         losses = {d.name: d.loss for d in domain_results(read_run(run))}
         found.append(Level(level, _density(folder, level), losses, barrier))
-        text = json.dumps([asdict(one) for one in found], indent=1) + "\n"
-        with explain(f"{folder / RESULT} cannot be written"):
-            (folder / RESULT).write_text(text, encoding="utf-8")
+        _write(folder / RESULT, json.dumps([asdict(one) for one in found], indent=1) + "\n")
     for line in lines(found):
         say(line)
     return found
 
 
 def _known(folder: Path) -> list[Level]:
-    """The levels that were measured before."""
-    file = folder / RESULT
-    if not file.exists():
+    """The levels that were measured before; none of a damaged file, they are measured again."""
+    try:
+        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return [Level(**row) for row in rows]
+    except (OSError, ValueError, TypeError):
         return []
-    return [Level(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _write(file: Path, text: str) -> None:
+    """A file that is whole or not there, wherever the command is killed."""
+    part = file.with_name(f"{file.name}.part")
+    with explain(f"{file} cannot be written"):
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
 
 
 def lines(found: list[Level]) -> list[str]:
@@ -142,15 +154,19 @@ def lines(found: list[Level]) -> list[str]:
 def _claim(cfg: RunConfig, folder: Path) -> None:
     """Make the folder these levels' own. Raises ConfigError where it is of other settings."""
     config = folder / "config.yaml"
+    with explain(f"{folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+        others = {path.name for path in folder.iterdir()} - {config.name, f"{config.name}.part"}
+    what = []
     if config.exists():
-        differs = diff_configs(load_config(config), cfg)
-        if differs or not (folder / "level-00").is_dir():
-            what = differs[0] if differs else "no lottery"
-            raise ConfigError(f"{folder} is there already ({what}); choose another name")
-        return
-    with explain(f"{folder} cannot be written"):
-        (folder / "level-00").mkdir(parents=True)
-        config.write_text(to_yaml(cfg), encoding="utf-8")
+        what = diff_configs(load_config(config), cfg)
+        # More levels go on where fewer have ended.
+        what = [text for text in what if not text.startswith("lottery.levels:")]
+    if others and not (config.exists() and (folder / "level-00").is_dir()):
+        what.append("no lottery")
+    if what:
+        raise ConfigError(f"{folder} is there already ({what[0]}); choose another name")
+    _write(config, to_yaml(cfg))
 
 
 def _folder(cfg: RunConfig, level: int) -> Path:

@@ -49,6 +49,7 @@ class Regrowth(StaticMask):
 
     _every = _end = 0
     _due = False
+    _changed = -1
 
     def on_run_start(self, trainer: Trainer) -> None:
         """Resolve the durations."""
@@ -77,8 +78,14 @@ class Regrowth(StaticMask):
         for name, param in masks.params.items():
             if param.grad is not None:
                 masks.zero_outside(name, param.grad)
+        if moved:
+            self._changed = step
         text = f"{self.cfg.method}: {moved:.1%} of the kept blocks moved"
         trainer.recorder.event(step, text, quiet=True)
+
+    def repeatable(self, trainer: Trainer) -> bool:
+        """Not in a step that has changed the mask: its forward pass was another function's."""
+        return self._changed != trainer.step_done
 
     def _change(self, trainer: Trainer, masks: Masks, share: float) -> float:
         """New masks; returns the share of kept blocks that are others now."""

@@ -92,6 +92,10 @@ class StaticMask(Hook):
         """Masks must fit the model and the layout."""
         model_cfg = resolve_model(cfg, plan.vocab_size)
         self._sparse = sparse_layers(model_cfg, self.cfg)
+        for name, layer in self._sparse.items():
+            layer.granularity.check(layer.shape, layer.density, name, self.double)
+            if self.cfg.choose == "magnitude":
+                layer.granularity.check_search("sparsity.granularity")
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg)
 

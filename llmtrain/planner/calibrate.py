@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llmtrain.errors import ConfigError
 from llmtrain.planner.forecast import Forecaster
@@ -23,21 +25,22 @@ def measured_rate(file: Path) -> float:
     Raises ConfigError naming the file where it holds no logged steps.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ConfigError(f"--calibrate {file}: {error.strerror}; name a metrics.jsonl") from error
-    rates = []
+    rates: list[Any] = []
     for line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed
         if isinstance(record, dict) and record.get("kind") == "step":
-            rates.append(float(record.get("tokens_per_second", 0.0)))
-    rates = [rate for rate in rates[_COLD:] or rates if rate > 0]
-    if not rates:
+            rates.append(record.get("tokens_per_second"))
+    usable = [rate for rate in rates[_COLD:] or rates if isinstance(rate, int | float)]
+    good = [float(rate) for rate in usable if 0 < rate < math.inf]
+    if not good:
         raise ConfigError(f"--calibrate {file}: holds no logged steps; name a run's metrics.jsonl")
-    return statistics.median(rates)
+    return statistics.median(good)
 
 
 def calibrated(forecaster: Forecaster, world: int, rate: float) -> Machine:
@@ -47,6 +50,8 @@ def calibrated(forecaster: Forecaster, world: int, rate: float) -> Machine:
     factor between 1/20 and 20 does it.
     """
     cfg, machine = forecaster.cfg, forecaster.machine
+    if world < 1:
+        raise ConfigError(f"--calibrate-gpus {world}: the measured run had 1 GPU or more")
     setting = forecaster.setting(cfg, world)
     blueprint = forecaster.blueprint(setting)
     wanted = cfg.train.global_batch_size * cfg.data.seq_len / rate

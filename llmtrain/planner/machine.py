@@ -8,6 +8,7 @@ free numbers, the same for all GPUs, and ``calibrate`` sets ``factor`` by a meas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from llmtrain.errors import ConfigError
@@ -102,8 +103,8 @@ def machine_named(
         ("peak", peak_tflops, 1e12),
     ):
         if value is not None:
-            if value <= 0:
-                raise ConfigError(f"--{key}: {value:g} must be above 0")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--{key}: {value:g} must be a number above 0")
             own[key] = value * scale
     if node is not None:
         if node < 1:

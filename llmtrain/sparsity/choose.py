@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.sparsity.granularity import Granularity
+from llmtrain.sparsity.granularity import LARGEST_TILE, Granularity
 
 # Keys drawn at a time: bounds the memory, and fixes the stream.
 CHUNK = 1 << 20
-# Tiles above this size are not searched for the best transposable pattern.
-LARGEST_TILE = 4
 
 
 def _keys(seed: int, name: str, width: int, start: int, stop: int) -> np.ndarray:

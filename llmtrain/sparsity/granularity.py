@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from llmtrain.errors import ConfigError
 
 _BLOCK, _NM = re.compile(r"([1-9]\d*)x([1-9]\d*)"), re.compile(r"([1-9]\d*):([1-9]\d*)(t?)")
+# Larger transposable tiles are not searched for the best pattern: 90 of 2:4, far too many of 4:8.
+LARGEST_TILE = 4
 # How far the density of a layer may be from what was asked for, since blocks are whole.
 NEAR = 0.01
 
@@ -57,10 +59,24 @@ class Granularity:
             )
         return own if wanted is None else wanted
 
-    def check(self, shape: tuple[int, int], density: float, layer: str) -> None:
-        """Raise ConfigError where a layer of ``shape`` (outputs, inputs) has no such mask."""
+    def check_search(self, where: str) -> None:
+        """Raise ConfigError where no mask can be chosen by magnitude. where: the key to name."""
+        if self.both and self.m > LARGEST_TILE:
+            raise ConfigError(
+                f"{where}: {self.text} cannot be chosen by magnitude: transposable tiles are "
+                f"searched up to {LARGEST_TILE} a side; take 2:4t or {self.text.removesuffix('t')}"
+            )
+
+    def check(
+        self, shape: tuple[int, int], density: float, layer: str, double: bool = False
+    ) -> None:
+        """Raise ConfigError where a layer of ``shape`` (outputs, inputs) has no such mask.
+
+        double: N:M is pruned to N of M outputs as well.
+        """
         if self.m:
-            sizes = (("outputs", shape[0]),) * self.both + (("inputs", shape[1]),)
+            outputs = self.both or double
+            sizes = (("outputs", shape[0]),) * outputs + (("inputs", shape[1]),)
             for what, size in sizes:
                 if size % self.m:
                     raise ConfigError(

@@ -38,19 +38,28 @@ def load_masks(path: Path) -> dict[str, Mask]:
             meta = file.metadata() or {}
             if meta.get("format") != FORMAT:
                 raise ConfigError(
-                    f"sparsity.masks: {path} is no file of masks; `llmtrain sparsity masks` writes "
-                    "them"
+                    f"sparsity.masks: {path} is no file of masks; `llmtrain sparsity lottery` "
+                    "writes them, or name a checkpoint of a sparse run"
                 )
             facts = json.loads(meta["masks"])
-            found = {}
-            for name, fact in facts.items():
-                shape, block = tuple(fact["shape"]), tuple(fact["block"])
-                across = -(-shape[1] // block[1])
-                kept = unpack_bits(file.get_tensor(name), across)
-                found[name] = Mask(kept, block, shape)
-            return found
+            return {name: _unpacked(file.get_tensor(name), **facts[name]) for name in facts}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"sparsity.masks: {path} cannot be read ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"sparsity.masks: {path} is damaged ({type(error).__name__}: {error}); make it anew"
+        ) from error
+
+
+def _unpacked(bits: Tensor, shape: list[int], block: list[int]) -> Mask:
+    """The mask of a matrix ``shape``. Raises ValueError or TypeError where bits are not of it."""
+    (rows, columns), (high, wide) = shape, block
+    if min(rows, columns, high, wide) < 1:
+        raise ValueError(f"a matrix {shape} in blocks {block}")
+    down, across = -(-rows // high), -(-columns // wide)
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (down, -(-across // 8)):
+        raise ValueError(f"bits {list(bits.shape)} of a matrix {shape} in blocks {block}")
+    return Mask(unpack_bits(bits, across), (high, wide), (rows, columns))
 
 
 def fit_masks(
@@ -64,6 +73,12 @@ def fit_masks(
     kept = {}
     for name, layer in sparse.items():
         if name not in found:
+            if not any(other in sparse for other in found):
+                raise ConfigError(
+                    f"sparsity.masks: {path} has masks of {next(iter(found), 'nothing')} ..., and "
+                    f"this model's layers are {name} ...; name a checkpoint of ours or a file of "
+                    "`llmtrain sparsity lottery` (masks beside exported weights are for others)"
+                )
             raise ConfigError(
                 f"sparsity.masks: {path} has no mask of {name}; leave the layer dense with "
                 f"sparsity.rules: [{{layers: [{name}], density: 1}}]"

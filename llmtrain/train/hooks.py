@@ -67,6 +67,13 @@ class Hook:
     def after_backward(self, trainer: Trainer) -> None:
         """When the gradients are complete and reduced, before norm, clipping and update."""
 
+    def repeatable(self, trainer: Trainer) -> bool:
+        """Whether forward and backward of this step, made again now, would give the same result.
+
+        Asked after ``after_backward`` of a suspicious step (``guard.replay``), for all ranks alike.
+        """
+        return True
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After the optimizer's update (or the skip of it)."""
 

@@ -189,3 +189,23 @@ def test_a_disk_that_fills_up_keeps_the_newest_good_one(
         checkpoints.save(6, state(6))
     left = sorted(int(path.name[5:]) for path in root.glob("step-*"))
     assert left == [1, 5, 6]
+
+
+def test_a_folder_takes_copies_and_a_marker_that_is_not_ours_counts_for_nothing(
+    tmp_path: Path,
+) -> None:
+    copies = Mirror(f"{tmp_path}/remote", "tiny", 5, [].append)
+    for step, path in enumerate(saved(tmp_path / "a", range(1, 4)), 1):
+        copies.push(path, step)
+    assert [one.problem for one in copies.finish()] == [None] * 3
+    last = tmp_path / "remote" / "tiny" / "step-00000003"
+    for text in ("", "{", "[]", "{}", '{"files": 3, "permanent": true}'):
+        (last / COMPLETE).write_text(text)
+        assert copies.steps() == [1, 2]
+    (last / COMPLETE).write_text('{"files": ["gone"], "permanent": true}')
+    store = Store(tmp_path / "b")
+    store.open()
+    assert copies.bring_home(store) == 2
+    store.close()
+    with pytest.raises(EnvironmentFault, match="is empty"):
+        Mirror(" ", "tiny", 5)

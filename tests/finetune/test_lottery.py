@@ -11,6 +11,7 @@ from helpers.tiny import make_corpus, records, tiny_config
 from safetensors.torch import load_file
 
 from llmtrain.cli.main import main
+from llmtrain.errors import ConfigError
 from llmtrain.eval.checkpoint import evaluate_checkpoint
 from llmtrain.eval.pruned import Pruned, density_sweep, essential
 from llmtrain.sparsity.storage import load_masks
@@ -141,3 +142,21 @@ def test_essential_is_the_lowest_density_before_the_loss_rises() -> None:
     losses = {1.0: 2.0, 0.5: 2.01, 0.4: 2.03, 0.3: 2.0}
     found = [Pruned(density, {"a": loss}) for density, loss in losses.items()]
     assert essential(found) == 0.5
+
+
+def test_a_torn_table_is_measured_again_and_a_folder_of_something_else_is_left_alone(
+    file: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = (folder / "lottery.json").read_text()
+    (folder / "lottery.json").write_text(table[:-20])
+    assert main(["sparsity", "lottery", str(file)]) == 0
+    assert (folder / "lottery.json").read_text() == table
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other" / "config.yaml.part").touch()  # killed before anything else
+    (folder.parent / "other" / "level-00").mkdir()
+    assert main(["sparsity", "lottery", str(file), "name=other"]) == 2
+    assert "no lottery" in capsys.readouterr().err
+    assert main(["sparsity", "lottery", str(file), "lottery.points=2"]) == 2
+    assert "lottery.points: 2 is too few" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--granularity: 4:8t cannot be chosen by magnitude"):
+        density_sweep(folder / "level-00", [0.5], "4:8t")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -51,3 +53,20 @@ class ZeroOutside(Hook):
             state = module.optimizer.state[layer.weight]
             for value in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
                 assert bool((value[outside] == 0).all()), name
+
+
+class LossNotFinite(Hook):
+    """The loss of some steps is no number, whenever they are computed; gradients are."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_run_start(self, trainer: Any) -> None:
+        inner = trainer.module.forward_backward
+
+        def forward_backward(*given: Any) -> Any:
+            sums = inner(*given)
+            bad = trainer.step_done + 1 in self.steps
+            return replace(sums, loss=sums.loss * float("nan")) if bad else sums
+
+        trainer.module.forward_backward = forward_backward

@@ -381,3 +381,29 @@ def test_sparse_products_that_cannot_run_are_refused(
     section = "sparsity={density: 0.25, products: sparse}"
     assert main(["train", str(path), section, "train.compile=true"]) == 2
     assert "sparsity.products: sparse: train.compile does not know them" in capsys.readouterr().err
+
+
+def test_a_step_that_changed_the_mask_is_judged_and_not_made_again(
+    tmp_path: Path, corpus: Path
+) -> None:
+    hook = "hooks=[{use: 'helpers.hooks:LossNotFinite', args: {steps: [3, 4]}}]"
+    where = run(tmp_path, corpus, RIGL, hook, "guard.nonfinite=skip")
+    texts = {e["step"]: e["text"] for e in records(where, "event") if "suspicious" in e["text"]}
+    assert "not made again" in texts[3]
+    assert "not transient" in texts[4]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{granularity: '4:8t', choose: magnitude}", "sparsity.granularity: 4:8t cannot be chosen"),
+        ("{method: slope, granularity: '8:16'}", "does not divide the 56 outputs of"),
+    ],
+)
+def test_masks_that_cannot_be_made_are_refused_before_the_run_begins(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    shape = ["model.d_model=48", "model.n_heads=12", "model.n_kv_heads=1"]
+    assert main(["train", str(config(tmp_path, corpus)), *shape, f"sparsity={text}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -188,12 +189,14 @@ def test_where_nothing_fits_the_leanest_says_by_how_much() -> None:
 def test_a_measured_run_is_forecast_exactly(tmp_path: Path) -> None:
     cfg = small_run(**SMALL)
     file = tmp_path / "metrics.jsonl"
-    rates = [3.0, 50.0, 900e3, 1.1e6, 1e6]
+    rates = [3.0, 50.0, 900e3, 1.1e6, 1e6, None, "x", math.inf]
     lines = [json.dumps({"kind": "step", "tokens_per_second": rate}) for rate in rates]
-    file.write_text("\n".join([*lines, '{"kind": "eval"}', '{"kind": "st']), encoding="utf-8")
+    file.write_bytes("\n".join([*lines, '{"kind": "eval"}', '{"kind": "st']).encode() + b"\xff")
     assert measured_rate(file) == 1e6
     machine = calibrated(forecaster_of(cfg), 4, 1e6)
     assert forecaster_of(cfg, machine).forecast(cfg, 4).tokens_per_second == pytest.approx(1e6)
+    with pytest.raises(ConfigError, match="--calibrate-gpus 0: "):
+        calibrated(forecaster_of(cfg), 0, 1e6)
     with pytest.raises(ConfigError, match="check --gpu"):
         calibrated(forecaster_of(cfg), 4, 1.0)
     file.write_text("", encoding="utf-8")
@@ -233,5 +236,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--calibrate-gpus" in capsys.readouterr().err
     assert main([*plan, *measured, "--calibrate-gpus", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["tokens_per_second"] == pytest.approx(2e6)
+    for option, value in (("--price", "nan"), ("--price", "-1"), ("--network", "nan")):
+        assert main([*plan, option, value]) == 2
+        assert f"{option}" in capsys.readouterr().err
     assert main([*plan[:-1], "z80"]) == 2
     assert "choose from a100" in capsys.readouterr().err

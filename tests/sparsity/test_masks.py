@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sparsity import SparsityConfig, SparsityRule
@@ -27,7 +29,7 @@ from llmtrain.sparsity import (
     sparse_layers,
     unpack_bits,
 )
-from llmtrain.sparsity.storage import fit_masks, load_masks, write_masks
+from llmtrain.sparsity.storage import FORMAT, fit_masks, load_masks, write_masks
 
 MODEL = complete(ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48), None, 8)
 
@@ -213,3 +215,14 @@ def test_files_of_masks_round_trip_and_say_what_does_not_fit(tmp_path: Path) -> 
     (tmp_path / "junk").write_text("junk")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_masks(tmp_path / "junk")
+    good = {"shape": [4, 9], "block": [1, 1]}
+    for facts, bits in (
+        ("{", torch.zeros(4, 2, dtype=torch.uint8)),
+        (json.dumps({"w": {"shape": [4, 9]}}), torch.zeros(4, 2, dtype=torch.uint8)),
+        (json.dumps({"w": {**good, "block": [0, 1]}}), torch.zeros(4, 2, dtype=torch.uint8)),
+        (json.dumps({"w": good}), torch.zeros(4, 1, dtype=torch.uint8)),
+        (json.dumps({"w": good}), torch.zeros(4, 2)),
+    ):
+        save_file({"w": bits}, file, {"format": FORMAT, "masks": facts})
+        with pytest.raises(ConfigError, match=r"masks.* is damaged"):
+            load_masks(file)
