@@ -117,13 +117,17 @@ class Mirror:
     def bring_home(self, store: Store) -> int | None:
         """Publish the newest copy that is good in ``store``, if it is newer than what is there.
 
-        Returns its step, None when there is nothing newer. Raises CheckpointError when the copies
-        cannot be read.
+        Passed over are copies of another beginning of the run than what is there, one that was
+        given up by ``resume: never``. Returns its step, None when there is nothing newer. Raises
+        CheckpointError when the copies cannot be read.
         """
-        local = max((c.step for c in scan(store.root) if c.problem is None), default=-1)
-        for step in reversed(self.steps()):
+        good = [c for c in scan(store.root) if c.problem is None]
+        local = good[-1].step if good else -1
+        for step, marker in sorted(self._markers().items(), reverse=True):
             if step <= local:
                 return None
+            if good and marker["life"] != _life(good[-1].path):
+                continue
             temporary = store.begin(step)
             try:
                 if self._download(step, temporary) and not verify(temporary):
@@ -179,6 +183,7 @@ class Mirror:
             "files": sorted(sums),
             "checksums": hash_file(source / CHECKSUMS),
             "permanent": bool(meta.get("permanent", False)),
+            "life": meta.get("life"),
         }
         self._again(
             what, lambda: self._fs.pipe_file(f"{folder}/{COMPLETE}", json.dumps(marker).encode())
@@ -253,6 +258,12 @@ class Mirror:
         raise AssertionError
 
 
+def _life(path: Path) -> str | None:
+    """Which beginning of the run a checkpoint is of."""
+    found: str | None = json.loads((path / "meta.json").read_bytes()).get("life")
+    return found
+
+
 def _marker(text: bytes) -> dict[str, Any] | None:
     """What ``COMPLETE`` says; None where it is not as we write it, as if it were not there."""
     try:
@@ -261,7 +272,8 @@ def _marker(text: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     whole = isinstance(files, list) and all(isinstance(name, str) for name in files)
-    return {"files": files, "permanent": bool(permanent)} if whole else None
+    life = marker.get("life")
+    return {"files": files, "permanent": bool(permanent), "life": life} if whole else None
 
 
 def _link(source: str, target: str) -> None:

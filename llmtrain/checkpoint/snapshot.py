@@ -35,7 +35,12 @@ class Snapshots:
     run: the run's folder. ranks: all of the run. course: what must be the same for a snapshot to
     be of use (layout, batch, data); anything that JSON can say. memory: instead of /dev/shm. Raises
     CheckpointError where that folder cannot be made.
+
+    life: which beginning of the run snapshots are of and must be of: a node may hold some of a run
+    that was deleted and begun anew on others.
     """
+
+    life: str | None = None
 
     def __init__(
         self, run: Path, ranks: Ranks, course: Mapping[str, Any], memory: Path | None = None
@@ -66,7 +71,7 @@ class Snapshots:
         extra: JSON values. Raises CheckpointError when the memory is full.
         """
         local = {name: _local(value).cpu().contiguous() for name, value in tensors.items()}
-        facts = {"course": self._course, "extra": json.dumps(extra)}
+        facts = {"course": self._course, "life": str(self.life), "extra": json.dumps(extra)}
         final = self._file(step)
         beside = final.with_suffix(".tmp")
         try:
@@ -135,7 +140,8 @@ class Snapshots:
     def _fits(self, step: int) -> bool:
         try:
             with safe_open(self._file(step), "pt") as file:
-                return bool(file.metadata()["course"] == self._course)
+                facts = file.metadata()
+                return (facts["course"], facts["life"]) == (self._course, str(self.life))
         except (OSError, SafetensorError, KeyError, TypeError):
             return False
 

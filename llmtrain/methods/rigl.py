@@ -69,15 +69,14 @@ class Regrowth(StaticMask):
     def after_backward(self, trainer: Trainer) -> None:
         """Change the mask; the gradients of this step are those of the new one."""
         if not self._due:
+            super().after_backward(trainer)
             return
         masks, step, self._due = self.make(trainer), trainer.step_done, False
         share = replaced_share(self.cfg.fraction, step, self._end)
         moved = self._change(trainer, masks, share)
         masks.install(self.seed(trainer))
         self.zero(trainer, masks.layers)
-        for name, param in masks.params.items():
-            if param.grad is not None:
-                masks.zero_outside(name, param.grad)
+        self.mask_gradients(masks)
         if moved:
             self._changed = step
         text = f"{self.cfg.method}: {moved:.1%} of the kept blocks moved"

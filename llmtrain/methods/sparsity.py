@@ -127,8 +127,11 @@ class StaticMask(Hook):
 
     def _given(self, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
         """The masks that ``sparsity.masks`` names: of a file, or of a checkpoint."""
-        path = Path(self.cfg.masks or "")
-        found = checkpoint_masks(path) if path.is_dir() else load_masks(path)
+        path = Path(self.cfg.masks or "").expanduser()
+        try:
+            found = checkpoint_masks(path) if path.is_dir() else load_masks(path)
+        except CheckpointError as error:
+            raise ConfigError(f"sparsity.masks: {error}") from error
         return fit_masks(found, sparse, path)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:
@@ -161,6 +164,17 @@ class StaticMask(Hook):
         self.masks.zero_state(trainer.module.optimizer, names)
         trainer.module.weights_changed()
 
+    def after_backward(self, trainer: Trainer) -> None:
+        """A penalty pulls at every weight; what is pruned stays where it is."""
+        if trainer.cfg.penalty is not None and not self.dropped:
+            self.mask_gradients(self.make(trainer))
+
+    def mask_gradients(self, masks: Masks) -> None:
+        """Gradients become zero outside the masks."""
+        for name, param in masks.params.items():
+            if param.grad is not None:
+                masks.zero_outside(name, param.grad)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Drop the masks when it is time."""
         if not self.dropped and self._until is not None and result.step >= self._until:
@@ -169,6 +183,8 @@ class StaticMask(Hook):
     def drop(self, trainer: Trainer) -> None:
         """Dense layers from here on."""
         assert self.masks is not None
+        # An average may have written beyond the masks: the dense part starts from zeros there.
+        self.zero(trainer, self.masks.layers)
         self.masks.remove()
         self.dropped = True
         self.count_flops(trainer, trainer.step_done)

@@ -211,8 +211,12 @@ class Recorder:
         if copied.problem is None:
             self.event(step, f"step {copied.step} copied in {copied.seconds:.1f} s", quiet=True)
         else:
-            self.console.warn(copied.problem)
-            self.event(step, copied.problem, quiet=True)
+            self.trouble(step, copied.problem)
+
+    def trouble(self, step: int, text: str) -> None:
+        """Warn of what went wrong and does not stop the run, and record it."""
+        self.console.warn(text)
+        self.event(step, text, quiet=True)
 
     def close(self) -> None:
         """Close the loggers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ class ResumePoint:
     step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
     newer checkpoints that were passed over. chosen: the user named it, it is not simply the newest
     one of this run. snapshot: ``step`` is that of a snapshot in memory; the checkpoint at ``path``
-    is older.
+    is older. life: which beginning of the run the checkpoint is of.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class ResumePoint:
     skipped: list[str]
     chosen: bool = False
     snapshot: bool = False
+    life: str | None = None
 
 
 class Saver:
@@ -54,6 +56,7 @@ class Saver:
         self._last: int | None = None
         self.left_out: LeftOut | None = None
         self._origin: str | None = None
+        self._life: str | None = None
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
         self.mirror: Mirror | None = None
@@ -74,6 +77,7 @@ class Saver:
             "samples": samples,
             "tokens": samples * self.cfg.data.seq_len,
             "origin": self._origin,
+            "life": self._life,
             "versions": {"llmtrain": llmtrain.__version__, "python": platform.python_version()},
         }
         files: dict[str, str | bytes] = {
@@ -88,10 +92,14 @@ class Saver:
         self.checkpointer.save(step, tensors, files, meta=meta, permanent=permanent)
         self._last, self.has_any = step, True
 
-    def snap(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
-        """Snapshot after update ``step``. Raises CheckpointError when memory is full."""
+    def snap(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> str | None:
+        """Snapshot after update ``step``. Returns why there is none on this rank, else None."""
         assert self.snapshots is not None
-        self.snapshots.save(step, tensors, {**extra, "origin": self._origin})
+        try:
+            self.snapshots.save(step, tensors, {**extra, "origin": self._origin})
+        except CheckpointError as error:  # a snapshot is never worth the run
+            return str(error)
+        return None
 
     def close(self) -> None:
         """Give the memory of snapshots back: the run ends as it should."""
@@ -147,8 +155,11 @@ class Saver:
         if self.cfg.checkpoint.remote is not None and self.cfg.checkpoint.resume != "never":
             self._bring_home()
         resume, chosen = self._resolve()
-        if self.snapshots is not None and (resume.path is None or chosen):
-            self.snapshots.clear()  # of another course
+        if resume.path is None or chosen:
+            self._life = Ranks(self.world.cpu_group).on_main(lambda: secrets.token_hex(8))
+            if self.snapshots is not None:
+                self.snapshots.clear()  # of another course
+                self.snapshots.life = self._life
         if resume.path is None:
             if resume.skipped:
                 raise CheckpointError(
@@ -158,7 +169,10 @@ class Saver:
             return None
         point = resume_point(self.cfg, self.plan, resume.path, resume.skipped, chosen)
         self._last, self.has_any = point.step, True
-        return point if chosen else self._newer_snapshot(point)
+        if chosen:
+            return point
+        self._life = point.life
+        return self._newer_snapshot(point)
 
     def _bring_home(self) -> None:
         # Only the main rank has one, and only there it is used.
@@ -167,8 +181,11 @@ class Saver:
 
     def _newer_snapshot(self, point: ResumePoint) -> ResumePoint:
         """``point``, or a snapshot that is further on the same course."""
-        step = None if self.snapshots is None else self.snapshots.newest()
-        if self.snapshots is None or step is None or step <= point.step:
+        if self.snapshots is None:
+            return point
+        self.snapshots.life = self._life
+        step = self.snapshots.newest()
+        if step is None or step <= point.step:
             return point
         samples = step * self.cfg.train.global_batch_size
         extra = self.snapshots.extra(step)
@@ -224,4 +241,5 @@ def resume_point(
     config = yaml.safe_load(files.get("config.yaml", b"")) or {}
     check_adapters_alike(path, config.get("model") or {}, cfg.model)
     plan.check_resume(json.loads(files["data.json"]), samples)
-    return ResumePoint(path, step, samples, json.loads(files["extra.json"]), skipped, chosen)
+    extra, life = json.loads(files["extra.json"]), meta.get("life")
+    return ResumePoint(path, step, samples, extra, skipped, chosen, life=life)

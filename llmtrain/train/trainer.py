@@ -212,7 +212,9 @@ class Trainer:
         for hook in self.hooks:
             hook.on_checkpoint(self)
         tensors = self.module.tensors() | self.hook_tensors()
-        self.saver.snap(self.step_done, tensors, self.state_dict())
+        problem = self.saver.snap(self.step_done, tensors, self.state_dict())
+        if problem is not None:
+            self.recorder.trouble(self.step_done, problem)
         self.recorder.resume()
 
     def hook_tensors(self) -> dict[str, Tensor]:

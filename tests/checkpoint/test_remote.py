@@ -209,3 +209,18 @@ def test_a_folder_takes_copies_and_a_marker_that_is_not_ours_counts_for_nothing(
     store.close()
     with pytest.raises(EnvironmentFault, match="is empty"):
         Mirror(" ", "tiny", 5)
+
+
+def test_copies_of_a_beginning_that_was_given_up_do_not_come_home(
+    tmp_path: Path, corpus: Path
+) -> None:
+    changes = {"eval__every": None, "eval__samples": 2, "checkpoint__every": "1step"}
+    config = tiny_config(tmp_path, corpus, **changes, checkpoint__remote=f"{tmp_path}/remote")
+    assert main(["train", str(config), "train.duration=3step"]) == 0
+    again = ["train", str(config), "train.duration=3step", "optim.lr=1e-3"]
+    stop = "hooks=[{use: 'helpers.hooks:Stop', args: {at: 3}}]"
+    assert main([*again, "checkpoint.resume=never", "checkpoint.asynchronous=false", stop]) == 130
+    assert main(again) == 0
+    run = tmp_path / "runs" / "tiny"
+    (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
+    assert event["text"] != "resumed from step-00000003"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from helpers.tiny import make_corpus, records, tiny_config
 from llmtrain.checkpoint import snapshot
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.snapshot import Snapshots
+from llmtrain.cli.main import main
 from llmtrain.errors import CheckpointError
 
 STEPS = 12
@@ -34,11 +36,13 @@ def test_killed_between_checkpoints_goes_on_from_the_last_step(
     ranks, memory = 2, tmp_path / "memory"
     memory.mkdir()
     monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
-    config = tiny_config(tmp_path, corpus, **CHANGES)
+    config = tiny_config(tmp_path, corpus, **CHANGES, hooks=[{"use": "helpers.hooks:Slow"}])
     assert Run(config, ["name=straight"], ranks).wait() == [0] * ranks
     assert list(memory.iterdir()) == []
     run = tmp_path / "runs" / "tiny"
+    monkeypatch.setenv("SLOW_SECONDS", "0.1")  # or it is over before it is seen
     first = Run(config, ranks=ranks)
+    monkeypatch.delenv("SLOW_SECONDS")
     end = time.monotonic() + 60
     while not list(memory.glob("*/rank-0-step-00000007*")):
         assert not first.over() and time.monotonic() < end, first.output.read_text()
@@ -74,3 +78,31 @@ def test_only_whole_snapshots_of_the_same_course_count(tmp_path: Path) -> None:
         kept.load(4, {"model.v": torch.zeros(3, 2)})
     kept.clear()
     assert not kept.folder.exists()
+
+
+def test_snapshots_of_a_run_that_was_deleted_are_not_of_the_one_begun_anew(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
+    changes = CHANGES | {"train__duration": "6step", "checkpoint__every": "2step"}
+    config, run = tiny_config(tmp_path, corpus, **changes), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 6}}]"]) == 130
+    assert list(memory.glob("*/*step-00000005*"))
+    (kept,) = memory.iterdir()
+    kept.rename(tmp_path / "aside")  # on the nodes of the first time
+    shutil.rmtree(run)
+    assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 4}}]"]) == 130
+    shutil.rmtree(kept)
+    (tmp_path / "aside").rename(kept)
+    monkeypatch.setattr(snapshot, "save_file", full)
+    assert main(["train", str(config)]) == 0
+    (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
+    assert event["text"] == "resumed from step-00000002"
+    assert "was not written" in capsys.readouterr().err
+    assert list(memory.iterdir()) == []
+
+
+def full(*given: Any) -> None:
+    raise OSError(28, "No space left on device")

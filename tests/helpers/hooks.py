@@ -70,3 +70,14 @@ class LossNotFinite(Hook):
             return replace(sums, loss=sums.loss * float("nan")) if bad else sums
 
         trainer.module.forward_backward = forward_backward
+
+
+class Stop(Hook):
+    """The run is interrupted in the middle of a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def after_step(self, trainer: Any, result: Any) -> None:
+        if result.step == self.at:
+            raise KeyboardInterrupt

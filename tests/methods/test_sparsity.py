@@ -344,6 +344,7 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
         (["sparsity={density: 0.5}", "parallel.engine=deepspeed"], "deepspeed"),
         (["sparsity={density: 0.5}", "model.adapters={base: int8}"], "model.adapters.base packs"),
         (["sparsity={density: 0.5, masks: nowhere}"], "nowhere cannot be read"),
+        (["sparsity={density: 0.5, masks: docs}"], "sparsity.masks: docs holds no checkpoint"),
         (["sparsity={granularity: 16x16, density: 0.3}"], "cannot be met by the 8 blocks"),
     ],
 )
@@ -407,3 +408,17 @@ def test_masks_that_cannot_be_made_are_refused_before_the_run_begins(
     assert main(["train", str(config(tmp_path, corpus)), *shape, f"sparsity={text}"]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_penalty_does_not_reach_beyond_the_mask(tmp_path: Path, corpus: Path) -> None:
+    run(tmp_path, corpus, STATIC, "penalty={kind: l2, strength: 1.0}", ZERO, "train.duration=2step")
+
+
+def test_the_dense_part_of_an_averaged_run_starts_from_zeros(tmp_path: Path, corpus: Path) -> None:
+    text = "sparsity={density: 0.25, until: 4step}"
+    where = run(
+        tmp_path, corpus, text, "average={method: sfa, every: 2step}", "train.duration=5step"
+    )
+    weights = tensors(where, 4)
+    for name, mask in kept(where, 3).items():
+        assert not weights[f"model.{name}.weight"][~mask].any()
