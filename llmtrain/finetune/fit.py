@@ -57,7 +57,8 @@ def check_fit(sequence: Sequence, world: int | None = None) -> None:
         _check_same(sequence, i, models)
         _check_tokenizer(i, plans)
     if first.begins is not None:
-        _check_begin(first, models[0], plans[0])
+        merges = sequence.section.method in (*INTERPOLATING, *EXPERTS)
+        _check_begin(first, models[0], plans[0], merges)
 
 
 def _begin_key(first: Stage) -> str:
@@ -136,8 +137,11 @@ def _check_tokenizer(index: int, plans: list[DataPlan]) -> None:
         )
 
 
-def _check_begin(first: Stage, model: ModelConfig, plan: DataPlan) -> None:
-    """The model that the sequence begins with has the tasks' shapes and tokenizer."""
+def _check_begin(first: Stage, model: ModelConfig, plan: DataPlan, merges: bool) -> None:
+    """The model that the sequence begins with has the tasks' shapes and tokenizer.
+
+    merges: it is merged with those of the tasks, so it needs their adapters too.
+    """
     assert first.begins is not None
     key = _begin_key(first)
     try:
@@ -156,6 +160,11 @@ def _check_begin(first: Stage, model: ModelConfig, plan: DataPlan) -> None:
     wanted = _shapes(model)
     for name in sorted(wanted.keys() | {n for n in stored if n.startswith(MODEL_PREFIX)}):
         has, needs = stored.get(name), wanted.get(name)
+        if has is None and ADAPTER in name and merges:
+            raise ConfigError(
+                f"{key}: {path} has no adapters, and continual.method merges it with tasks that "
+                "have (model.adapters); use sequential, sfa, ema, latest, l2 or ewc, or no adapters"
+            )
         if has == needs or (has is None and ADAPTER in name):
             continue
         raise ConfigError(

@@ -83,6 +83,15 @@ def test_resume_is_exact(runs: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_run_that_holds_its_base_goes_on_holding_it(runs: Path) -> None:
+    """Its own earlier checkpoint, which it will prune, is no base."""
+    config = next(runs.parent.glob("*.yaml"))
+    words = [*ADAPTED, "name=whole", f"checkpoint.resume={runs}/all/checkpoints/step-00000002"]
+    assert main(["train", str(config), *words]) == 0
+    last = runs / "whole/checkpoints/step-00000004"
+    assert not (last / "base.json").exists() and "model.embedding.weight" in read_own_layout(last)
+
+
 def on_rank(rank: int, config: str, words: list[str]) -> int:
     return train(load_config(config, words), init_world("cpu"))
 

@@ -508,9 +508,13 @@ def test_a_later_task_that_does_not_fit_stops_the_sequence_before_it_begins(
         (["model.d_model=64"], "does not fit the config's model: "),
         (["model.n_layers=3"], "is missing there and"),
         (["model.d_head=4", "model.n_heads=8", "model.n_kv_heads=4"], "model.n_heads 4 and"),
+        (
+            ["model.adapters.rank=2", "continual.method=wise-ft"],
+            "has no adapters, and continual.method",
+        ),
         ([], "was trained with another tokenizer"),
     ],
-    ids=["width", "depth", "heads", "tokenizer"],
+    ids=["width", "depth", "heads", "adapters", "tokenizer"],
 )
 def test_a_refused_beginning_leaves_the_folder_free(
     tmp_path: Path,

@@ -168,7 +168,9 @@ def adapted(**changes: Any) -> Case:
 
 
 ALL = adapted()
-DORA = adapted(kind="dora", rank_pattern={"v": 2}, alpha_pattern={"up": 3.0})
+# Rows of q and gate are not adapted, and a shard of FSDP2 begins within the pattern of q, k and v.
+SOME = ["k", "v", "out", "up", "down"]
+DORA = adapted(kind="dora", targets=SOME, rank_pattern={"v": 2}, alpha_pattern={"up": 3.0})
 LAYOUTS: dict[str, tuple[int, dict[str, Any], Case]] = {
     "DP2": (2, {"replicate": 2}, ALL),
     "FSDP2": (2, {}, ALL),
