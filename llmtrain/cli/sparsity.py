@@ -8,7 +8,6 @@ from pathlib import Path
 from llmtrain.cli.process import prepare_process
 
 HELP = "lottery tickets, and one-shot pruning of a trained model"
-DENSITIES = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sweep.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     sweep.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     sweep.add_argument(
-        "--densities", default=DENSITIES, help=f"kept shares, by commas (default: {DENSITIES})"
+        "--densities", help="kept shares, by commas (default: 0.9 down to 0.1; of N:M its own)"
     )
     sweep.add_argument(
         "--granularity", default="unstructured", help="unstructured, 4x4, 2:4 ... (as in sparsity)"
@@ -53,8 +52,10 @@ def _lottery(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from llmtrain.errors import ConfigError
 
+    given, densities = args.densities, None
     try:
-        densities = [float(text) for text in args.densities.split(",")]
+        if given is not None:
+            densities = [float(text) for text in given.split(",")]
     except ValueError as error:
         raise ConfigError(f"--densities: {error}; write shares such as 0.5,0.25") from error
     prepare_process()

@@ -22,6 +22,7 @@ from llmtrain.parallel import Degrees, Layout, World
 from llmtrain.parallel.world import pick_device
 from llmtrain.sparsity import best_kept, block_scores, parse_granularity
 
+DENSITIES = tuple(i / 10 for i in range(9, 0, -1))
 # A rise of the mean loss up to this share counts as none.
 NEARLY = 0.01
 
@@ -41,24 +42,25 @@ class Pruned:
 
 def density_sweep(
     path: Path,
-    densities: Sequence[float],
+    densities: Sequence[float] | None = None,
     granularity: str = "unstructured",
     *,
     overrides: Sequence[str] = (),
     device: str = "auto",
 ) -> list[Pruned]:
     """Held-out losses of a checkpoint's model whole, and with the largest magnitudes of every
-    hidden layer kept at each of ``densities``; N:M has one density, its own.
+    hidden layer kept at each of ``densities`` (None: 0.9 down to 0.1); N:M has its own alone.
 
     Raises LlmtrainError for a checkpoint without held-out text, or what cannot be pruned so.
     """
     kind = parse_granularity(granularity, "--granularity")
     kind.check_search("--granularity")
-    if kind.m:
-        densities = [kind.density(None, "--densities")]
+    if densities is None:
+        densities = [kind.density(None, "--densities")] if kind.m else DENSITIES
     for density in densities:
         if not 0.0 <= density <= 1.0:
             raise ConfigError(f"--densities: {density:g} is not between 0 and 1")
+        kind.density(density, "--densities")
     place = pick_device(device, 0)
     trained = load_trained(path, place, overrides)
     sets, cfg = heldout_sets(trained.cfg), trained.cfg

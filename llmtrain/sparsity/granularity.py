@@ -55,7 +55,7 @@ class Granularity:
         if wanted is not None and wanted not in (own, 1.0):
             raise ConfigError(
                 f"{where}: {wanted:g} cannot be met by {self.text}, whose density is {own:g}; "
-                "leave it null, or choose another granularity"
+                "leave it out, or choose another granularity"
             )
         return own if wanted is None else wanted
 

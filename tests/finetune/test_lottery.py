@@ -132,6 +132,8 @@ def test_a_sweep_of_densities(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["sparsity", "sweep", str(run), "--granularity", "2:4"]) == 0
     out = capsys.readouterr().out
     assert "essential sparsity" in out and out.count("\n") == 4
+    assert main(["sparsity", "sweep", str(run), "--granularity=2:4", "--densities=0.3"]) == 2
+    assert "--densities: 0.3 cannot be met by 2:4" in capsys.readouterr().err
     assert main(["sparsity", "sweep", str(run), "--densities", "0.5,x"]) == 2
     assert "--densities" in capsys.readouterr().err
     assert main(["sparsity", "sweep", str(run), "--densities", "1.5"]) == 2
