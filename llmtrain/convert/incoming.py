@@ -250,10 +250,8 @@ def _run_of(model: ModelConfig) -> RunConfig:
     return replace(run, model=model, data=data)
 
 
-def _our_files(
-    cfg: ModelConfig, source: dict[str, Any], layout: dict[str, TensorLayout], name: str
-) -> dict[str, bytes]:
-    run = replace(_run_of(cfg), name=name)
+def meta_text(source: dict[str, Any]) -> str:
+    """What a converted checkpoint's meta file says. source: what it was converted from."""
     meta = {
         "step": 0,
         "tokens": 0,
@@ -264,9 +262,16 @@ def _our_files(
         "llmtrain": llmtrain.__version__,
         "converted_from": source,
     }
+    return json.dumps(meta, indent=1)
+
+
+def _our_files(
+    cfg: ModelConfig, source: dict[str, Any], layout: dict[str, TensorLayout], name: str
+) -> dict[str, bytes]:
+    run = replace(_run_of(cfg), name=name)
     return {
         "config.yaml": to_yaml(run).encode(),
         "data.json": json.dumps({"vocab_size": cfg.vocab_size}).encode(),
-        META: json.dumps(meta, indent=1).encode(),
+        META: meta_text(source).encode(),
         TENSORS: layout_text(layout),
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import llmtrain
 from llmtrain.checkpoint import MODEL_PREFIX
 from llmtrain.checkpoint.base import home_of, refer
 from llmtrain.checkpoint.layout import (
@@ -34,6 +31,7 @@ from llmtrain.config import load_config, to_yaml
 from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.folder import ModelFolder
+from llmtrain.convert.incoming import meta_text
 from llmtrain.convert.outgoing import OpenedCheckpoint, open_checkpoint
 from llmtrain.convert.peft import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, A, B, Layer, adaptable_layers
 from llmtrain.convert.writing import Converted, Target, in_blocks, write_file
@@ -357,20 +355,11 @@ def _write(
     if home is None:
         raise CheckpointError(f"{opened.path} holds only a part of its weights; merge it first")
     name = folder.config.get("base_model_name_or_path")
-    meta = {
-        "step": 0,
-        "tokens": 0,
-        "samples": 0,
-        "permanent": True,
-        "world_size": 1,
-        "saved_at": time.time(),
-        "llmtrain": llmtrain.__version__,
-        "converted_from": {**opened.origin, "adapter": str(folder.path.resolve()), "adapts": name},
-    }
+    source = {**opened.origin, "adapter": str(folder.path.resolve()), "adapts": name}
     files = {n: data for n, data in opened.files.items() if n not in _NOT_CARRIED}
     files |= {
         "config.yaml": to_yaml(run).encode(),
-        META: json.dumps(meta, indent=1).encode(),
+        META: meta_text(source).encode(),
         BASE: refer(home).text(dst.absolute().parent).encode(),
         TENSORS: layout_text(layout),
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmtrain.ops.cuda import cuda_kernels, cuda_usable
 from llmtrain.ops.sparse import expand
-from llmtrain.ops.sparse_update import Rule
+from llmtrain.ops.sparse_update import Rule, adamw_reference_
 
 
 @cache
@@ -70,13 +70,8 @@ def masked_adamw_reference_(
     step: int,
 ) -> None:
     """``masked_adamw_`` in plain PyTorch."""
-    (first, second), (beta1, beta2) = moments, rule.betas
-    first.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = second.sqrt().mul_((1 - beta2**step) ** -0.5).add_(rule.eps)
-    weight.mul_(1 - rule.lr * rule.weight_decay)
-    weight.addcdiv_(first, denominator, value=-rule.lr / (1 - beta1**step))
-    for x in (weight, first, second):
+    adamw_reference_(weight, grad, moments, rule, step)
+    for x in (weight, *moments):
         mask_apply_reference_(x, *mask)
 
 

@@ -52,6 +52,18 @@ def _update(
     )
 
 
+def adamw_reference_(
+    values: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], rule: Rule, step: int
+) -> None:
+    """One step of AdamW on float32 tensors of one shape, in place; see ``sparse_adamw_``."""
+    (first, second), (beta1, beta2) = moments, rule.betas
+    first.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = second.sqrt().mul_((1 - beta2**step) ** -0.5).add_(rule.eps)
+    values.mul_(1 - rule.lr * rule.weight_decay)
+    values.addcdiv_(first, denominator, value=-rule.lr / (1 - beta1**step))
+
+
 def sparse_adamw_reference_(
     packed: Packed,
     grad: Tensor,
@@ -61,12 +73,7 @@ def sparse_adamw_reference_(
     weight: Tensor | None = None,
 ) -> None:
     """``sparse_adamw_`` in plain PyTorch."""
-    (first, second), (beta1, beta2) = moments, rule.betas
-    first.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = second.sqrt().mul_((1 - beta2**step) ** -0.5).add_(rule.eps)
-    packed.values.mul_(1 - rule.lr * rule.weight_decay)
-    packed.values.addcdiv_(first, denominator, value=-rule.lr / (1 - beta1**step))
+    adamw_reference_(packed.values, grad, moments, rule, step)
     _spread(packed, weight)
 
 

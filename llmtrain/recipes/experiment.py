@@ -136,3 +136,32 @@ def mini_run(steps: int, **sections: Any) -> dict[str, Any]:
         "log": {"every": 20, "tensorboard": False},
     }
     return {**base, **sections}
+
+
+def text_run(
+    model: dict[str, Any],
+    seq_len: int,
+    steps: int,
+    batch: tuple[int, int],
+    text: str = "data/text",
+    **sections: Any,
+) -> dict[str, Any]:
+    """A run of the larger scales on one prepared text. batch: sequences a step, and of one forward
+    pass; text: its folder, beside that of its held-out part."""
+    base: dict[str, Any] = {
+        "model": model,
+        "data": {
+            "sources": {"text": {"path": text}},
+            "heldout": {"text": {"path": f"{text}_heldout"}},
+            "seq_len": seq_len,
+            "weights": {"text": 1},
+        },
+        "optim": {"lr": 6.0e-4},
+        "train": {
+            "duration": f"{steps}step",
+            "global_batch_size": batch[0],
+            "micro_batch_size": batch[1],
+        },
+        "checkpoint": {"every": "1000step"},
+    }
+    return {**base, **sections}

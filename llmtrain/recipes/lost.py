@@ -14,6 +14,7 @@ from llmtrain.recipes.experiment import (
     Trial,
     byte_corpus,
     mini_run,
+    text_run,
 )
 from llmtrain.recipes.shape import shape_of
 from llmtrain.sparsity import mean_density
@@ -58,23 +59,8 @@ def _run(scale: str, label: str) -> dict[str, Any]:
             **sections,
         )
     steps = 10000 if scale == "small" else 100000
-    return {
-        "model": {**shape, "vocab_size": 32000},
-        "data": {
-            "sources": {"text": {"path": "data/c4"}},
-            "heldout": {"text": {"path": "data/c4_heldout"}},
-            "seq_len": 256,
-            "weights": {"text": 1},
-        },
-        "optim": {"lr": 1.0e-3},
-        "train": {
-            "duration": f"{steps}step",
-            "global_batch_size": 512,
-            "micro_batch_size": 32,
-        },
-        "checkpoint": {"every": "1000step"},
-        **sections,
-    }
+    model, optim = {**shape, "vocab_size": 32000}, {"lr": 1.0e-3}
+    return text_run(model, 256, steps, (512, 32), "data/c4", optim=optim, **sections)
 
 
 def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:

@@ -19,6 +19,7 @@ from llmtrain.recipes.experiment import (
     Trial,
     byte_corpus,
     mini_run,
+    text_run,
 )
 from llmtrain.train.console import table
 
@@ -70,23 +71,8 @@ def _mini() -> dict[str, Any]:
 def _large(scale: str) -> dict[str, Any]:
     """Language models; the papers prune image classifiers, so the sizes are ours."""
     width, depth, heads, steps = (768, 12, 12, 4768) if scale == "small" else (1024, 24, 16, 12000)
-    return {
-        "model": {"d_model": width, "n_layers": depth, "n_heads": heads},
-        "data": {
-            "sources": {"text": {"path": "data/text"}},
-            "heldout": {"text": {"path": "data/text_heldout"}},
-            "seq_len": 1024,
-            "weights": {"text": 1},
-        },
-        "optim": {"lr": 6.0e-4},
-        "train": {
-            "duration": f"{steps}step",
-            "global_batch_size": 512,
-            "micro_batch_size": 8,
-        },
-        "checkpoint": {"every": "1000step"},
-        "lottery": _lottery(16),
-    }
+    model = {"d_model": width, "n_layers": depth, "n_heads": heads}
+    return text_run(model, 1024, steps, (512, 8), lottery=_lottery(16))
 
 
 def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:

@@ -14,6 +14,7 @@ from llmtrain.recipes.experiment import (
     Trial,
     byte_corpus,
     mini_run,
+    text_run,
 )
 from llmtrain.train.console import table
 
@@ -54,33 +55,21 @@ def _mini(scale: str, label: str) -> dict[str, Any]:
 def _large(scale: str, label: str) -> dict[str, Any]:
     """GPT-2 Small, and the shape of OPT-2.6B; adapters of 2.1% of the width for the last 1%."""
     width, depth, heads, steps = (768, 12, 12, 20000) if scale == "small" else (2560, 32, 32, 60000)
-    return {
-        "model": {
-            "vocab_size": 50257,
-            "d_model": width,
-            "n_layers": depth,
-            "n_heads": heads,
-            "d_ff": 4 * width,
-            "norm": "layernorm",
-            "norm_bias": True,
-            "activation": "gelu" if scale == "small" else "relu",
-            **_adapters(label, round(0.021 * width)),
-        },
-        "data": {
-            "sources": {"text": {"path": "data/text"}},
-            "heldout": {"text": {"path": "data/text_heldout"}},
-            "seq_len": 1024 if scale == "small" else 2048,
-            "weights": {"text": 1},
-        },
-        "optim": {"lr": 6.0e-4 if scale == "small" else 1.6e-4},
-        "train": {
-            "duration": f"{steps}step",
-            "global_batch_size": 512,
-            "micro_batch_size": 4,
-        },
-        "checkpoint": {"every": "1000step"},
-        **_sparse(label, "0.99dur"),
+    model = {
+        "vocab_size": 50257,
+        "d_model": width,
+        "n_layers": depth,
+        "n_heads": heads,
+        "d_ff": 4 * width,
+        "norm": "layernorm",
+        "norm_bias": True,
+        "activation": "gelu" if scale == "small" else "relu",
+        **_adapters(label, round(0.021 * width)),
     }
+    seq_len, rate = (1024, 6.0e-4) if scale == "small" else (2048, 1.6e-4)
+    return text_run(
+        model, seq_len, steps, (512, 4), optim={"lr": rate}, **_sparse(label, "0.99dur")
+    )
 
 
 def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:

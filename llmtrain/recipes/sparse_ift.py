@@ -16,6 +16,7 @@ from llmtrain.recipes.experiment import (
     Trial,
     byte_corpus,
     mini_run,
+    text_run,
 )
 from llmtrain.recipes.shape import shape_of
 from llmtrain.sparsity import mean_density
@@ -71,23 +72,8 @@ def _run(scale: str, width: int, sparsity: Any, adapters: Any) -> dict[str, Any]
             **sections,
         )
     depth, steps = (12, 10000) if scale == "small" else (24, 30000)
-    return {
-        "model": {**shape, "vocab_size": 50257, "n_layers": depth, "n_heads": 16},
-        "data": {
-            "sources": {"text": {"path": "data/text"}},
-            "heldout": {"text": {"path": "data/text_heldout"}},
-            "seq_len": 1024,
-            "weights": {"text": 1},
-        },
-        "optim": {"lr": 6.0e-4},
-        "train": {
-            "duration": f"{steps}step",
-            "global_batch_size": 256,
-            "micro_batch_size": 8,
-        },
-        "checkpoint": {"every": "1000step"},
-        **sections,
-    }
+    model = {**shape, "vocab_size": 50257, "n_layers": depth, "n_heads": 16}
+    return text_run(model, 1024, steps, (256, 8), **sections)
 
 
 def costs(folders: Mapping[str, Sequence[Path]]) -> list[str]:
