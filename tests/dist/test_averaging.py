@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from helpers.layout_runs import add_whole, whole
 from helpers.ranks import run_ranks
-from helpers.tiny import in_parts, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import in_parts, llmtrain, records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmtrain.config.duration import Duration
-from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.data.batch import Batch
 from llmtrain.merge.copies import part
 from llmtrain.merge.training import averaging

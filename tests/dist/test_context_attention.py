@@ -115,9 +115,7 @@ class _Sent(TorchDispatchMode):
         super().__init__()
         self.size, self.bytes = size, Counter[str]()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             others = self.size - 1

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers.layout_runs import build, case, configs, one_step
 from helpers.ranks import run_ranks
-from helpers.tiny import environment, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import environment, llmtrain, records, tiny_config
 from torch import Tensor
 
 from llmtrain.checkpoint import Checkpointer, read_files, verify
@@ -48,9 +48,7 @@ def native(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return train(tmp_path_factory.mktemp("native"), corpus)
 
 
-def train(
-    folder: Path, corpus: Path, *changes: str, ranks: int = 1, fresh: bool = False
-) -> Path:
+def train(folder: Path, corpus: Path, *changes: str, ranks: int = 1, fresh: bool = False) -> Path:
     """A run of eight steps to its end; all it says is our own."""
     folder.mkdir(exist_ok=True)
     config = tiny_config(
@@ -187,7 +185,7 @@ def test_a_universal_checkpoint_comes_back_bit_for_bit(
         to_deepspeed(before, tmp_path / "ours")
         after = from_deepspeed(tmp_path / "ours", tmp_path / "run")
     else:
-        with pytest.raises(CheckpointError, match="give a checkpoint .* as --like"):
+        with pytest.raises(CheckpointError, match=r"give a checkpoint .* as --like"):
             from_deepspeed(folder / "theirs", tmp_path / "run")
         after = from_deepspeed(folder / "theirs", tmp_path / "run", like=folder / "run")
     assert after.name == before.name and verify(after) == []
@@ -220,8 +218,8 @@ def test_the_commands_and_their_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         from_deepspeed(tmp_path / "out", tmp_path / "y")
     (weight / "exp_avg.pt").unlink()
-    with pytest.raises(CheckpointError, match="exp_avg.pt is missing"):
+    with pytest.raises(CheckpointError, match=r"exp_avg\.pt is missing"):
         from_deepspeed(tmp_path / "out", tmp_path / "y")
     (tmp_path / "out" / "step-00000002" / "zero" / "other.weight").mkdir()
-    with pytest.raises(CheckpointError, match="holds unknown parameters: other.weight"):
+    with pytest.raises(CheckpointError, match=r"holds unknown parameters: other\.weight"):
         from_deepspeed(tmp_path / "out", tmp_path / "y")

@@ -3,8 +3,9 @@
 Rounding to FP8 is a jump: a sum of tensor-parallel parts in another order, 1e-7 away, now and then
 falls on the other side of a border, and one element changes by a sixteenth. So layouts that sum in
 another order are compared tightly in the first step, and within the size of such changes
-afterwards; pipelines, which do not, are compared tightly throughout. Ranks that share a key/value head
-cast parts of its gradient each, so there the numbers themselves differ; that is not tested here.
+afterwards; pipelines, which do not, are compared tightly throughout. Ranks that share a key/value
+head cast parts of its gradient each, so there the numbers themselves differ; that is not tested
+here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny import command, environment, make_corpus, records, tiny_config
 
-HOOK = '''
+HOOK = """
 import os, time
 from pathlib import Path
 from llmtrain.train import Hook
@@ -25,7 +25,7 @@ class Hang(Hook):
 
     def never_returns(self):
         time.sleep(1000)
-'''
+"""
 
 
 @pytest.mark.dist

@@ -108,7 +108,7 @@ def test_deterministic_runs_are_the_same_to_the_bit() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_compiled_blocks_under_tensor_parallelism() -> None:
-    import torch._inductor.compile_fx  # ranks are forked: they need not import it
+    import torch._inductor.compile_fx  # noqa: F401 ranks are forked: they need not import it
 
     what = case(steps=2, n_layers=1)
     expected = alone(what)

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.tiny import llmtrain, make_corpus, records, tiny_config
-
+from helpers.tiny import llmtrain, records, tiny_config
 
 # Layouts differ in the order in which fp32 sums are made, 6e-8 apart at first. The weights carry
 # that on: over twenty updates it grew to 6e-8 in the loss and 6e-7 in the norm, measured over all
@@ -35,9 +34,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[dict]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("ranks", "replicate"), [(2, 1), (2, 2), (4, 1), (4, 4), (4, 2)], ids=str
-)
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (2, 2), (4, 1), (4, 4), (4, 2)], ids=str)
 def test_layouts_agree_over_ten_steps(
     tmp_path: Path, corpus: Path, alone: list[dict], ranks: int, replicate: int
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny import in_parts, llmtrain, make_corpus, records, tiny_config
+from helpers.tiny import in_parts, llmtrain, records, tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

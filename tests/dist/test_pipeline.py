@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -77,10 +77,9 @@ def test_every_weight_gradient_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     counts = {"dgrad": 0, "wgrad": 0}
     kind = type(matmul.matmul_for(torch.float32))
     for name in counts:
+        real = getattr(kind, name)
 
-        def counted(
-            *args: Any, _real: Any = getattr(kind, name), _name: str = name, **more: Any
-        ) -> Any:
+        def counted(*args: Any, _real: Any = real, _name: str = name, **more: Any) -> Any:
             counts[_name] += 1
             return _real(*args, **more)
 
@@ -122,6 +121,14 @@ def test_evaluation_and_generation() -> None:
             torch.testing.assert_close(nll, expected, atol=3e-6, rtol=0)
 
 
+def heaviest(costs: list[float], before: float, after: float, cuts: tuple[int, ...]) -> float:
+    """The cost of the dearest stage of layers that are cut there."""
+    sums = [sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(costs)])]
+    sums[0] += before
+    sums[-1] += after
+    return max(sums)
+
+
 def test_layers_are_split_by_cost() -> None:
     """Against all possible splits."""
     draw = random.Random(4)
@@ -134,13 +141,7 @@ def test_layers_are_split_by_cost() -> None:
         assert [i for part in parts for i in part.blocks] == list(range(n))
         assert [p.first for p in parts] == [True] + [False] * (stages - 1)
         assert [p.last for p in parts] == [False] * (stages - 1) + [True]
-
-        def heaviest(cuts: tuple[int, ...]) -> float:
-            edges = [0, *cuts, n]
-            sums = [sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-            sums[0] += before
-            sums[-1] += after
-            return max(sums)
-
-        best = min(heaviest(cuts) for cuts in combinations(range(1, n), stages - 1))
-        assert heaviest(tuple(p.blocks.start for p in parts[1:])) == best
+        every = combinations(range(1, n), stages - 1)
+        best = min(heaviest(costs, before, after, cuts) for cuts in every)
+        ours = tuple(p.blocks.start for p in parts[1:])
+        assert heaviest(costs, before, after, ours) == best

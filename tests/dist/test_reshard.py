@@ -75,15 +75,14 @@ def test_from_tensor_parallel_and_fsdp(
     shutil.copytree(half, tmp_path / "run")
     ranks, changes = LAYOUTS[layout]
     compare(go(tmp_path / "run", config, ranks, *changes), alone)
-    evals = [records(folder / "tiny", "eval")[-1] for folder in (tmp_path / "run", config.parent / "alone")]
+    folders = (tmp_path / "run", config.parent / "alone")
+    evals = [records(folder / "tiny", "eval")[-1] for folder in folders]
     assert evals[0]["mean_loss"] == pytest.approx(evals[1]["mean_loss"], rel=1e-6)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", ["PP2", "ZeRO-2"])
-def test_back_to_one_process(
-    layout: str, config: Path, alone: list[dict], tmp_path: Path
-) -> None:
+def test_back_to_one_process(layout: str, config: Path, alone: list[dict], tmp_path: Path) -> None:
     ranks, changes = LAYOUTS[layout]
     # A pipeline once in real processes: hash seeds differ between ranks, and nothing is shared.
     go(tmp_path, config, ranks, "train.stop_after=4step", *changes, fresh=layout == "PP2")

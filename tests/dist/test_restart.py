@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.tiny import begun, environment, llmtrain, make_corpus, records, tiny_config
 from helpers.stored import stored_bits
-from safetensors import safe_open
+from helpers.tiny import begun, environment, llmtrain, make_corpus, records, tiny_config
 
 STEPS = 20
 

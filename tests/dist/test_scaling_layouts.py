@@ -29,9 +29,7 @@ MUS = dataclasses.replace(
     optim=(("name", "lion"), ("lr", 1e-3), ("decoupled", "fully"), ("weight_decay", 0.01)),
 )  # fmt: skip
 # Five branches' worth of running means over the stages of a pipeline, tied, AdamW.
-MEAN = case(
-    n_layers=4, norm_placement="post_branch", tie_embeddings=True, scaling=RUNNING
-)
+MEAN = case(n_layers=4, norm_placement="post_branch", tie_embeddings=True, scaling=RUNNING)
 MUP_TIED = case(n_layers=4, tie_embeddings=True, scaling=MUP)
 SELECTIVE = (("micro_batch_size", 3), ("recompute", "selective"))
 FULL = (("micro_batch_size", 2), ("recompute", "full"))

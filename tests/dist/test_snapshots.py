@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.killed import Run, weights
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.tiny import records, tiny_config
 
 from llmtrain.checkpoint import snapshot
 from llmtrain.checkpoint.coordination import Ranks
@@ -79,7 +79,10 @@ def test_only_whole_snapshots_of_the_same_course_count(tmp_path: Path) -> None:
 
 
 def test_snapshots_of_a_run_that_was_deleted_are_not_of_the_one_begun_anew(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     memory = tmp_path / "memory"
     memory.mkdir()

@@ -115,9 +115,7 @@ def _split(rank: int, world: int, name: str, parallel: dict[str, Any], recompute
 @pytest.mark.parametrize("world", [2, 4])
 def test_split_equals_whole(world: int) -> None:
     wanted = {name: _whole(name) for name in SHAPES}
-    modes = [
-        {"sequence": mode.sequence, "keep_gathered": mode.keep_gathered} for mode in MODES
-    ]
+    modes = [{"sequence": mode.sequence, "keep_gathered": mode.keep_gathered} for mode in MODES]
 
     def body(rank: int) -> list[Any]:
         return [

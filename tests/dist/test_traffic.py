@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from helpers.steps import Sent, build, count_step, setting_of, small_run
-
 from torch.distributed.tensor import DTensor
 
 from llmtrain.planner import Setting, Traffic, draw, fake_world, step_traffic
