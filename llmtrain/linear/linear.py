@@ -50,11 +50,20 @@ class OperandCache:
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
         self._copy: Operand | None = None
+        self._prepared = False
+
+    def prepare(self, weight: Tensor, matmul: Matmul, reach: Reach = ALONE) -> None:
+        """Bring the copy up to date, for compiled code that takes it unseen: a graph neither knows
+        versions of parameters nor should it cast them again for each micro-batch."""
+        self.get(weight, matmul, reach)
+        self._prepared = True
 
     def get(self, weight: Tensor, matmul: Matmul, reach: Reach = ALONE) -> Operand:
-        """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) or
-        under torch.compile is not cached."""
+        """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) is not
+        cached, nor one under torch.compile that was not prepared."""
         fits = weight.dtype == matmul.dtype and not matmul.packs
+        if torch.compiler.is_compiling() and self._prepared and self._copy is not None:
+            return self._copy
         if fits or torch.compiler.is_compiling():
             return matmul.operand(weight, reach)
         key = (weight._version, weight.data_ptr())
@@ -72,6 +81,7 @@ class OperandCache:
     def clear(self) -> None:
         """Forget the copy: another number format is to follow."""
         self._key = self._copy = None
+        self._prepared = False
 
     def __deepcopy__(self, memo: object) -> OperandCache:
         return OperandCache()
@@ -219,6 +229,11 @@ class Linear(nn.Module):
             return self.matmul.operand(weight, reach)
         return self._cache.get(weight, self.matmul, reach)
 
+    def prepare(self) -> None:
+        """Before compiled code runs the layer: cast an FP8 weight that has changed, once a step."""
+        if isinstance(self.matmul, Fp8Matmul) and not self.plan.freed:
+            self._cache.prepare(self.parts()[0], self.matmul, self.plan.weight_reach)
+
     def takes_casts(self, x: Tensor) -> bool:
         """Whether what makes this layer's input ``x`` may cast it to e4m3 for it."""
         static = isinstance(self.matmul, Fp8Matmul) and self.matmul.static
@@ -236,6 +251,8 @@ class Linear(nn.Module):
     def handoff(self, y: Tensor) -> Handoff | None:
         """Where the gradient of the output may be left in e5m2; ``y``: like the output."""
         row = self.plan.row
+        if torch.compiler.is_compiling():
+            return None  # It would be left at one place of a graph and taken at another.
         if not self.takes_casts(y) or (row is not None and row.sequence):
             return None
         if self.adapter is not None and self.adapter.directed:
