@@ -41,6 +41,9 @@ def load_fault() -> str | None:
     wanted = sources_stamp(SOURCES)
     if wanted is not None and torch.ops.llmtrain_cuda.sources() != wanted:
         return f"out of date, built from other sources than csrc/cuda has now; {HELP}"
+    said = torch.ops.llmtrain_cuda.device_fault()
+    if said:
+        return f"not for this GPU or its driver ({said}); {HELP}"
     register_fakes("llmtrain_cuda", CUDA_FAKES)
     return None
 

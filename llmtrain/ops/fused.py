@@ -66,16 +66,8 @@ def _norm_reference(x: Tensor, norm: NormTerms) -> Tensor:
 
 def _cuda_takes(x: Tensor, width: int) -> bool:
     """Whether CUDA's kernels take a result of ``width`` like ``x``: its rows and columns are
-    multiples of 16, as FP8 products want them too, and it begins at such an address."""
-    sizes = x.shape[:-1].numel() % MULTIPLE or width % MULTIPLE
-    return not sizes and cuda_usable(x) and _begins_aligned(x)
-
-
-def _begins_aligned(x: Tensor) -> bool:
-    # Under torch.compile there are no addresses; storages begin at multiples of far more.
-    compiling = torch.compiler.is_compiling()
-    at = x.storage_offset() * x.element_size() if compiling else x.data_ptr()
-    return at % MULTIPLE == 0
+    multiples of 16, as FP8 products want them too."""
+    return not (x.shape[:-1].numel() % MULTIPLE or width % MULTIPLE) and cuda_usable(x)
 
 
 def _runs(x: Tensor, width: int | None = None) -> bool:

@@ -83,7 +83,7 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_what_was_built_is_read_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cuda.built_for()
-    assert found is None or found.split() == [f"sm_{name}" for name in build_cuda.ARCHITECTURES]
+    assert found is None or {*found.split()} <= {f"sm_{name}" for name in build_cuda.ARCHITECTURES}
     monkeypatch.setattr(cuda, "LIBRARY", Path("absent.so"))
     assert cuda.built_for() is None
     assert cuda.built_with_cublaslt() is None
