@@ -18,7 +18,7 @@ LOG := $(VENV)/install.log
 KERNELS := llmtrain/ops/_cpu.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install build quickstart test test-gpu test-cluster test-faults check-kernels check format docs clean
+.PHONY: help install build quickstart test test-gpu bench-gpu sanitize-gpu test-cluster test-faults check-kernels check format docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -74,6 +74,12 @@ test: $(KERNELS)  ## the tests that need no GPU
 
 test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench-gpu: $(KERNELS)  ## build, GPU tests, every GPU benchmark and sanitizer, within BUDGET seconds (780)
+	@PYTHON=$(BIN)/python bash benchmarks/gpu_all.sh
+
+sanitize-gpu: $(KERNELS)  ## the CUDA kernels under NVIDIA's compute-sanitizer
+	@PYTHON=$(BIN)/python bash benchmarks/sanitize_gpu.sh
 
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
