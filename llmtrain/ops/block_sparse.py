@@ -78,16 +78,15 @@ def block_index(kept: Tensor, block: tuple[int, int], shape: tuple[int, int]) ->
 
 def block_values(index: BlockIndex) -> Tensor:
     """Room for packed values: bfloat16 [tiles, 64, 64]."""
-    return torch.empty(
-        (index.tiles, TILE, TILE), dtype=torch.bfloat16, device=index.rows_of.device
-    )
+    return torch.empty((index.tiles, TILE, TILE), dtype=torch.bfloat16, device=index.rows_of.device)
 
 
 def _tiles(x: Tensor, index: BlockIndex) -> Tensor:
     """The kept tiles [tiles, 64, 64] of ``x`` like the weight, zeros where they stick out."""
     rows, cols = index.shape
     padded = F.pad(x, (0, -cols % TILE, 0, -rows % TILE))
-    grid = padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
+    down, across = -(-rows // TILE), -(-cols // TILE)
+    grid = padded.view(down, TILE, across, TILE).transpose(1, 2)
     return grid[index.rows_of.long(), index.cols_of.long()]
 
 

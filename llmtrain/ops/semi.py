@@ -36,8 +36,8 @@ def fits_semi(kept: Tensor, turned: bool = False) -> bool:
     length = kept.shape[0 if turned else 1]
     if length % 4:
         return False
-    groups = kept.unflatten(0 if turned else 1, (-1, 4))
-    return bool((groups.sum(1 if turned else 2) <= 2).all())
+    groups = (kept.t() if turned else kept).reshape(-1, length // 4, 4)
+    return bool((groups.sum(2) <= 2).all())
 
 
 def _pairs(kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +127,11 @@ def semi_product(x: Tensor, packed: Tensor, meta: Tensor | None) -> Tensor:
     return y[:n]
 
 
+def first_sentence(error: RuntimeError) -> str:
+    """Of what torch says, which goes on for pages."""
+    return str(error).splitlines()[0].split(". ")[0]
+
+
 @cache
 def library_fault(library: str, device: torch.device) -> str | None:
     """Why torch's product of a library does not run on a GPU; None where it does.
@@ -135,7 +140,7 @@ def library_fault(library: str, device: torch.device) -> str | None:
     what they take, and there have been wrong results.
     """
     name = NAMES[library]
-    if library == "cusparselt" and not torch.backends.cusparselt.is_available():  # type: ignore[no-untyped-call]
+    if library == "cusparselt" and not torch.backends.cusparselt.is_available():
         return f"torch has no {name}"
     gen = torch.Generator().manual_seed(0)
     kept = torch.rand(128, 64, 4, generator=gen).argsort(-1).argsort(-1).lt(2).view(128, 256)
@@ -150,6 +155,6 @@ def library_fault(library: str, device: torch.device) -> str | None:
             packed = semi_repack_(dense.new_empty(128, 128), weight, kept)
         y = semi_product(x, packed, meta).float()
     except RuntimeError as error:
-        return f"{name} refuses: {str(error).splitlines()[0]}"
+        return f"{name} refuses: {first_sentence(error)}"
     gap = (y - x.float() @ dense.float().t()).norm() / y.norm()
     return None if gap < 0.01 else f"{name} gives wrong results"

@@ -72,9 +72,7 @@ def rewritten(text: str) -> str:
     return text
 
 
-def emulated(
-    folder: Path, name: str, *flags: str, source: str = "cuda_on_cpu.cpp"
-) -> ctypes.CDLL:
+def emulated(folder: Path, name: str, *flags: str, source: str = "cuda_on_cpu.cpp") -> ctypes.CDLL:
     """csrc/cuda/NAME.cu as a library of the CPU; source: of csrc/check, what ctypes calls."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     if not (home / "include/cuda_fp8.h").exists():

@@ -98,9 +98,7 @@ def check_masks(library: ctypes.CDLL) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = -torch.rand(rows, cols).to(dtype)
             expected = masking.mask_apply_reference_(x.clone(), kept, block)
-            library.run_mask_apply(
-                ctypes.c_void_p(at(x)), x.element_size(), ctypes.byref(mask)
-            )
+            library.run_mask_apply(ctypes.c_void_p(at(x)), x.element_size(), ctypes.byref(mask))
             same_bits(x, expected)
         here = [torch.randn(rows, cols), *torch.rand(2, rows, cols).unbind()]
         there, grad = [x.clone() for x in here], torch.randn(rows, cols)
@@ -206,4 +204,6 @@ def check_sparse(build: Build) -> None:
     blocks = build("blocks", "-DBLOCKS", source=SOURCE)
     for late in (True, False):
         check_blocks(blocks, late)
-    print("CUDA's sparse kernels, emulated on the CPU: torch's 2:4 layout to the bit, float64's sums")
+    print(
+        "CUDA's sparse kernels, emulated on the CPU: torch's 2:4 layout to the bit, float64's sums"
+    )
