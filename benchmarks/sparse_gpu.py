@@ -3,15 +3,14 @@
     python benchmarks/sparse_gpu.py
 
 Layers: forward and backward of one linear layer (width x width), weights packed once, dense bf16
-with a mask, FP8 (``mus_fp8``), 2:4 forward only, 2:4 both ways, by every library that runs here; and
-blocks at 80, 90 and 95% sparsity, against dense and, forward alone, torch's BSR. Steps: a small
-model of every kind, forward to AdamW. Choices: what ``products: auto`` takes for these layers.
+with a mask, FP8 (``mus_fp8``), 2:4 forward only and both ways, by every library that runs here;
+and blocks at 80, 90 and 95% sparsity, against dense and, forward alone, torch's BSR. Steps: a
+small model of every kind, forward to AdamW. Choices: what ``products: auto`` takes for the layers.
 Predictions, before any run: 2:4 both ways 1.1x dense at 8192 and less at 4096 (forward is 1.2x on
-Hopper, the weight gradient stays dense); 1.2x FP8's time or worse; blocks level with dense near
-75% on Hopper, and 2x at 90%. Writes benchmarks/results/sparse_gpu.json. Not run on a GPU yet.
+Hopper, the weight gradient stays dense), slower than FP8; blocks level with dense near 75% on
+Hopper, and 2x at 90%. Writes benchmarks/results/sparse_gpu.json. Not run on a GPU yet.
 
-``--toy`` tries the control flow on a CPU with small shapes and dense stand-ins for what a CPU has not;
-it writes no result.
+``--toy`` tries the control flow on a CPU with small shapes; it writes no result.
 """
 
 from __future__ import annotations
