@@ -148,21 +148,32 @@ cudaError_t block_product(const BlockProduct& job, bool turned, cudaStream_t str
   return cudaGetLastError();
 }
 
+// Two neighbouring sums into the result, unless the tile sticks out there.
+__device__ void add_pair(const BlockGradient& job, int64_t row, int64_t column, float2 pair) {
+  if (row >= job.rows || column >= job.cols) return;
+  auto* at = reinterpret_cast<float2*>(job.out + row * job.cols + column);
+  const float2 old = *at;
+  *at = make_float2(old.x + job.scale * pair.x, old.y + job.scale * pair.y);
+}
+
 __global__ void __launch_bounds__(kThreads) block_gradient_kernel(BlockGradient job) {
   constexpr int kStages = 4;
   __shared__ __align__(16) __nv_bfloat16 lefts[kStages][kStep * kWide];
   __shared__ __align__(16) __nv_bfloat16 rights[kStages][kStep * kWide];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int down = warp / 2 * 32, across = warp % 2 * 32;  // this warp's quarter of the tile
-  const int64_t top = static_cast<int64_t>(job.rows_of[blockIdx.x]) * kTile;
-  const int64_t left = static_cast<int64_t>(job.cols_of[blockIdx.x]) * kTile;
-  const int64_t steps = (job.n + kStep - 1) / kStep;
+  const int64_t tile = blockIdx.x % job.tiles, part = blockIdx.x / job.tiles;
+  const int64_t top = static_cast<int64_t>(job.rows_of[tile]) * kTile;
+  const int64_t left = static_cast<int64_t>(job.cols_of[tile]) * kTile;
+  const int64_t all = (job.n + kStep - 1) / kStep;
+  const int64_t first = part * all / job.parts, steps = (part + 1) * all / job.parts - first;
   const Matrix dy{job.dy, job.n, job.rows}, x{job.x, job.n, job.cols};
 
   const auto fetch = [&](int64_t step) {
     if (step < steps) {
-      copy_box<kStep, kTile, kWide>(lefts[step % kStages], dy, step * kStep, top);
-      copy_box<kStep, kTile, kWide>(rights[step % kStages], x, step * kStep, left);
+      const int64_t token = (first + step) * kStep;
+      copy_box<kStep, kTile, kWide>(lefts[step % kStages], dy, token, top);
+      copy_box<kStep, kTile, kWide>(rights[step % kStages], x, token, left);
     }
     end_group();
   };
@@ -197,19 +208,47 @@ __global__ void __launch_bounds__(kThreads) block_gradient_kernel(BlockGradient 
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = top + down + 16 * i + 8 * half + lane / 4;
-        const int64_t column = left + across + 8 * j + lane % 4 * 2;
-        if (row >= job.rows || column >= job.cols) continue;
-        auto* at = reinterpret_cast<float2*>(job.out + row * job.cols + column);
-        const float2 old = *at;
-        const float* pair = sums[i][j] + 2 * half;
-        *at = make_float2(old.x + job.scale * pair[0], old.y + job.scale * pair[1]);
+        const int row = down + 16 * i + 8 * half + lane / 4, column = across + 8 * j + lane % 4 * 2;
+        const float2 pair = make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        if (job.parts == 1)
+          add_pair(job, top + row, left + column, pair);
+        else
+          *reinterpret_cast<float2*>(job.partial + ((part * job.tiles + tile) * kTile + row) * kTile +
+                                     column) = pair;
       }
+}
+
+// The sums of all parts of a tile, in their order.
+__global__ void __launch_bounds__(kThreads) block_sum_kernel(BlockGradient job) {
+  const int64_t tile = blockIdx.x;
+  const int64_t top = static_cast<int64_t>(job.rows_of[tile]) * kTile;
+  const int64_t left = static_cast<int64_t>(job.cols_of[tile]) * kTile;
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * kTile / 2; i += kThreads) {
+    const int row = i / (kTile / 2), column = i % (kTile / 2) * 2;
+    float2 sum = make_float2(0.0f, 0.0f);
+    for (int64_t part = 0; part < job.parts; ++part) {
+      const float2 own = *reinterpret_cast<const float2*>(
+          job.partial + ((part * job.tiles + tile) * kTile + row) * kTile + column);
+      sum = make_float2(sum.x + own.x, sum.y + own.y);
+    }
+    add_pair(job, top + row, left + column, sum);
+  }
+}
+
+int64_t gradient_parts(int64_t n, int64_t tiles) {
+  constexpr int64_t kWanted = 528, kFewest = 512;  // blocks of threads, tokens of a part
+  const int64_t most = n / kFewest, fill = tiles == 0 ? 1 : kWanted / tiles;
+  const int64_t parts = fill < most ? fill : most;
+  return parts < 1 ? 1 : parts;
 }
 
 cudaError_t block_gradient(const BlockGradient& job, cudaStream_t stream) {
   if (job.tiles == 0 || job.n == 0) return cudaSuccess;
-  block_gradient_kernel<<<static_cast<unsigned>(job.tiles), kThreads, 0, stream>>>(job);
+  const int64_t blocks = job.tiles * job.parts;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto grid = static_cast<unsigned>(blocks), tiles = static_cast<unsigned>(job.tiles);
+  block_gradient_kernel<<<grid, kThreads, 0, stream>>>(job);
+  if (job.parts > 1) block_sum_kernel<<<tiles, kThreads, 0, stream>>>(job);
   return cudaGetLastError();
 }
 

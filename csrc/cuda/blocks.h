@@ -25,14 +25,20 @@ struct BlockProduct {
 };
 cudaError_t block_product(const BlockProduct& job, bool turned, cudaStream_t stream);
 
-// out [rows, cols] += scale dy^T x at the kept tiles; dy [n, rows], x [n, cols].
+// out [rows, cols] += scale dy^T x at the kept tiles; dy [n, rows], x [n, cols]. Tokens are cut into
+// `parts`, summed one by one into `partial` [parts, tiles, 64, 64] and then together: few tiles would
+// leave most of a GPU idle. With one part `partial` is not used.
 struct BlockGradient {
   const __nv_bfloat16 *dy, *x;
-  float* out;
+  float *out, *partial;
   const int32_t *rows_of, *cols_of;  // [tiles], in tiles
-  int64_t n, rows, cols, tiles;
+  int64_t n, rows, cols, tiles, parts;
   float scale;
 };
+
+// A number of parts that fills large GPUs, the same on all of them, so that results are.
+int64_t gradient_parts(int64_t n, int64_t tiles);
+
 cudaError_t block_gradient(const BlockGradient& job, cudaStream_t stream);
 
 // values [tiles, 64, 64]: the kept tiles of `weight` [rows, cols], float32 or bfloat16, rounded; no

@@ -104,19 +104,24 @@ void block_gradient_op(Tensor out, const Tensor& dy, const Tensor& x, const Tens
   const DeviceGuard guard(out.get_device_index());
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
                   "out: no contiguous matrix of float32");
+  const int64_t tiles = rows_of.numel(), parts = gradient_parts(x.size(0), tiles);
+  const std::vector<int64_t> shape = {parts > 1 ? parts * tiles * kTile * kTile : 0};
+  Tensor partial = torch::stable::new_empty(out, shape);
   const BlockGradient job{bf16_matrix(dy, "dy"),
                           bf16_matrix(x, "x"),
                           static_cast<float*>(out.mutable_data_ptr()),
-                          indices(rows_of, rows_of.numel(), "rows_of"),
-                          indices(cols_of, rows_of.numel(), "cols_of"),
+                          static_cast<float*>(partial.mutable_data_ptr()),
+                          indices(rows_of, tiles, "rows_of"),
+                          indices(cols_of, tiles, "cols_of"),
                           x.size(0),
                           out.size(0),
                           out.size(1),
-                          rows_of.numel(),
+                          tiles,
+                          parts,
                           static_cast<float>(scale)};
   STD_TORCH_CHECK(dy.size(0) == job.n && dy.size(1) == job.rows && x.size(1) == job.cols,
                   "dy, x: not of the weight's shape");
-  STD_TORCH_CHECK(aligned(job.out), "out: not aligned to 16 bytes");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(job.out) % 8 == 0, "out: not aligned to 8 bytes");
   done(block_gradient(job, stream_for(out)));
 }
 

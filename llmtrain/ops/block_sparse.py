@@ -154,7 +154,7 @@ def block_wgrad(
     out = into
     if out is None:
         out = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
-    if not _runs(x) or not out.is_contiguous():
+    if not _runs(x) or not out.is_contiguous() or out.data_ptr() % 8:
         product = scale * (dy.float().t() @ x.float())
         return out.add_(_spread(_tiles(product, index), index))
     cuda_kernels().block_gradient_(

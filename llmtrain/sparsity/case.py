@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.ops.semi import fits_semi
+from llmtrain.ops.semi import NAMES, fits_semi
 from llmtrain.sparsity.granularity import Granularity
 from llmtrain.sparsity.select import Sparse, is_column
 
@@ -56,7 +56,7 @@ class Choice:
             return f"dense products ({self.reason})"
         ratio = self.dense / self.sparse
         used = "sparse" if self.faster else "dense"
-        by = f" by {self.kind}" if self.kind else ""
+        by = f" by {NAMES.get(self.kind, self.kind)}" if self.kind else ""
         return f"{used} products (sparse{by} are {ratio:.2f} times as fast)"
 
 

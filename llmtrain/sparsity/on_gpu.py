@@ -115,7 +115,12 @@ def measure(
     kinds, reason = kinds_of(case, device)
     if reason:
         return Choice(0, 0, reason)
-    return race(case, kinds, device, clock)
+    try:
+        return race(case, kinds, device, clock)
+    except torch.OutOfMemoryError:
+        return Choice(0, 0, "no memory was left to time sparse ones")
+    finally:
+        torch.cuda.empty_cache()
 
 
 def race(

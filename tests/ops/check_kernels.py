@@ -1,6 +1,6 @@
 """``make check-kernels``: CPU kernels under sanitizers, and CUDA's kernels emulated on the CPU.
 
-Not part of the test suite (a minute, and CUDA's headers for the second half). The emulation runs
+Not part of the test suite (two minutes, and CUDA's headers for the second half). The emulation runs
 csrc/cuda's own source, a thread for each CUDA thread, and compares bytes with the CPU's operators,
 which have tests against float64. It is no substitute for `make test-gpu`.
 """

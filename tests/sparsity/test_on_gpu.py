@@ -137,7 +137,7 @@ def test_choices_are_remembered_with_their_product(
     )
     for _ in range(2):
         found = pick_products([SEMI, small, wide], gpu=GPU)
-        assert str(found[SEMI]) == "sparse products (sparse by cutlass are 1.50 times as fast)"
+        assert str(found[SEMI]) == "sparse products (sparse by CUTLASS are 1.50 times as fast)"
         assert found[SEMI].kind == "cutlass" and not found[small].faster
         assert str(found[wide]) == "dense products (of bfloat16)"
     assert asked.count(SEMI) == 1 and asked.count(wide) == 2 and len(asked) == 3
