@@ -25,6 +25,7 @@ from llmtrain.ops.block_sparse import (
 from llmtrain.ops.semi import (
     LIBRARIES,
     NAMES,
+    compress_once,
     fits_semi,
     semi_meta,
     semi_product,
@@ -42,25 +43,30 @@ def _tensor(x: Operand) -> Tensor:
 class _Side:
     """One direction of a 2:4 weight: how its values are packed for a library.
 
-    kept: bool [out, in]; turned: the transposed weight, for the gradient of the input. CUTLASS's
-    metadata is made here, once. cuSPARSELt packs values and metadata together, in a layout of its
-    own.
+    kept: bool [out, in]; turned: the transposed weight, for the gradient of the input. Metadata are
+    made here, once, and then only values are packed; where cuSPARSELt's layout is not the expected
+    one, it packs the masked weight anew.
     """
 
     def __init__(self, kept: Tensor, turned: bool, library: str) -> None:
         self.kept, self.turned = kept, turned
-        self.meta = semi_meta(kept, turned) if library == "cutlass" else None
-        self._values: Tensor | None = None
+        self.meta: Tensor | None = None
+        self.packed: Tensor | None = None
+        if library == "cutlass":
+            self.meta = semi_meta(kept, turned)
+            rows, words = self.meta.shape
+            self.packed = kept.new_empty(rows, words * 8, dtype=torch.bfloat16)
+            self._values = self.packed
+        elif (found := compress_once(kept, turned)) is not None:
+            self.packed, self._values = found
 
     def pack(self, weight: Tensor) -> Tensor:
         """The operand of ``semi_product``."""
-        if self.meta is None:
+        if self.packed is None:
             dense = torch.where(self.kept, weight, 0.0).to(torch.bfloat16)
             return torch._cslt_compress(dense.t().contiguous() if self.turned else dense)
-        if self._values is None:
-            rows, words = self.meta.shape
-            self._values = weight.new_empty(rows, words * 8, dtype=torch.bfloat16)
-        return semi_repack_(self._values, weight, self.kept, self.turned)
+        semi_repack_(self._values, weight, self.kept, self.turned)
+        return self.packed
 
 
 class SemiMatmul(MaskedMatmul):

@@ -4,8 +4,9 @@ A sparse matrix [rows, length] keeps at most two of every aligned four numbers o
 [rows, length / 2] beside two bits each that say which. The bits follow from the mask alone, so
 they are made once (``semi_meta``) and only values are packed after an optimizer step
 (``semi_repack_``); a kept weight that happens to be zero keeps its place. The layout is that of
-CUTLASS for sm_80, as ``torch.sparse.SparseSemiStructuredTensorCUTLASS`` has it. cuSPARSELt has a
-layout of its own, which torch packs (``torch._cslt_compress``), values and bits in one.
+CUTLASS for sm_80, as ``torch.sparse.SparseSemiStructuredTensorCUTLASS`` has it. cuSPARSELt has
+bits in an order of its own behind the values, in one tensor that torch packs
+(``torch._cslt_compress``); its values lie as CUTLASS's do (``compress_once``).
 
 ``turned`` packs the transposed matrix, without making it.
 """
@@ -107,6 +108,36 @@ def semi_repack_(values: Tensor, weight: Tensor, kept: Tensor, turned: bool = Fa
         return semi_repack_reference_(values, weight, kept, turned)
     cuda_kernels().semi_repack_(values, weight, kept.contiguous(), turned)
     return values
+
+
+def filled_up(kept: Tensor, turned: bool = False) -> Tensor:
+    """The mask of what is stored: exactly two of every four, see ``semi_meta``. bool like kept."""
+    mask = kept.t() if turned else kept
+    groups = mask.reshape(mask.shape[0], -1, 4)
+    whole = torch.zeros_like(groups)
+    for index in _pairs(groups):
+        whole.scatter_(-1, index.unsqueeze(-1), True)
+    whole = whole.view(mask.shape)
+    return whole.t().contiguous() if turned else whole
+
+
+def compress_once(kept: Tensor, turned: bool = False) -> tuple[Tensor, Tensor] | None:
+    """What cuSPARSELt packs of a mask, and the part of it that ``semi_repack_`` may fill again.
+
+    None where its values do not lie as CUTLASS's do, row after row in front of the metadata: torch
+    says they do (``SparseSemiStructuredTensorCUSPARSELT``), and here it is looked up. kept: as for
+    ``semi_meta``, on a GPU.
+    """
+    stored = filled_up(kept, turned)
+    # No zero among them, and hardly two that are alike.
+    numbers = torch.arange(kept.numel(), device=kept.device).mul(7919).remainder(251).add(1)
+    numbers = numbers.view(kept.shape).to(torch.bfloat16)
+    dense = torch.where(stored, numbers, 0)
+    packed = torch._cslt_compress(dense.t().contiguous() if turned else dense)
+    rows = kept.shape[1 if turned else 0]
+    values = packed.view(-1)[: kept.numel() // 2].view(rows, -1)
+    expected = semi_repack_(torch.empty_like(values), numbers, stored, turned)
+    return (packed, values) if torch.equal(values, expected) else None
 
 
 def semi_product(x: Tensor, packed: Tensor, meta: Tensor | None) -> Tensor:

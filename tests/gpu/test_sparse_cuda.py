@@ -19,6 +19,7 @@ from llmtrain.ops.block_sparse import (
 from llmtrain.ops.masking import transposable_mask_reference
 from llmtrain.ops.semi import (
     LIBRARIES,
+    compress_once,
     library_fault,
     semi_meta,
     semi_meta_reference,
@@ -60,6 +61,17 @@ def test_packing_is_torchs(turned: bool) -> None:
                 ours = torch.empty_like(values, device="cuda")
                 semi_repack_(ours, given.cuda(), mask.cuda(), turned)
                 assert torch.equal(ours.cpu(), values)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_cusparselt_keeps_values(turned: bool) -> None:
+    """Else it packs all anew after every step, which is right and slower."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (fault := library_fault("cusparselt", device)) is not None:
+        pytest.skip(fault)
+    kept = transposable_mask_reference(torch.rand(256, 192)).cuda()
+    assert compress_once(kept, turned) is not None
+    assert compress_once(kept & (torch.rand(256, 192) < 0.7).cuda(), turned) is not None
 
 
 CASES = pytest.mark.parametrize(

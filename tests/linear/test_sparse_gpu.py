@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
 from llmtrain.linear import (
     BF16,
@@ -21,9 +24,21 @@ from llmtrain.linear import (
     sparse_matmul,
 )
 from llmtrain.ops.masking import transposable_mask_reference
+from llmtrain.ops.semi import LIBRARIES
 from llmtrain.sparsity import parse_granularity, prune_again
 
 SHAPE = (64, 128)
+
+
+def compress(dense: torch.Tensor) -> torch.Tensor:
+    """A library that keeps bits behind the values, as cuSPARSELt does."""
+    values, meta = sparse_semi_structured_from_dense_cutlass(dense)
+    return torch.cat((values.flatten(), meta.view(torch.bfloat16).flatten()))
+
+
+def compress_elsewhere(dense: torch.Tensor) -> torch.Tensor:
+    """One with another layout."""
+    return compress(dense).flip(0)
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +48,16 @@ def product(monkeypatch: pytest.MonkeyPatch) -> None:
     def semi_product(
         x: torch.Tensor, packed: torch.Tensor, meta: torch.Tensor | None
     ) -> torch.Tensor:
-        assert meta is not None
+        if meta is None:
+            flat = packed.flip(0) if torch._cslt_compress is compress_elsewhere else packed
+            rows = packed.numel() * 16 // 9 // x.shape[1]
+            packed = flat[: rows * x.shape[1] // 2].view(rows, -1)
+            meta = flat[packed.numel() :].contiguous().view(torch.int16).view(rows, -1)
         dense = sparse_semi_structured_to_dense_cutlass(packed, meta)
         return (x.float() @ dense.float().t()).to(x.dtype)
 
     monkeypatch.setattr(sparse_gpu, "semi_product", semi_product)
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
 
 
 def mask_of(kind: str) -> tuple[Mask, Mask | None]:
@@ -58,9 +78,17 @@ def mask_of(kind: str) -> tuple[Mask, Mask | None]:
     return mask, Mask(kept, (1, 1), SHAPE)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("kind", ["2:4", "2:4t", "slope", "blocks"])
-def test_layer_is_the_masked_one(kind: str, scale: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "library"),
+    [("blocks", BLOCKS), *((k, n) for k in ("2:4", "2:4t", "slope") for n in LIBRARIES)],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_layer_is_the_masked_one(
+    kind: str, library: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = 0.3 if elsewhere else 1.0
+    if elsewhere:
+        monkeypatch.setattr(torch, "_cslt_compress", compress_elsewhere)
     gen = torch.Generator().manual_seed(1)
     mask, back = mask_of(kind)
     weight, bias = torch.randn(SHAPE, generator=gen), torch.randn(64, generator=gen)
@@ -71,12 +99,14 @@ def test_layer_is_the_masked_one(kind: str, scale: float) -> None:
             layer.weight.copy_(weight)
             assert layer.bias is not None
             layer.bias.copy_(bias)
-        library = BLOCKS if kind == "blocks" else "cutlass"
         layer.set_mask(mask, back, sparse=sparse, kind=library)
         assert isinstance(layer.matmul, SemiMatmul | BlockMatmul) is sparse
         layers.append(layer)
-    if isinstance(layers[0].matmul, SemiMatmul):
-        assert (layers[0].matmul._backward is not None) is (kind != "2:4")
+    matmul = layers[0].matmul
+    if isinstance(matmul, SemiMatmul):
+        assert (matmul._backward is not None) is (kind != "2:4")
+        again = elsewhere and library == "cusparselt"  # packed by the library each time
+        assert (matmul._forward.packed is None) is again
     for _ in range(2):  # the second time with another weight
         x, upstream = torch.randn(3, 5, 128, generator=gen), torch.randn(3, 5, 64, generator=gen)
         found = []

@@ -10,7 +10,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from llmtrain.ops.masking import transposable_mask_reference
-from llmtrain.ops.semi import fits_semi, library_fault, semi_meta, semi_repack_
+from llmtrain.ops.semi import filled_up, fits_semi, library_fault, semi_meta, semi_repack_
 
 
 def masks(rows: int, cols: int) -> list[torch.Tensor]:
@@ -51,6 +51,15 @@ def test_which_masks_fit() -> None:
     assert fits_semi(rows) and not fits_semi(rows, True)
     assert not fits_semi(torch.ones(4, 8, dtype=torch.bool))
     assert not fits_semi(torch.zeros(4, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_stored_is_two_of_every_four(turned: bool) -> None:
+    for kept in masks(64, 96):
+        stored = filled_up(kept, turned)
+        groups = (stored.t() if turned else stored).reshape(-1, 4)
+        assert (groups.sum(-1) == 2).all() and not (kept & ~stored).any()
+        assert torch.equal(semi_meta(stored, turned), semi_meta(kept, turned))
 
 
 def test_a_library_that_refuses_is_told() -> None:
