@@ -28,6 +28,9 @@ const FusedSet& fused_kernels();
 const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
+const SparsePairs* sparse_pairs();
+
+// Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();
 
 // Null without AMX: elsewhere oneDNN's products are as good.
