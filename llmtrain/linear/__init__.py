@@ -13,7 +13,7 @@ from llmtrain.linear.frozen import Frozen, FrozenMatmul
 from llmtrain.linear.function import Plan, apply_linear, backward_for, summing_gradients
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.masked import Mask, MaskedMatmul
-from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
+from llmtrain.linear.matmul import BF16, FP32, FP32_NATIVE, FP32_ONEDNN, Matmul, matmul_for
 from llmtrain.linear.operand import Operand, Packed, Reach
 from llmtrain.linear.placement import Placement
 from llmtrain.linear.sparse import SparseLinear, SparseMatmul
@@ -24,6 +24,7 @@ __all__ = [
     "BF16",
     "BLOCKS",
     "FP32",
+    "FP32_NATIVE",
     "FP32_ONEDNN",
     "BlockMatmul",
     "Change",
