@@ -188,15 +188,27 @@ def _kernels() -> str:
 
 
 def _cuda_kernels() -> str:
-    from llmtrain.ops.cuda import HELP, built_for, load_fault
+    from llmtrain.ops.cuda import (
+        HELP,
+        NO_HEADERS,
+        built_for,
+        built_with_cublaslt,
+        cublaslt_fault,
+        load_fault,
+    )
 
     architectures = built_for()
     if architectures is None:
         raise Broken(f"not built; FP8 on a GPU runs on torch's own casts. {HELP}")
-    fault = load_fault()
+    version, fault = built_with_cublaslt(), load_fault()
+    without = NO_HEADERS if version is None else None if fault else cublaslt_fault()
+    if without is None:
+        sums = f"FP8 weight gradients are summed in the product (cuBLASLt {version})"
+    else:
+        sums = f"FP8 weight gradients are summed by torch after the product: {without}"
     if fault is not None:
-        raise Broken(f"built for {architectures}; {fault}")
-    return f"built for {architectures}"
+        raise Broken(f"built for {architectures}; {fault}; {sums}")
+    return f"built for {architectures}; {sums}"
 
 
 def _streaming() -> str:

@@ -10,7 +10,7 @@ from llmtrain.linear.adapter import Change, LowRank, adapted_weight
 from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.frozen import Frozen, FrozenMatmul
-from llmtrain.linear.function import Plan, apply_linear, backward_for
+from llmtrain.linear.function import Plan, apply_linear, backward_for, summing_gradients
 from llmtrain.linear.linear import Linear, OperandCache
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import BF16, FP32, FP32_ONEDNN, Matmul, matmul_for
@@ -49,4 +49,5 @@ __all__ = [
     "fake_vectors",
     "fp8_matmul",
     "matmul_for",
+    "summing_gradients",
 ]

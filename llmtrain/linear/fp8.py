@@ -37,6 +37,7 @@ from llmtrain.ops import (
     fp8_transpose,
     fp8_uncast,
     fp8_weight,
+    fp8_wgrad_,
 )
 
 
@@ -116,7 +117,10 @@ class Fp8Matmul:
         if _rows(a).device.type != "cuda":
             plain, first, second, factor = self._emulated(a, b, scale)
             return plain.wgrad(first, second, into, factor)
-        product = _product((_columns(a), _columns(b)), (a, b), scale, torch.float32)
+        first, second = _columns(a), _columns(b)
+        if into is not None and fp8_wgrad_(into, first, second, scale, a.scale, b.scale):
+            return into
+        product = _product((first, second), (a, b), scale, torch.float32)
         return product if into is None else into.add_(product)
 
     def _emulated(self, a: Packed, b: Packed, scale: float) -> tuple[Matmul, Tensor, Tensor, float]:

@@ -254,7 +254,7 @@ class Linear(nn.Module):
         weight, bias = self.parts()
         if isinstance(self.matmul, TeMatmul):
             return self.matmul.run(x, weight, bias, self.plan.scale)
-        operand, given = self._operand(weight), Given(casts, handoff)
+        operand, given = self._operand(weight), Given(casts, handoff, self._summed())
         adapter = self.adapter
         if adapter is None:
             return apply_linear(x, weight, bias, operand, self.plan, given)
@@ -264,6 +264,14 @@ class Linear(nn.Module):
         y = adapter(x, apply_linear(x, weight, None, operand, self.plan, given))
         adapted = adapter.direct(y, weight, lambda: self._numbers(operand), self.plan)
         return adapted if bias is None else adapted + bias.to(adapted.dtype)
+
+    def _summed(self) -> Tensor | None:
+        """The parameter to whose gradient products may add theirs (``summing_gradients``). Not that
+        of FSDP2, which sums what it has gathered itself."""
+        if self.plan.freed or torch.compiler.is_compiling():
+            return None
+        sums = isinstance(self.matmul, Fp8Matmul) and self.weight.requires_grad
+        return self.weight if sums else None
 
     def _numbers(self, operand: Operand) -> Tensor:
         """The weight as the products read it."""

@@ -40,7 +40,12 @@ from llmtrain.ops.fused import (
 from llmtrain.ops.glu import swiglu, swiglu_reference
 from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
-from llmtrain.ops.products import weight_gradient, weight_gradient_reference
+from llmtrain.ops.products import (
+    fp8_wgrad_,
+    fp8_wgrad_reference_,
+    weight_gradient,
+    weight_gradient_reference,
+)
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
 from llmtrain.ops.sparse import (
     Packed,
@@ -91,6 +96,8 @@ __all__ = [
     "fp8_transpose",
     "fp8_uncast",
     "fp8_weight",
+    "fp8_wgrad_",
+    "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
     "kernels_line",

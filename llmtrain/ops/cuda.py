@@ -23,6 +23,10 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 # The number of SwiGLU in csrc/cuda/fused.h.
 SWIGLU = 4
 HELP = "run: python -m llmtrain.ops.build_cuda"
+NO_HEADERS = (
+    "built without cuBLASLt's headers; pip install nvidia-cublas (for CUDA 12: "
+    "nvidia-cublas-cu12) or set CUBLAS_INCLUDE, then build again"
+)
 
 
 def _format(e5m2: bool) -> torch.dtype:
@@ -148,15 +152,38 @@ def cuda_kernels() -> Any:
     return torch.ops.llmtrain_cuda
 
 
-def built_for() -> str | None:
-    """Architectures in the library, such as "sm_89 sm_90a"; None where it is not built.
+@cache
+def cublaslt_fault() -> str | None:
+    """Why cuBLASLt does not sum FP8 weight gradients within the product; None where it does."""
+    fault = load_fault()
+    if fault is not None:
+        return fault
+    if not hasattr(torch.ops.llmtrain_cuda, "fp8_wgrad_"):
+        return NO_HEADERS
+    said: str = torch.ops.llmtrain_cuda.cublaslt_fault()
+    return said or None
+
+
+def _told(question: str) -> str | None:
+    """What the library says of itself; None where it is not built or does not know the question.
 
     Works without CUDA: undefined symbols stay so until they are called.
     """
     if not LIBRARY.exists():
         return None
-    library = ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY)
-    ask = library.llmtrain_cuda_architectures
+    ask = getattr(ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY), question, None)
+    if ask is None:
+        return None
     ask.restype = ctypes.c_char_p
     answer: bytes = ask()
     return answer.decode()
+
+
+def built_for() -> str | None:
+    """Architectures in the library, such as "sm_89 sm_90a"; None where it is not built."""
+    return _told("llmtrain_cuda_architectures")
+
+
+def built_with_cublaslt() -> str | None:
+    """The version of cuBLAS whose headers the library was built with; None: built without."""
+    return _told("llmtrain_cuda_cublaslt") or None

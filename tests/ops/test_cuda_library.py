@@ -85,3 +85,41 @@ def test_what_was_built_is_read_without_cuda(monkeypatch: pytest.MonkeyPatch) ->
     assert found is None or found.split() == [f"sm_{name}" for name in build_cuda.ARCHITECTURES]
     monkeypatch.setattr(cuda, "LIBRARY", Path("absent.so"))
     assert cuda.built_for() is None
+    assert cuda.built_with_cublaslt() is None
+
+
+def test_cublaslts_headers_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("CUBLAS_INCLUDE", str(tmp_path / "named"))
+    for name in ("toolkit/include", "named"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "toolkit/include/cublasLt.h").touch()
+    found = build_cuda.find_cublaslt()
+    # A CUDA build of torch brings its own, which come before the toolkit's.
+    assert found is not None and found != tmp_path / "named"
+    (tmp_path / "named/cublasLt.h").touch()
+    assert build_cuda.find_cublaslt() == tmp_path / "named"
+
+
+def test_fewer_architectures_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build_cuda.architectures() == build_cuda.ARCHITECTURES
+    monkeypatch.setenv("LLMTRAIN_CUDA_ARCHITECTURES", "90a, 89")
+    assert build_cuda.architectures() == ("90a", "89")
+    monkeypatch.setenv("LLMTRAIN_CUDA_ARCHITECTURES", "70")
+    with pytest.raises(EnvironmentFault, match="70 is none of 80, 89, 90a, 100"):
+        build_cuda.architectures()
+
+
+def test_the_doctor_says_who_sums_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtrain.cli import diagnosis
+
+    monkeypatch.setattr(cuda, "built_for", lambda: "sm_90a")
+    monkeypatch.setattr(cuda, "load_fault", lambda: None)
+    for version, fault, told in (
+        ("13.1", None, "summed in the product (cuBLASLt 13.1)"),
+        ("13.1", "libcublasLt.so.13 does not load", "the product: libcublasLt.so.13 does not load"),
+        (None, None, "by torch after the product: built without cuBLASLt's headers"),
+    ):
+        monkeypatch.setattr(cuda, "built_with_cublaslt", lambda version=version: version)
+        monkeypatch.setattr(cuda, "cublaslt_fault", lambda fault=fault: fault)
+        assert told in diagnosis._cuda_kernels()
