@@ -21,7 +21,7 @@ from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
-from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.linear.sparse_gpu import BlockMatmul, SemiMatmul, sparse_matmul
 from llmtrain.linear.te import TeMatmul
 from llmtrain.ops import Casts, Handoff
 from llmtrain.parallel.tensor import TensorParallel, local
@@ -136,7 +136,7 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
-        self._sparse = False
+        self._sparse, self._kind = False, ""
         self.packed: tuple[str, ...] = ()
         self.adapter: Adapter | None = None
 
@@ -194,20 +194,25 @@ class Linear(nn.Module):
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
         self._format = matmul
-        if self.mask is not None and self._sparse and self._back is None and not matmul.packs:
-            matmul = SparseMatmul(matmul, self.mask)
+        if self.mask is not None and self._sparse:
+            matmul = sparse_matmul(matmul, self.mask, self._back, self._kind)
         elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
         self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
         self._cache.clear()
 
     def set_mask(
-        self, mask: Mask | None, back: Mask | None = None, *, sparse: bool = False
+        self,
+        mask: Mask | None,
+        back: Mask | None = None,
+        *,
+        sparse: bool = False,
+        kind: str = "",
     ) -> None:
         """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
         of it. The mask is that of this rank's tensor-parallel part, on its device. sparse: by
-        ``SparseMatmul``, where number format and masks allow."""
-        self.mask, self._back, self._sparse = mask, back, sparse
+        ``sparse_matmul`` of a ``kind``, where number format and masks allow."""
+        self.mask, self._back, self._sparse, self._kind = mask, back, sparse, kind
         self.set_matmul(self._format)
 
     def set_freed(self) -> None:
@@ -294,6 +299,8 @@ class Linear(nn.Module):
         """The weight as the products read it."""
         if isinstance(self.matmul, FrozenMatmul):
             return self.matmul.weight(operand)
+        if isinstance(self.matmul, SemiMatmul | BlockMatmul):
+            return self.matmul.mask.zero_(self.parts()[0].detach().to(self.matmul.dtype, copy=True))
         return plain(operand, self.matmul.dtype)
 
     def extra_repr(self) -> str:

@@ -39,11 +39,19 @@ from llmtrain.ops.fused import (
     norm_join_cast,
 )
 from llmtrain.ops.glu import swiglu, swiglu_reference
-from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
+from llmtrain.ops.native import (
+    attention_usable,
+    gemm_usable,
+    kernels_line,
+    kernels_warning,
+    native_loaded,
+)
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import (
     fp8_wgrad_,
     fp8_wgrad_reference_,
+    product,
+    product_reference,
     weight_gradient,
     weight_gradient_reference,
 )
@@ -85,6 +93,7 @@ __all__ = [
     "attention_partial",
     "attention_partial_backward",
     "attention_reference",
+    "attention_usable",
     "cached_attention",
     "causal_attention",
     "cross_entropy_",
@@ -102,6 +111,7 @@ __all__ = [
     "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
+    "gemm_usable",
     "kernels_line",
     "kernels_warning",
     "make_window",
@@ -110,6 +120,8 @@ __all__ = [
     "native_loaded",
     "norm_join_cast",
     "pack",
+    "product",
+    "product_reference",
     "repack",
     "rms_norm",
     "rms_norm_reference",

@@ -80,6 +80,15 @@ def _transposable(scores: Tensor, patterns: Tensor) -> Tensor:
     return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
 
 
+def _semi_meta(kept: Tensor, turned: bool) -> Tensor:
+    rows, length = (kept.shape[1], kept.shape[0]) if turned else kept.shape
+    return kept.new_empty((rows, length // 16), dtype=torch.int16)
+
+
+def _block_product(x: Tensor, values: Tensor, bias: Tensor | None, *tiles_and_how: Any) -> Tensor:
+    return x.new_empty((x.shape[0], tiles_and_how[3]))
+
+
 def _in_place(*args: object) -> None:
     return None
 
@@ -96,6 +105,11 @@ CUDA_FAKES: dict[str, Callable[..., object]] = {
     "transposable_mask": _transposable,
     "mask_apply_": _in_place,
     "masked_adamw_": _in_place,
+    "semi_meta": _semi_meta,
+    "semi_repack_": _in_place,
+    "block_pack_": _in_place,
+    "block_product": _block_product,
+    "block_gradient_": _in_place,
 }
 
 

@@ -106,8 +106,10 @@ def _attention_ready() -> bool:
 
 
 def attention_usable(q: Tensor) -> bool:
-    """Whether compiled attention takes queries ``q`` [..., d]: bfloat16 on a processor with
-    bfloat16 products, d a multiple of 32."""
+    """Whether compiled attention takes queries ``q`` [..., d]: float32 as ``gemm_usable`` says, and
+    bfloat16 on a processor with bfloat16 products, d a multiple of 32."""
+    if q.dtype == torch.float32:
+        return gemm_usable(q)
     return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and usable(q) and _attention_ready()
 
 
@@ -119,3 +121,13 @@ def _products_ready() -> bool:
 def products_usable(x: Tensor) -> bool:
     """Whether the compiled matrix products take ``x``: bfloat16 on a processor with AMX."""
     return x.dtype == torch.bfloat16 and usable(x) and _products_ready()
+
+
+@cache
+def _gemm_ready() -> bool:
+    return _load() is None and bool(torch.ops.llmtrain.has_gemm())
+
+
+def gemm_usable(x: Tensor) -> bool:
+    """Whether the compiled float32 products take ``x``: on a processor with AVX2 at most."""
+    return x.dtype == torch.float32 and usable(x) and _gemm_ready()
