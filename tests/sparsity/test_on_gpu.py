@@ -17,7 +17,9 @@ from torch import nn
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.errors import ConfigError
 from llmtrain.linear import BF16, BLOCKS, BlockMatmul, Linear, MaskedMatmul, SemiMatmul
+from llmtrain.methods import sparsity as methods
 from llmtrain.model import complete
 from llmtrain.sparsity import (
     Case,
@@ -178,11 +180,41 @@ def test_layers_get_what_was_chosen(
         return dict.fromkeys(cases, choice)
 
     monkeypatch.setattr("llmtrain.sparsity.masks.pick_products", pick)
+    if products == "sparse" and not kind:
+        with pytest.raises(ConfigError, match=r"products: sparse: a: GPUs have .* use auto"):
+            masks.install()
+        return
     masks.install()
     assert type(layer.matmul) is (MaskedMatmul if products == "dense" else expected)
+    assert len(masks.lines()) == (products == "auto")
     if products != "dense":
         (case,) = masks.choices
         assert case.semi == (FORWARD if text == "2:4" else "")
+
+
+def test_a_layer_too_small_to_time_is_sparse_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks, layer = masks_of("2:4", "sparse")
+    monkeypatch.setattr("llmtrain.sparsity.masks.kinds_of", lambda case, gpu: (["cutlass"], ""))
+    monkeypatch.setattr(
+        "llmtrain.sparsity.masks.pick_products",
+        lambda cases, group, gpu: dict.fromkeys(cases, Choice(0, 0, "too small to matter")),
+    )
+    masks.install()
+    assert isinstance(layer.matmul, SemiMatmul)
+
+
+def test_what_was_asked_for_and_no_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "pick_device", lambda wanted, rank: GPU)
+    bf16 = SimpleNamespace(compute=torch.bfloat16)
+    monkeypatch.setattr(methods, "resolve_precision", lambda cfg, device: bf16)
+    section = SparsityConfig(density=0.25, products="sparse")
+    layers = {"a": Sparse("a", (64, 128), parse_granularity("4x4"), 0.25)}
+    with pytest.raises(ConfigError, match=r"sparse: a: GPUs have sparse products for 2:4"):
+        methods.check_products(RunConfig(sparsity=section), section, layers)
+    free = SparsityConfig(density=0.25)
+    methods.check_products(RunConfig(sparsity=free), free, layers)
 
 
 def test_whole_layers_are_cut_like_their_weights() -> None:
