@@ -1,4 +1,4 @@
-"""Weight gradients with float32 sums of bfloat16 or FP8 operands, and products of float32 matrices."""
+"""Weight gradients with float32 sums of bfloat16 or FP8 operands, and float32 products."""
 
 from __future__ import annotations
 
