@@ -20,6 +20,8 @@ extern const llmtrain::KernelSet kernels;
 extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 extern const llmtrain::SparseSet sparse;
+extern const llmtrain::GemmKernels gemm;
+extern const llmtrain::FloatAttentionKernels float_attention;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
@@ -139,6 +141,21 @@ const AttentionKernels* attention_kernels() {
 #ifdef __x86_64__
   if (level() == kAmx) return &amx::attention;
   if (level() == kAvx512Bf16) return &avx512bf16::attention;
+#endif
+  return nullptr;
+}
+
+// Null without AVX2, and with AVX-512, where the libraries have wider ones.
+const GemmKernels* gemm_kernels() {
+#ifdef __x86_64__
+  if (level() == kAvx2) return &avx2::gemm;
+#endif
+  return nullptr;
+}
+
+const FloatAttentionKernels* float_attention_kernels() {
+#ifdef __x86_64__
+  if (level() == kAvx2) return &avx2::float_attention;
 #endif
   return nullptr;
 }

@@ -42,6 +42,11 @@ X86_OBJECTS = {
     "fused_avx2": ("fused.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "sparse_avx512": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "sparse_avx2": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "gemm_avx2": ("gemm.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "attention_f32_avx2": (
+        "attention_f32.cpp",
+        f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3",
+    ),
     "attention_amx": ("attention.cpp", AMX),
     "products_amx": ("products.cpp", AMX),
     "attention_avx512bf16": ("attention.cpp", AVX512_BF16),
@@ -82,7 +87,7 @@ def units() -> dict[str, tuple[str, str]]:
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())
     # Only what torch 2.11 has; the library runs with it and with every later one.
-    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_fused", "ops_sparse"):
+    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_fused", "ops_sparse", "ops_gemm"):
         objects[name] = (f"{name}.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
     return objects
 

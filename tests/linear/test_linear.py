@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.linear import BF16, FP32, FP32_ONEDNN, Linear, Matmul, matmul_for
+from llmtrain.linear import BF16, FP32, FP32_NATIVE, FP32_ONEDNN, Linear, Matmul, matmul_for
 
 MATMULS = [
     pytest.param(FP32, 2e-6, id="fp32"),
@@ -19,6 +19,7 @@ MATMULS = [
         id="onednn",
         marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN"),
     ),
+    pytest.param(FP32_NATIVE, 2e-6, id="compiled"),
     pytest.param(BF16, 1e-2, id="bf16"),
 ]
 

@@ -15,10 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import check_avx512
 import torch
+from check_sparse_kernels import check_sparse
 from torch import Tensor
 
 from llmtrain import ops
@@ -84,16 +86,17 @@ def rewritten(text: str) -> str:
     return text
 
 
-def emulated(folder: Path, name: str, *flags: str) -> ctypes.CDLL:
-    """csrc/cuda/NAME.cu as a library of the CPU."""
+def emulated(folder: Path, name: str, *flags: str, source: str = "cuda_on_cpu.cpp") -> ctypes.CDLL:
+    """csrc/cuda/NAME.cu as a library of the CPU; source: of csrc/check, what ctypes calls."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     if not (home / "include/cuda_fp8.h").exists():
         sys.exit(f"{home}/include has no cuda_fp8.h; set CUDA_HOME to check CUDA's kernels")
     unit, library = folder / f"{name}_on_cpu.h", folder / f"{name}.so"
     unit.write_text(rewritten((ROOT / f"cuda/{name}.cu").read_text()))
     includes = [f"-I{path}" for path in (ROOT / "cuda", ROOT / "check", home / "include")]
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f'-DUNIT="{unit}"', *flags]
-    run("g++", *options, *includes, str(ROOT / "check/cuda_on_cpu.cpp"), "-o", str(library))
+    shared = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-DLLMTRAIN_ON_CPU"]
+    options = [*shared, f'-DUNIT="{unit}"', *flags]
+    run("g++", *options, *includes, str(ROOT / "check" / source), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 
@@ -202,6 +205,7 @@ def main() -> None:
         folder = Path(name)
         sanitize(folder)
         avx512(folder)
+        check_sparse(partial(emulated, folder))
         check_casts(emulated(folder, "fp8", "-DCASTS"))
         fused = emulated(folder, "fused")
         for dtype, shape in itertools.product((torch.float32, torch.bfloat16), SHAPES):
