@@ -78,7 +78,7 @@ test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
-check-kernels: $(KERNELS)  ## CPU kernels under sanitizers, CUDA kernels emulated on the CPU (a minute)
+check-kernels: $(KERNELS)  ## CPU kernels under sanitizers; AVX-512 and CUDA kernels emulated (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)

@@ -29,6 +29,7 @@ extern const llmtrain::ProductKernels products;
 }
 namespace avx512bf16 {
 extern const llmtrain::AttentionKernels attention;
+extern const llmtrain::SparsePairs sparse_pairs;
 }
 #endif
 namespace baseline {
@@ -54,6 +55,9 @@ bool amx_granted() {
 }
 
 Level best_level() {
+#ifdef LLMTRAIN_EMULATED
+  return kAmx;  // tests/ops/check_avx512.py
+#endif
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kBaseline;
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
@@ -122,6 +126,14 @@ const SparseSet& sparse_kernels() {
   if (level() == kAvx2) return avx2::sparse;
 #endif
   return baseline::sparse;
+}
+
+// Null where the processor has no bfloat16 products.
+const SparsePairs* sparse_pairs() {
+#ifdef __x86_64__
+  if (level() <= kAvx512Bf16) return &avx512bf16::sparse_pairs;
+#endif
+  return nullptr;
 }
 
 // Null where the processor has no bfloat16 products.

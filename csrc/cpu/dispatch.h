@@ -29,6 +29,9 @@ const FusedSet& fused_kernels();
 const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
+const SparsePairs* sparse_pairs();
+
+// Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();
 
 // Null without AVX2, and with AVX-512, where the libraries have wider ones.

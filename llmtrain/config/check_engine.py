@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmtrain.config.faults import Collector
-from llmtrain.config.schema import ParallelConfig, RunConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import RunConfig
 
 _NATIVE = "use parallel.engine: native"
 

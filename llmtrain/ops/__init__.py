@@ -47,6 +47,8 @@ from llmtrain.ops.native import (
 )
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
 from llmtrain.ops.products import (
+    fp8_wgrad_,
+    fp8_wgrad_reference_,
     product,
     product_reference,
     weight_gradient,
@@ -103,6 +105,8 @@ __all__ = [
     "fp8_transpose",
     "fp8_uncast",
     "fp8_weight",
+    "fp8_wgrad_",
+    "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
     "gemm_usable",

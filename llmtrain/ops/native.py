@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.ops.fakes import CPU_FAKES, register_fakes
+
 LIBRARY = Path(__file__).with_name("_cpu.so")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
 
@@ -45,6 +47,7 @@ def _load() -> str | None:
     stamp = torch.ops.llmtrain.sources() if hasattr(torch.ops.llmtrain, "sources") else "none"
     if wanted is not None and stamp != wanted:
         return "out of date, built from other sources than csrc/cpu has now; run: make build"
+    register_fakes("llmtrain", CPU_FAKES)
     return None
 
 
@@ -83,6 +86,18 @@ def usable(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and _load() is None
     )
+
+
+# torch.compile takes the answer instead of looking into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ready() -> bool:
+    return _load() is None
+
+
+def traceable(x: Tensor) -> bool:
+    """``usable`` of operators that torch.compile is told of (``CPU_FAKES``): under it, too. Those
+    that cast to FP8 are, as references would be compiled to code of other bits."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _ready()
 
 
 @cache

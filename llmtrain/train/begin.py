@@ -10,6 +10,7 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
+from llmtrain.checkpoint.remote import Mirror
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
@@ -31,10 +32,20 @@ Warn = Callable[[str], None]
 
 
 def begins_anew(cfg: RunConfig, folder: Path, ranks: Ranks) -> bool:
-    """Whether there is nothing to resume from. folder: of the run's checkpoints; collective."""
+    """Whether there is nothing to resume from, not in the object store either; collective.
+
+    folder: of the run's checkpoints. Raises LlmtrainError when the store cannot be read.
+    """
     if cfg.checkpoint.resume != "auto":
         return cfg.checkpoint.resume == "never"
-    return ranks.on_main(lambda: not scan(folder))
+
+    def nothing() -> bool:
+        if scan(folder):
+            return False
+        place = cfg.checkpoint.remote
+        return place is None or not Mirror(place, cfg.name, cfg.checkpoint.remote_keep).steps()
+
+    return ranks.on_main(nothing)
 
 
 def find_init(setting: Setting, warn: Warn) -> Path | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
+from llmtrain.linear import summing_gradients
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
@@ -282,7 +283,8 @@ class TrainModule:
         set_gradient_sync(self.model, last=last)
 
     def _backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        with summing_gradients():
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:
         if self.layout.tensor is not None:

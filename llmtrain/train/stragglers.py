@@ -20,7 +20,8 @@ from torch._C._distributed_c10d import Work
 
 from llmtrain.parallel import World
 
-_PROBES, _SIDE = 4, 4096
+# Longer than the turns that processes take on a GPU which they share, a few milliseconds.
+_PROBES, _SIDE = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Stopwatch:
         self.pause()
         own = self._whole - self._waited
         if self._world.device.type == "cuda":
-            own = _probe(self._world.device)
+            own = probe(self._world.device)
         slots = [0.0] * (2 * self._world.size)
         slots[self._world.rank], slots[self._world.size + self._world.rank] = own, self._waited
         slots = self._world.sum(slots)
@@ -124,11 +125,12 @@ class Stopwatch:
         return Stragglers(slots[: self._world.size], slots[self._world.size :])
 
 
-def _probe(device: torch.device) -> float:
+def probe(device: torch.device) -> float:
     """Seconds of a few products of 4096 x 4096 in bf16 on this GPU."""
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
     event: Any = torch.cuda.Event
     start, end = (event(enable_timing=True) for _ in range(2))
+    a @ a  # the library's start-up, once a process
     start.record()
     for _ in range(_PROBES):
         a @ a

@@ -15,6 +15,7 @@ from helpers.ranks import run_ranks
 
 from llmtrain.config.watch import WatchdogConfig
 from llmtrain.parallel import World
+from llmtrain.train import stragglers
 from llmtrain.train.stragglers import Stopwatch, Stragglers
 from llmtrain.train.watchdog import PHASES, Heartbeat, Watchdog, verdict
 
@@ -125,9 +126,10 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
             assert dog.before == expected
 
 
-def lag(rank: int) -> list[tuple[list[float], list[float]]]:
-    world = World(rank, 3, rank, torch.device("cpu"), dist.new_group(backend="gloo"))
+def lag(rank: int, device: str) -> list[tuple[list[float], list[float]]]:
+    world = World(rank, 3, rank, torch.device(device), dist.new_group(backend="gloo"))
     stopwatch, found = Stopwatch(world), []
+    stragglers.probe = lambda device: 0.5 if rank == 2 else 0.1  # type: ignore[assignment]
     stopwatch.begin()
     for factor in (1.0, 3.0):
         for _ in range(3):
@@ -145,10 +147,20 @@ def lag(rank: int) -> list[tuple[list[float], list[float]]]:
 
 @pytest.mark.dist
 def test_own_work_and_waiting_of_every_rank() -> None:
-    results = run_ranks(3, lag)
+    results = run_ranks(3, lag, "cpu")
     assert results[0] == results[1] == results[2]
     even, uneven = (Stragglers(own, waited) for own, waited in results[0])
     assert uneven.slowest == uneven.awaited == 1
     assert uneven.slow(1.5) == [1] and even.slow(4.0) == []
     assert uneven.own[1] > 0.18 and min(uneven.waited[0], uneven.waited[2]) > 0.06
     assert max(*even.own, *uneven.own) < 0.3
+
+
+@pytest.mark.dist
+def test_on_gpus_own_work_is_the_probe_and_waiting_shows_a_late_host() -> None:
+    """Rank 2 has the slow GPU, rank 1 is late to the step."""
+    results = run_ranks(3, lag, "cuda:0")
+    uneven = Stragglers(*results[0][1])
+    assert uneven.own == [0.1, 0.1, 0.5]
+    assert (uneven.slowest, uneven.awaited) == (2, 1)
+    assert uneven.slow(1.5) == [2]
