@@ -34,6 +34,7 @@ from llmtrain.model.formats import (
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.merging import is_merged, merge_adapters, unmerge_adapters
 from llmtrain.model.packing import (
     fill_packed,
     packed_layers,
@@ -82,10 +83,12 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "is_directed",
+    "is_merged",
     "keep_own_parts",
     "layer_names",
     "layer_shape",
     "limit_training",
+    "merge_adapters",
     "multiplier",
     "packed_layers",
     "packed_names",
@@ -105,6 +108,7 @@ __all__ = [
     "switch_step",
     "tensor_placements",
     "unlike",
+    "unmerge_adapters",
     "unpacked",
     "whole_change",
 ]
