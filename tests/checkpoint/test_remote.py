@@ -151,9 +151,15 @@ def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
 def test_an_address_nobody_knows() -> None:
     with pytest.raises(EnvironmentFault, match=r"checkpoint\.remote: nowhere addresses"):
         Mirror("nowhere://bucket", "tiny", 2)
-    with pytest.raises(EnvironmentFault) as refused:
-        Mirror("sftp://me:secret@host/runs", "tiny", 2)
-    assert "secret" not in str(refused.value)
+    for address in (
+        "sftp://me:secret@host/runs", "abfs://a:secret@b.host/runs", "s3://bucket/runs?sig=secret"
+    ):  # fmt: skip
+        with pytest.raises(EnvironmentFault, match="credentials by the env") as refused:
+            Mirror(address, "tiny", 2)
+        assert "secret" not in str(refused.value)
+    assert Mirror("flaky://bucket/me@home", "tiny", 2).steps() == []
+    with pytest.raises(EnvironmentFault, match="abfs addresses cannot be used"):
+        Mirror("abfs://container@account.host/runs", "tiny", 2)  # no secret; adlfs is not there
 
 
 def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
