@@ -140,8 +140,11 @@ class Container:
     def run(self, *words: str) -> tuple[int, str]:
         """Exit code and what it printed; errors go to where ours do."""
         print("$", " ".join(words), flush=True)
+        # buildah loses what is printed in a process's last moment.
+        patient = ["sh", "-c", '"$@"; code=$?; sleep 0.5; exit $code', "_"]
         done = subprocess.run(
-            ["buildah", "run", self._name, "--", *words],
+            # Docker would put the container's own name into /etc/hosts.
+            ["buildah", "run", "--hostname=localhost", self._name, "--", *patient, *words],
             env=self._builder.env, stdout=subprocess.PIPE, text=True,
             check=False,
         )  # fmt: skip
