@@ -73,6 +73,12 @@ class SparsityConfig:
         "sparse, dense: always. Elsewhere products are dense",
         choices=("auto", "sparse", "dense"),
     )
+    storage: str = key(
+        "auto",
+        "packed: kept weights alone, with gradients and moments for them only; dense: with zeros; "
+        "auto: packed on a CPU where masks stay and one process holds them",
+        choices=("auto", "packed", "dense"),
+    )
 
 
 @dataclass(frozen=True)

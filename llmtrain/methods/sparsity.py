@@ -23,6 +23,7 @@ from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import flops_per_token, resolve_model
 from llmtrain.ops import native_loaded
+from llmtrain.parallel import Degrees
 from llmtrain.parallel.world import pick_device
 from llmtrain.sparsity import (
     Masks,
@@ -31,6 +32,7 @@ from llmtrain.sparsity import (
     choice_lines,
     density_of_step,
     sparse_layers,
+    why_dense,
 )
 from llmtrain.sparsity.storage import fit_masks, load_masks
 from llmtrain.train.hooks import Hook
@@ -98,6 +100,8 @@ class StaticMask(Hook):
                 layer.granularity.check_search("sparsity.granularity")
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg)
+        # Refused here where it cannot be; the number of processes is known later.
+        why_dense(cfg, Degrees(), pick_device(cfg.device, 0).type == "cpu")
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""
@@ -105,7 +109,7 @@ class StaticMask(Hook):
             self._given(self._sparse)
         return []
 
-    def on_run_start(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Make the masks, unless a checkpoint has brought them, and prune the weights."""
         times = trainer.clockwork
         if self.cfg.until is not None:
@@ -121,6 +125,7 @@ class StaticMask(Hook):
         for line in choice_lines(masks.cases, masks.choices):
             trainer.recorder.event(trainer.step_done, line)
         self.zero(trainer, masks.layers)
+        self.pack(trainer, masks)
         self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
             self.drop(trainer)
@@ -158,6 +163,14 @@ class StaticMask(Hook):
             self.masks.products = "dense" if trainer.cfg.train.compile else self.cfg.products
         return self.masks
 
+    def pack(self, trainer: Trainer, masks: Masks) -> None:
+        """Hold the kept weights alone, where the run allows."""
+        on_cpu = trainer.module.device.type == "cpu"
+        if why_dense(trainer.cfg, trainer.module.layout.degrees, on_cpu) is None:
+            for name, layer in masks.layers.items():
+                trainer.module.pack(f"{name}.weight", layer)
+                masks.params[name] = layer.weight
+
     def zero(self, trainer: Trainer, names: Any) -> None:
         """Weights and moments of layers become zero outside their masks."""
         assert self.masks is not None
@@ -185,6 +198,9 @@ class StaticMask(Hook):
         assert self.masks is not None
         # An average may have written beyond the masks: the dense part starts from zeros there.
         self.zero(trainer, self.masks.layers)
+        for name, layer in self.masks.layers.items():
+            if layer.compact is not None:
+                trainer.module.unpack(f"{name}.weight", layer)
         self.masks.remove()
         self.dropped = True
         self.count_flops(trainer, trainer.step_done)

@@ -44,6 +44,8 @@ from llmtrain.ops.products import weight_gradient, weight_gradient_reference
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
 from llmtrain.ops.sparse import (
     Packed,
+    copy_across,
+    gather_tiles,
     masked,
     pack,
     repack,
@@ -81,6 +83,7 @@ __all__ = [
     "attention_reference",
     "cached_attention",
     "causal_attention",
+    "copy_across",
     "cross_entropy_",
     "cross_entropy_reference_",
     "cuda_fault",
@@ -93,6 +96,7 @@ __all__ = [
     "fp8_weight",
     "fuses_activation",
     "fuses_norm",
+    "gather_tiles",
     "kernels_line",
     "kernels_warning",
     "make_window",

@@ -7,7 +7,14 @@
 """
 
 from llmtrain.linear import Mask
-from llmtrain.sparsity.auto import Case, Choice, cases_of, choice_lines, pick_products
+from llmtrain.sparsity.auto import (
+    SMALLEST_SPARSE,
+    Case,
+    Choice,
+    cases_of,
+    choice_lines,
+    pick_products,
+)
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import (
     best_kept,
@@ -26,8 +33,10 @@ from llmtrain.sparsity.schedule import (
     training_flops,
 )
 from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
+from llmtrain.sparsity.storing import why_dense
 
 __all__ = [
+    "SMALLEST_SPARSE",
     "Case",
     "Choice",
     "Granularity",
@@ -54,4 +63,5 @@ __all__ = [
     "sparsity_lines",
     "training_flops",
     "unpack_bits",
+    "why_dense",
 ]

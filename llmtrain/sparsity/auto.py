@@ -28,7 +28,7 @@ from llmtrain.sparsity.select import Sparse
 
 TOKENS, ROUNDS = 1024, 3
 # Below this many elements a layer is dense unasked: it costs nothing either way.
-SMALLEST = 1 << 16
+SMALLEST_SPARSE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _pick(cases: set[Case]) -> dict[Case, Choice]:
     path = cache_file()
     known, fresh, found = _read(path), False, {}
     for case in sorted(cases, key=astuple):
-        if case.rows * case.cols < SMALLEST:
+        if case.rows * case.cols < SMALLEST_SPARSE:
             found[case] = Choice(0, 0, "too small to matter")
             continue
         if str(case) not in known:

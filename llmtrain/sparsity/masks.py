@@ -170,6 +170,8 @@ class Masks:
         """Weights and moments outside the masks become zero."""
         for name in names:
             param = self.params[name]
+            if self.layers[name].compact is not None:
+                continue
             self.zero_outside(name, param)
             for value in optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:

@@ -37,7 +37,9 @@ class KeepStart(Hook):
 
         from llmtrain.train.run import run_folder
 
-        weights = {n: p.detach().clone() for n, p in trainer.module.params.items()}  # type: ignore[attr-defined]
+        module = trainer.module  # type: ignore[attr-defined]
+        weights = {n: p.detach().clone() for n, p in module.params.items()}
+        weights |= {n: c.spread(weights[n]) for n, c in module.compact.items()}
         save_file(weights, run_folder(trainer.cfg) / "start.bin")  # type: ignore[attr-defined]
 
 
@@ -51,7 +53,10 @@ class ZeroOutside(Hook):
         for name, layer in hidden_layers(module.model):
             outside = ~layer.mask.box((0, 0), layer.mask.shape)
             state = module.optimizer.state[layer.weight]
-            for value in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+            for held in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+                if layer.compact is not None:
+                    assert held.numel() < outside.numel()
+                value = held if layer.compact is None else layer.compact.spread(held)
                 assert bool((value[outside] == 0).all()), name
 
 
