@@ -50,8 +50,10 @@ def sparsity(section: SparsityConfig) -> StaticMask:
     """The hook of a section ``sparsity``."""
     from llmtrain.methods.gradual_pruning import GradualPruning
     from llmtrain.methods.lost import Lost
+    from llmtrain.methods.movement import Movement
     from llmtrain.methods.rigl import Regrowth
     from llmtrain.methods.slope import Slope
+    from llmtrain.methods.srste import SrSte
 
     kinds: dict[str, type[StaticMask]] = {
         "static": StaticMask,
@@ -60,6 +62,8 @@ def sparsity(section: SparsityConfig) -> StaticMask:
         "gradual": GradualPruning,
         "slope": Slope,
         "lost": Lost,
+        "movement": Movement,
+        "srste": SrSte,
     }
     return kinds[section.method](section)
 
@@ -71,6 +75,7 @@ def check_products(cfg: RunConfig, section: SparsityConfig) -> None:
         (not native_loaded(), "the compiled kernels are not in use (make build)"),
         (cfg.train.compile, "train.compile does not know them"),
         (section.method == "slope", "they have no second mask, as slope needs"),
+        (section.method in ("movement", "srste"), "these methods need whole gradients"),
     )
     for holds, text in reasons if section.products == "sparse" else ():
         if holds:
@@ -96,7 +101,7 @@ class StaticMask(Hook):
         self._sparse = sparse_layers(model_cfg, self.cfg)
         for name, layer in self._sparse.items():
             layer.granularity.check(layer.shape, layer.density, name, self.double)
-            if self.cfg.choose == "magnitude":
+            if self.cfg.choose == "magnitude" or self.cfg.method == "srste":
                 layer.granularity.check_search("sparsity.granularity")
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg)
@@ -124,8 +129,7 @@ class StaticMask(Hook):
         masks.install(self.seed(trainer))
         for line in choice_lines(masks.cases, masks.choices):
             trainer.recorder.event(trainer.step_done, line)
-        self.zero(trainer, masks.layers)
-        self.pack(trainer, masks)
+        self.settle(trainer, masks)
         self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
             self.drop(trainer)
@@ -159,12 +163,14 @@ class StaticMask(Hook):
             module = trainer.module
             sparse = sparse_layers(module.model_cfg, self.cfg)
             self.masks = Masks(module.model, module.params, module.layout, sparse, self.double)
-            # Compiled blocks fuse dense products, and know no others.
-            self.masks.products = "dense" if trainer.cfg.train.compile else self.cfg.products
+            # Compiled blocks fuse dense products, and know no others; whole gradients are dense.
+            dense = trainer.cfg.train.compile or self.cfg.method in ("movement", "srste")
+            self.masks.products = "dense" if dense else self.cfg.products
         return self.masks
 
-    def pack(self, trainer: Trainer, masks: Masks) -> None:
-        """Hold the kept weights alone, where the run allows."""
+    def settle(self, trainer: Trainer, masks: Masks) -> None:
+        """Nothing lives outside the masks; hold the kept weights alone, where the run allows."""
+        self.zero(trainer, masks.layers)
         on_cpu = trainer.module.device.type == "cpu"
         if why_dense(trainer.cfg, trainer.module.layout.degrees, on_cpu) is None:
             for name, layer in masks.layers.items():

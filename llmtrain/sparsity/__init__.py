@@ -19,6 +19,7 @@ from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.choose import (
     best_kept,
     block_scores,
+    block_sums,
     largest,
     prune_again,
     random_kept,
@@ -45,6 +46,7 @@ __all__ = [
     "Sparse",
     "best_kept",
     "block_scores",
+    "block_sums",
     "cases_of",
     "check_cuts",
     "choice_lines",

@@ -6,7 +6,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.parallel import Degrees
 
-_CHANGING = ("set", "rigl", "gradual")
+_CHANGING = ("set", "rigl", "gradual", "movement", "srste")
 
 
 def why_dense(cfg: RunConfig, degrees: Degrees, on_cpu: bool) -> str | None:

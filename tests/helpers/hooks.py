@@ -86,3 +86,34 @@ class Stop(Hook):
     def after_step(self, trainer: Any, result: Any) -> None:
         if result.step == self.at:
             raise KeyboardInterrupt
+
+
+class KeepGradients(Hook):
+    """Writes hidden weights and their gradients of every step to ``gradients-<step>.bin``:
+    ``before.<name>`` the weights, ``<name>`` the gradient as the optimizer gets it,
+    ``whole.<name>`` as backward gave it."""
+
+    def on_run_start(self, trainer: Any) -> None:
+        from llmtrain.model import hidden_layers
+
+        self.names = [f"{name}.weight" for name, _ in hidden_layers(trainer.module.model)]
+        inner, self.whole = trainer.module.forward_backward, {}
+
+        def forward_backward(*given: Any) -> Any:
+            sums = inner(*given)
+            for name in self.names:
+                self.whole[f"whole.{name}"] = trainer.module.params[name].grad.clone()
+            return sums
+
+        trainer.module.forward_backward = forward_backward
+
+    def after_backward(self, trainer: Any) -> None:
+        from safetensors.torch import save_file
+
+        from llmtrain.train.run import run_folder
+
+        params = trainer.module.params
+        found = {name: params[name].grad.clone() for name in self.names}
+        found |= {f"before.{name}": params[name].detach().clone() for name in self.names}
+        file = run_folder(trainer.cfg) / f"gradients-{trainer.step_done + 1}.bin"
+        save_file(found | self.whole, file)
