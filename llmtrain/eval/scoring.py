@@ -15,7 +15,8 @@ import torch
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.loading import find
 from llmtrain.config import load_config
-from llmtrain.config.schema import ParallelConfig, RunConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
 from llmtrain.data.loader import heldout_sets, packing_of, to_batch

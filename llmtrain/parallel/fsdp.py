@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
 
 
 def apply_fsdp(

@@ -14,7 +14,7 @@ from math import gcd
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
 from llmtrain.errors import EnvironmentFault
 from llmtrain.parallel.context import ContextParallel
 from llmtrain.parallel.tensor import TensorParallel

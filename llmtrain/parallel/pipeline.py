@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
 from llmtrain.parallel.fsdp import gather_whole
 
 LOOPED = ("interleaved", "zero_bubble")

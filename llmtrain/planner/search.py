@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from llmtrain.config import check_world
 from llmtrain.config.check_layout import check_layout
 from llmtrain.config.faults import Collector
-from llmtrain.config.schema import ParallelConfig, RunConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LlmtrainError
 from llmtrain.planner.forecast import USABLE, Forecast, Forecaster
 from llmtrain.planner.timing import COMPUTE

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmtrain.config.duration import Duration
-from llmtrain.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from llmtrain.config.weight_methods import AverageConfig
 from llmtrain.data.batch import Batch
 from llmtrain.merge.copies import part

@@ -5,7 +5,8 @@ import torch
 from helpers.ranks import run_ranks
 from torch import nn
 
-from llmtrain.config.schema import OptimConfig, ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import OptimConfig
 from llmtrain.optim import (
     build_groups,
     build_optimizer,

@@ -8,7 +8,8 @@ from helpers.ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from llmtrain.config.schema import LossConfig, ModelConfig, ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import LossConfig, ModelConfig
 from llmtrain.loss import head_loss
 from llmtrain.model import Decoder, apply_recompute, complete, init_weights
 from llmtrain.parallel import apply_fsdp

@@ -6,7 +6,7 @@ from helpers.ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
 from llmtrain.optim import clip_gradients, gradient_norm
 from llmtrain.parallel import World, build_layout
 

@@ -15,7 +15,8 @@ from helpers.ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llmtrain.config.schema import LossConfig, ModelConfig, ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import LossConfig, ModelConfig
 from llmtrain.loss import head_loss
 from llmtrain.model import (
     Decoder,

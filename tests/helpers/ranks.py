@@ -63,7 +63,7 @@ def run_ranks(
             links.append(ours)
             processes.append(process)
         try:
-            return _collect(links, timeout)
+            return _collect(links, processes, timeout)
         finally:
             for process in processes:
                 process.join(0.2)
@@ -74,7 +74,7 @@ def run_ranks(
                 link.close()
 
 
-def _collect(links: list[Connection], timeout: float) -> list[Any]:
+def _collect(links: list[Connection], processes: list[ForkProcess], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     errors: dict[int, tuple[float, str]] = {}
     open_links = {link: rank for rank, link in enumerate(links)}
@@ -86,7 +86,10 @@ def _collect(links: list[Connection], timeout: float) -> list[Any]:
             try:
                 when, good, value = pickle.loads(link.recv_bytes())
             except EOFError:
-                when, good, value = time.monotonic(), False, "died without a word"
+                processes[rank].join(1.0)
+                code = processes[rank].exitcode
+                when, good = time.monotonic(), False
+                value = f"died without a word (exit code {code})"
             if good:
                 results[rank] = value
             else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.parallel import ParallelConfig
 from llmtrain.errors import EnvironmentFault
 from llmtrain.parallel import Degrees, Layout, World, build_layout, resolve_degrees
 

@@ -10,7 +10,8 @@ import torch
 from helpers.tiny import make_corpus, tiny_config
 
 from llmtrain.cli.main import main
-from llmtrain.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llmtrain.config.parallel import ParallelConfig
+from llmtrain.config.schema import ModelConfig, RunConfig, TrainConfig
 from llmtrain.model import complete, param_counts
 from llmtrain.parallel import Degrees
 from llmtrain.parallel.hardware import Precision

@@ -297,16 +297,20 @@ def test_a_job_gives_every_task_its_rank_and_asks_again_when_preempted(tmp_path:
     bin_folder.mkdir()
     told = tmp_path / "told"
     for name, body in {
-        "srun": 'SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=8 "$@"',
+        "srun": "while [[ $1 == --* ]]; do shift; done\n"
+        'SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=8 SLURMD_NODENAME=node7 "$@"',
         "scontrol": f'[[ $1 == show ]] && echo node7 && exit; echo "$@" >> {told}',
-        "llmtrain": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $@" >> {told}; exit 75',
+        "sleep": "",
+        "llmtrain": f"""[[ $1 == doctor ]] && exit 0
+        echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $@" >> {told}
+        echo 75 > "$LLMTRAIN_EXIT_FILE"; exit 75""",
     }.items():
         file = bin_folder / name
         file.write_text(f"#!/usr/bin/env bash\n{body}\n")
         file.chmod(0o755)
     job = next(out.glob("*d---0.2-s1.sbatch"))
     environment = {"PATH": f"{bin_folder}:/usr/bin:/bin"}
-    environment |= {"SLURM_JOB_NODELIST": "node[7-9]", "SLURM_JOB_ID": "42"}
+    environment |= {"SLURM_JOB_NODELIST": "node7", "SLURM_JOB_ID": "42", "SLURM_NNODES": "1"}
     done = subprocess.run(["bash", str(job)], env=environment, cwd=out, check=False)
     assert done.returncode == 75
     first, second = told.read_text().splitlines()
