@@ -139,6 +139,7 @@ class Linear(nn.Module):
         self._sparse, self._kind = False, ""
         self.packed: tuple[str, ...] = ()
         self.adapter: Adapter | None = None
+        self._thawed: tuple[FrozenMatmul, dict[str, nn.Parameter]] | None = None
 
     def freeze(self, name: str) -> None:
         """Keep the weight packed in a format of ``linear.frozen`` from now on, as ``codes``,
@@ -151,6 +152,36 @@ class Linear(nn.Module):
             if part is not None:
                 self.register_parameter(leaf, nn.Parameter(part, requires_grad=False))
         self.packed = PACKED[: sum(part is not None for part in parts)]
+        self.set_matmul(matmul)
+
+    def thaw(self, keep: bool) -> None:
+        """Have a float32 ``weight`` of the packed numbers from now on. keep: for ``refreeze``."""
+        assert isinstance(self.matmul, FrozenMatmul)
+        codes, values = getattr(self, self.packed[0]), self.rows()
+        if isinstance(codes, DTensor):
+            mesh, placements = codes.device_mesh, codes.placements
+            values = DTensor.from_local(values, mesh, placements, run_check=False)
+        stored = {leaf: getattr(self, leaf) for leaf in self.packed}
+        for leaf in stored:
+            delattr(self, leaf)
+        self._thawed = (self.matmul, stored) if keep else None
+        self.packed = ()
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.set_matmul(self.matmul.plain)
+
+    @property
+    def thawed(self) -> bool:
+        """Whether ``refreeze`` can undo ``thaw``."""
+        return self._thawed is not None
+
+    def refreeze(self) -> None:
+        """Back to the packed weight before ``thaw``."""
+        assert self._thawed is not None
+        matmul, stored = self._thawed
+        del self.weight
+        for leaf, param in stored.items():
+            self.register_parameter(leaf, param)
+        self.packed, self._thawed = tuple(stored), None
         self.set_matmul(matmul)
 
     def packed_parts(self) -> Parts:
