@@ -1,5 +1,5 @@
 // A CUDA device in name only, for a build of torch without CUDA: enough for tensors without memory
-// (torch's FakeTensorMode) to pass through autograd and compilation. See tests/ops/check_cuda_path.py.
+// (torch's FakeTensorMode) to pass through autograd and compilation. See tests/ops/check_cuda.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -1,4 +1,4 @@
-"""``make check-cuda-path``: the Python side of FP8 on CUDA, without a CUDA device.
+"""``make check-cuda``: the Python side of FP8 on CUDA, without a CUDA device.
 
 Two micro-batches of small models run on tensors that have a shape, a dtype and the device "cuda"
 but no memory; torch's own checks of shapes and layouts (``_scaled_mm``) and the fake kernels of our
