@@ -14,6 +14,7 @@ from llmtrain.ops.attention import (
     sqrt_attention,
 )
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.cuda import cublaslt_fault
 from llmtrain.ops.cuda import load_fault as cuda_fault
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.fp8 import (
@@ -57,6 +58,8 @@ from llmtrain.ops.products import (
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
 from llmtrain.ops.sparse import (
     Packed,
+    copy_across,
+    gather_tiles,
     masked,
     pack,
     repack,
@@ -95,8 +98,10 @@ __all__ = [
     "attention_usable",
     "cached_attention",
     "causal_attention",
+    "copy_across",
     "cross_entropy_",
     "cross_entropy_reference_",
+    "cublaslt_fault",
     "cuda_fault",
     "dropout",
     "first_of_document",
@@ -109,6 +114,7 @@ __all__ = [
     "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
+    "gather_tiles",
     "gemm_usable",
     "kernels_line",
     "kernels_warning",

@@ -29,7 +29,7 @@ from llmtrain.sparsity.case import Case, Choice
 
 TOKENS, ROUNDS = 1024, 3
 # Below this many elements a layer is dense unasked: it costs nothing either way.
-SMALLEST = 1 << 16
+SMALLEST_SPARSE = 1 << 16
 
 
 def cache_file(gpu: torch.device | None = None) -> Path:
@@ -134,9 +134,17 @@ def _pick(cases: set[Case], gpu: torch.device | None) -> dict[Case, Choice]:
     path = cache_file(gpu)
     known, fresh, found = _read(path), False, {}
     for case in sorted(cases, key=astuple):
-        if case.rows * case.cols < (SMALLEST if gpu is None else on_gpu.SMALLEST):
+        if case.rows * case.cols < (SMALLEST_SPARSE if gpu is None else on_gpu.SMALLEST):
             found[case] = Choice(0, 0, "too small to matter")
             continue
+        if gpu is not None:
+            # What was the fastest may be gone, such as kernels that are not built any more.
+            kinds, reason = on_gpu.kinds_of(case, gpu)
+            if reason:
+                found[case] = Choice(0, 0, reason)
+                continue
+            if str(case) in known and known[str(case)].kind not in kinds:
+                del known[str(case)]
         if str(case) not in known:
             measured = measure(case) if gpu is None else on_gpu.measure(case, gpu)
             if measured.reason:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
 from llmtrain.parallel import Layout, local_boxes
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
-from llmtrain.sparsity.case import Case, Choice, case_of, semi_of_mask
+from llmtrain.sparsity.case import Case, Choice, case_of, choice_lines, semi_of_mask
 from llmtrain.sparsity.choose import best_kept, block_scores, prune_again, random_kept
+from llmtrain.sparsity.on_gpu import kinds_of
 from llmtrain.sparsity.select import Sparse, packed_dim
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -48,6 +50,8 @@ class Masks:
         self.sparse = {name: sparse[name] for name in self.layers}
         self.params = {name: params[f"{name}.weight"] for name in self.layers}
         self.kept: dict[str, Tensor] = {}
+        # Of whole layers, for methods that train them.
+        self.scored: dict[str, Tensor] = {}
         # "auto", "sparse" or "dense", see ``sparsity.products``; what was chosen, and for what.
         self.products = "dense"
         self.cases: dict[str, Case] = {}
@@ -115,11 +119,26 @@ class Masks:
         backs = {name: self._second(name, seed) if self.double else None for name in names}
         self._choose(names, backs)
         for name in names:
-            chosen = self.choices.get(self.cases[name]) if name in self.cases else None
-            sparse, kind = self.products == "sparse", ""
-            if chosen is not None:
-                sparse, kind = chosen.faster or (sparse and not chosen.reason), chosen.kind
+            sparse, kind = self._product(name)
             self.layers[name].set_mask(self.mask(name), backs[name], sparse=sparse, kind=kind)
+
+    def _product(self, name: str) -> tuple[bool, str]:
+        """Whether a layer gets sparse products, and which of a GPU's. Raises ConfigError where they
+        were asked for by name and its mask has none."""
+        wanted = self.products == "sparse"
+        if name not in self.cases:
+            return wanted, ""
+        chosen = self.choices[self.cases[name]]
+        if not wanted or not chosen.reason:
+            return wanted or chosen.faster, chosen.kind
+        kinds, reason = kinds_of(self.cases[name], self.device)
+        if not kinds:
+            raise ConfigError(f"sparsity.products: sparse: {name}: {reason}; use auto")
+        return True, kinds[0]
+
+    def lines(self) -> list[str]:
+        """What was chosen, in words; nothing where there was no choice."""
+        return choice_lines(self.cases, self.choices) if self.products == "auto" else []
 
     def _choose(self, names: Iterable[str], backs: Mapping[str, Mask | None]) -> None:
         """Decide where sparse products are faster, if asked to, and on a GPU by which ones.
@@ -178,10 +197,25 @@ class Masks:
             own = mask.box((offset[0] - top, offset[1] - left), (rows, columns))
             local.masked_fill_(~own, 0)
 
+    @torch.no_grad()
+    def add_outside(self, name: str, into: Tensor, values: Tensor, factor: float) -> None:
+        """into += factor values outside the mask, in place; both like a layer's weight."""
+        (top, left), _ = self._boxes[name]
+        mask = self.mask(name)
+        parts = zip(local_boxes(into.detach()), local_boxes(values.detach()), strict=True)
+        for (target, offset), (source, _) in parts:
+            if target.numel() == 0:
+                continue
+            rows, columns = target.shape
+            own = mask.box((offset[0] - top, offset[1] - left), (rows, columns))
+            target.add_(source.masked_fill(own, 0), alpha=factor)
+
     def zero_state(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
         """Weights and moments outside the masks become zero."""
         for name in names:
             param = self.params[name]
+            if self.layers[name].compact is not None:
+                continue
             self.zero_outside(name, param)
             for value in optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
