@@ -32,10 +32,10 @@ class Objects:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
-        if "@" in address:
+        if _holds_secret(address):
             raise EnvironmentFault(
-                "checkpoint.remote: the address holds a user or a password, which would end up in "
-                "logs and configs; give credentials by the environment"
+                "checkpoint.remote: the address holds a user, a password or a token, which would "
+                "end up in logs and configs; give credentials by the environment"
             )
         if not address.strip():
             raise EnvironmentFault("checkpoint.remote: is empty; give an address, or null")
@@ -134,6 +134,17 @@ class Objects:
             self.fs.rm(where, recursive=True)
 
         self.again(what, remove)
+
+
+def _holds_secret(address: str) -> bool:
+    """Whether an address has a user or a query, where passwords and tokens are written.
+
+    In Azure's container@account.host the container is no user.
+    """
+    scheme, _, rest = address.partition("://")
+    place = rest.partition("/")[0]
+    azure = scheme in ("abfs", "abfss") and ":" not in place
+    return "?" in address or ("@" in place and not azure)
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -30,7 +30,6 @@ from llmtrain.sparsity import (
     Sparse,
     cases_of,
     check_cuts,
-    choice_lines,
     density_of_step,
     kinds_of,
     sparse_layers,
@@ -130,7 +129,7 @@ class StaticMask(Hook):
         else:
             self.first(trainer, masks)
         masks.install(self.seed(trainer))
-        for line in choice_lines(masks.cases, masks.choices):
+        for line in masks.lines():
             trainer.recorder.event(trainer.step_done, line)
         self.zero(trainer, masks.layers)
         self.count_flops(trainer, trainer.step_done)

@@ -14,6 +14,7 @@ from llmtrain.ops.attention import (
     sqrt_attention,
 )
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.cuda import cublaslt_fault
 from llmtrain.ops.cuda import load_fault as cuda_fault
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.fp8 import (
@@ -97,6 +98,7 @@ __all__ = [
     "causal_attention",
     "cross_entropy_",
     "cross_entropy_reference_",
+    "cublaslt_fault",
     "cuda_fault",
     "dropout",
     "first_of_document",

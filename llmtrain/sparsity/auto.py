@@ -137,6 +137,14 @@ def _pick(cases: set[Case], gpu: torch.device | None) -> dict[Case, Choice]:
         if case.rows * case.cols < (SMALLEST if gpu is None else on_gpu.SMALLEST):
             found[case] = Choice(0, 0, "too small to matter")
             continue
+        if gpu is not None:
+            # What was the fastest may be gone, such as kernels that are not built any more.
+            kinds, reason = on_gpu.kinds_of(case, gpu)
+            if reason:
+                found[case] = Choice(0, 0, reason)
+                continue
+            if str(case) in known and known[str(case)].kind not in kinds:
+                del known[str(case)]
         if str(case) not in known:
             measured = measure(case) if gpu is None else on_gpu.measure(case, gpu)
             if measured.reason:

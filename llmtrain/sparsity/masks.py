@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
 from llmtrain.parallel import Layout, local_boxes
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
-from llmtrain.sparsity.case import Case, Choice, case_of, semi_of_mask
+from llmtrain.sparsity.case import Case, Choice, case_of, choice_lines, semi_of_mask
 from llmtrain.sparsity.choose import best_kept, block_scores, prune_again, random_kept
+from llmtrain.sparsity.on_gpu import kinds_of
 from llmtrain.sparsity.select import Sparse, packed_dim
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -115,11 +117,26 @@ class Masks:
         backs = {name: self._second(name, seed) if self.double else None for name in names}
         self._choose(names, backs)
         for name in names:
-            chosen = self.choices.get(self.cases[name]) if name in self.cases else None
-            sparse, kind = self.products == "sparse", ""
-            if chosen is not None:
-                sparse, kind = chosen.faster or (sparse and not chosen.reason), chosen.kind
+            sparse, kind = self._product(name)
             self.layers[name].set_mask(self.mask(name), backs[name], sparse=sparse, kind=kind)
+
+    def _product(self, name: str) -> tuple[bool, str]:
+        """Whether a layer gets sparse products, and which of a GPU's. Raises ConfigError where they
+        were asked for by name and its mask has none."""
+        wanted = self.products == "sparse"
+        if name not in self.cases:
+            return wanted, ""
+        chosen = self.choices[self.cases[name]]
+        if not wanted or not chosen.reason:
+            return wanted or chosen.faster, chosen.kind
+        kinds, reason = kinds_of(self.cases[name], self.device)
+        if not kinds:
+            raise ConfigError(f"sparsity.products: sparse: {name}: {reason}; use auto")
+        return True, kinds[0]
+
+    def lines(self) -> list[str]:
+        """What was chosen, in words; nothing where there was no choice."""
+        return choice_lines(self.cases, self.choices) if self.products == "auto" else []
 
     def _choose(self, names: Iterable[str], backs: Mapping[str, Mask | None]) -> None:
         """Decide where sparse products are faster, if asked to, and on a GPU by which ones.

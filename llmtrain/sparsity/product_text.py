@@ -26,12 +26,13 @@ def product_lines(
     products, double = cfg.sparsity.products, cfg.sparsity.method == "slope"
     if cfg.train.compile or (on_cpu and double):
         products = "dense"
-    if products == "dense" or (on_cpu and products == "sparse"):
+    here = on_cpu or gpu is not None
+    if products == "dense" or (here and products == "sparse"):
         return [f"products of {len(layers)} sparse layers: {products}"]
     ranks = cfg.parallel.tensor
     cases = cases_of(layers, ranks, dtype, gpu=not on_cpu, double=double)
     choices: Mapping[Case, object]
-    if on_cpu or gpu is not None:
+    if here:
         choices = pick_products(cases.values(), gpu=gpu)
     else:
         choices = {case: promise(case) for case in cases.values()}

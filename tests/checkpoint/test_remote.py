@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers.killed import weights
 from helpers.ranks import run_ranks
+from helpers.stored import bits
 from helpers.tiny import make_corpus, records, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -104,7 +104,7 @@ def test_a_store_that_fails_now_and_then_gets_every_copy(tmp_path: Path) -> None
     store.open()
     assert copies.bring_home(store) == 4
     assert verify(tmp_path / "b" / "step-00000004") == []
-    assert weights(tmp_path / "b" / "step-00000004") == weights(tmp_path / "a" / "step-00000004")
+    assert bits(tmp_path / "b" / "step-00000004") == bits(tmp_path / "a" / "step-00000004")
     assert copies.bring_home(store) is None
     store.close()
 
@@ -151,9 +151,15 @@ def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
 def test_an_address_nobody_knows() -> None:
     with pytest.raises(EnvironmentFault, match=r"checkpoint\.remote: nowhere addresses"):
         Mirror("nowhere://bucket", "tiny", 2)
-    with pytest.raises(EnvironmentFault) as refused:
-        Mirror("sftp://me:secret@host/runs", "tiny", 2)
-    assert "secret" not in str(refused.value)
+    for address in (
+        "sftp://me:secret@host/runs", "abfs://a:secret@b.host/runs", "s3://bucket/runs?sig=secret"
+    ):  # fmt: skip
+        with pytest.raises(EnvironmentFault, match="credentials by the env") as refused:
+            Mirror(address, "tiny", 2)
+        assert "secret" not in str(refused.value)
+    assert Mirror("flaky://bucket/me@home", "tiny", 2).steps() == []
+    with pytest.raises(EnvironmentFault, match="abfs addresses cannot be used"):
+        Mirror("abfs://container@account.host/runs", "tiny", 2)  # no secret; adlfs is not there
 
 
 def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
@@ -177,7 +183,7 @@ def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
     assert main(["train", str(config)]) == 0
     assert [record["step"] for record in records(run)] == [5, 6]
     last = "checkpoints/step-00000006"
-    assert weights(run / last) == weights(tmp_path / "runs" / "straight" / last)
+    assert bits(run / last) == bits(tmp_path / "runs" / "straight" / last)
     assert any("step-00000006/COMPLETE" in name for name in Flaky.store)
 
 

@@ -157,3 +157,18 @@ def test_change_between_forward_and_backward_is_refused() -> None:
     layer.operand()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("matmul", [FP32, BF16], ids=["the weight itself", "its cast"])
+def test_compiled_without_a_break(matmul: Matmul) -> None:
+    layer, x = _layer(matmul), torch.randn(24, 19)
+    found = []
+    for compiled in (False, True):
+        layer.zero_grad()
+        if compiled:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        out = layer(x)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
+        found.append([out.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-5)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from helpers.layout_runs import build, case, one_step, outcome
+from helpers.ranks import run_ranks
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.linear import (
     BF16,
     BLOCKS,
@@ -25,7 +30,7 @@ from llmtrain.linear import (
 )
 from llmtrain.ops.masking import transposable_mask_reference
 from llmtrain.ops.semi import LIBRARIES
-from llmtrain.sparsity import parse_granularity, prune_again
+from llmtrain.sparsity import Masks, parse_granularity, prune_again, sparse_layers
 
 SHAPE = (64, 128)
 
@@ -151,3 +156,27 @@ def test_what_no_product_takes_is_masked() -> None:
     assert type(sparse_matmul(fp8_matmul("mus_fp8", torch.bfloat16), mask)) is MaskedMatmul
     assert type(sparse_matmul(FP32, mask, back)) is MaskedMatmul
     assert type(sparse_matmul(FP32, mask)) is SparseMatmul
+
+
+def trained(rank: int, text: str, kind: str) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of two steps under tensor parallelism and FSDP2."""
+    what = case(steps=2, n_layers=1, d_model=128, d_ff=128)
+    module = build(rank, 4, replace(what, compute=torch.bfloat16), {"tensor": 2})
+    section = SparsityConfig(granularity=text, density=0.5)
+    layers = sparse_layers(module.model_cfg, section)
+    masks = Masks(module.model, module.params, module.layout, layers)
+    masks.draw(1)
+    for name, layer in masks.layers.items():
+        layer.set_mask(masks.mask(name), sparse=bool(kind), kind=kind)
+        assert type(layer.matmul) is ({"": MaskedMatmul, BLOCKS: BlockMatmul}.get(kind, SemiMatmul))
+    ours = outcome(module, [one_step(module, step) for step in range(2)])
+    return ours.losses, ours.norms
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("text", "kind"), [("64x64", BLOCKS), ("2:4t", "cutlass")])
+def test_layouts_train_as_with_dense_products(text: str, kind: str) -> None:
+    """Weights are gathered, packed for forward and freed, and packed again for backward."""
+    sparse, dense = run_ranks(4, lambda rank: [trained(rank, text, k) for k in (kind, "")])[0]
+    assert sparse[0] == pytest.approx(dense[0], rel=2e-3)
+    assert sparse[1] == pytest.approx(dense[1], rel=2e-2)

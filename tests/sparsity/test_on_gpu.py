@@ -17,7 +17,9 @@ from torch import nn
 
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.errors import ConfigError
 from llmtrain.linear import BF16, BLOCKS, BlockMatmul, Linear, MaskedMatmul, SemiMatmul
+from llmtrain.methods import sparsity as methods
 from llmtrain.model import complete
 from llmtrain.sparsity import (
     Case,
@@ -122,27 +124,32 @@ def test_choices_are_remembered_with_their_product(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Case] = []
+    running = ["cutlass"]
 
     def measure(case: Case, device: torch.device) -> Choice:
         asked.append(case)
-        refused = case.dtype == "float32"
-        return Choice(0, 0, "of bfloat16") if refused else Choice(3.0, 2.0, kind="cutlass")
+        return Choice(3.0, 2.0, kind=running[0])
+
+    def kinds_of(case: Case, device: torch.device) -> tuple[list[str], str]:
+        reason = on_gpu.why_never(case)
+        return ([], reason) if reason else (running, "")
 
     monkeypatch.setattr(on_gpu, "measure", measure)
+    monkeypatch.setattr(on_gpu, "kinds_of", kinds_of)
     monkeypatch.setattr(on_gpu, "device_words", lambda device: ("a GPU",))
     monkeypatch.setenv("LLMTRAIN_CACHE", str(tmp_path))
-    small, wide = (
-        Case(64, 64, (1, 1), 50, "bfloat16", BOTH),
-        Case(1024, 1024, (1, 1), 50, "float32"),
-    )
+    small = Case(64, 64, (1, 1), 50, "bfloat16", BOTH)
+    wide = Case(1024, 1024, (1, 1), 50, "float32")
     for _ in range(2):
         found = pick_products([SEMI, small, wide], gpu=GPU)
         assert str(found[SEMI]) == "sparse products (sparse by CUTLASS are 1.50 times as fast)"
         assert found[SEMI].kind == "cutlass" and not found[small].faster
-        assert str(found[wide]) == "dense products (of bfloat16)"
-    assert asked.count(SEMI) == 1 and asked.count(wide) == 2 and len(asked) == 3
+        assert "of bfloat16" in str(found[wide])
+    assert asked == [SEMI]
     stored = json.loads(auto.cache_file(GPU).read_text())
     assert stored == {str(SEMI): [3.0, 2.0, "cutlass"]}
+    running[0] = "cusparselt"  # the other library is gone: measured again
+    assert pick_products([SEMI], gpu=GPU)[SEMI].kind == "cusparselt" and asked == [SEMI, SEMI]
 
 
 def masks_of(text: str, products: str) -> tuple[Masks, Linear]:
@@ -178,11 +185,41 @@ def test_layers_get_what_was_chosen(
         return dict.fromkeys(cases, choice)
 
     monkeypatch.setattr("llmtrain.sparsity.masks.pick_products", pick)
+    if products == "sparse" and not kind:
+        with pytest.raises(ConfigError, match=r"products: sparse: a: GPUs have .* use auto"):
+            masks.install()
+        return
     masks.install()
     assert type(layer.matmul) is (MaskedMatmul if products == "dense" else expected)
+    assert len(masks.lines()) == (products == "auto")
     if products != "dense":
         (case,) = masks.choices
         assert case.semi == (FORWARD if text == "2:4" else "")
+
+
+def test_a_layer_too_small_to_time_is_sparse_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks, layer = masks_of("2:4", "sparse")
+    monkeypatch.setattr("llmtrain.sparsity.masks.kinds_of", lambda case, gpu: (["cutlass"], ""))
+    monkeypatch.setattr(
+        "llmtrain.sparsity.masks.pick_products",
+        lambda cases, group, gpu: dict.fromkeys(cases, Choice(0, 0, "too small to matter")),
+    )
+    masks.install()
+    assert isinstance(layer.matmul, SemiMatmul)
+
+
+def test_what_was_asked_for_and_no_gpu_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "pick_device", lambda wanted, rank: GPU)
+    bf16 = SimpleNamespace(compute=torch.bfloat16)
+    monkeypatch.setattr(methods, "resolve_precision", lambda cfg, device: bf16)
+    section = SparsityConfig(density=0.25, products="sparse")
+    layers = {"a": Sparse("a", (64, 128), parse_granularity("4x4"), 0.25)}
+    with pytest.raises(ConfigError, match=r"sparse: a: GPUs have sparse products for 2:4"):
+        methods.check_products(RunConfig(sparsity=section), section, layers)
+    free = SparsityConfig(density=0.25)
+    methods.check_products(RunConfig(sparsity=free), free, layers)
 
 
 def test_whole_layers_are_cut_like_their_weights() -> None:
