@@ -62,6 +62,7 @@ def diagnose() -> Iterator[Check]:
         ("C++ compiler", _compiler, False),
         ("CPU kernels", _kernels, False),
         ("CUDA kernels", _cuda_kernels, False),
+        ("2:4 products", _semi, False),
         ("streaming", _streaming, False),
         *((name, _optional(name, why), False) for name, why in OPTIONAL.items()),
         ("disk", _disk, False),
@@ -209,6 +210,20 @@ def _cuda_kernels() -> str:
     if fault is not None:
         raise Broken(f"built for {architectures}; {fault}; {sums}")
     return f"built for {architectures}; {sums}"
+
+
+def _semi() -> str:
+    import torch
+
+    from llmtrain.ops.semi import LIBRARIES, NAMES, library_fault
+
+    if not torch.cuda.is_available():
+        raise Broken("there is no CUDA device; sparse products of a CPU take any mask")
+    faults = {name: library_fault(name, torch.device("cuda", 0)) for name in LIBRARIES}
+    words = "; ".join(fault or f"{NAMES[name]} runs" for name, fault in faults.items())
+    if None not in faults.values():
+        raise Broken(words)
+    return words
 
 
 def _streaming() -> str:

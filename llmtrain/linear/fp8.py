@@ -166,9 +166,17 @@ def _factor(a: Packed, b: Packed) -> float:
 
 
 @cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    """A float32 on the device, made once: a new one in each call would cost a copy."""
+def _kept(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _constant(value: float, device: torch.device) -> Tensor:
+    """A float32 on the device, made once: a new one in each call would cost a copy from the host,
+    which a CUDA graph cannot record either (the step before its recording makes it). Compiled code
+    fills one."""
+    if torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float32, device=device)
+    return _kept(value, device)
 
 
 def _product(

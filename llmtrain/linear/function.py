@@ -181,8 +181,8 @@ class _LinearFunction(torch.autograd.Function):
         given: Given,
         *operand_parts: Tensor | None,
     ) -> Tensor:
-        matmul = plan.matmul
-        operand = from_parts(matmul.packs, *operand_parts)
+        matmul, (values, *more) = plan.matmul, operand_parts
+        operand = from_parts(matmul.packs, weight if values is None else values, *more)
         ctx.plan, ctx.handoff, ctx.parameter = plan, given.handoff, given.parameter
         ctx.x_shape, ctx.x_dtype, ctx.rows = x.shape, x.dtype, x.shape[:-1].numel()
         ctx.weight_dtype, ctx.weight_shape = weight.dtype, weight.shape
@@ -323,7 +323,10 @@ def _run(
     plan: Plan,
     given: Given,
 ) -> Tensor:
-    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, given, *parts_of(operand))  # type: ignore[no-untyped-call]
+    values, *more = parts_of(operand)
+    # torch.compile does not take the same tensor twice.
+    values = None if values is weight else values
+    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, given, values, *more)  # type: ignore[no-untyped-call]
     return out
 
 

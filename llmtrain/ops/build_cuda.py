@@ -112,6 +112,9 @@ def build(target: Path = LIBRARY) -> Path:
             "-cudart",
             "static",
             torch_libraries,
+            # Nothing of it is called, but with a CUDA build of torch it brings libtorch_cuda into
+            # the library's scope, where the current stream is asked for.
+            "-Xlinker=--push-state,--no-as-needed,-ltorch,--pop-state",
             "-ltorch_cpu",
             "-lc10",
             "-ldl",

@@ -1,4 +1,4 @@
-"""The weight gradient of a linear layer with float32 sums of bfloat16 or FP8 operands."""
+"""Weight gradients with float32 sums of bfloat16 or FP8 operands, and float32 products."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.ops.cuda import cublaslt_fault, cuda_kernels
-from llmtrain.ops.native import kernels, products_usable
+from llmtrain.ops.native import gemm_usable, kernels, products_usable
 
 
 def weight_gradient_reference(grad: Tensor, x: Tensor, into: Tensor | None = None) -> Tensor:
@@ -66,3 +66,25 @@ def fp8_wgrad_(
         return False
     done: bool = cuda_kernels().fp8_wgrad_(total, grad, x, factor, grad_scale, x_scale)
     return done
+
+
+def product_reference(
+    a: Tensor, b: Tensor, scale: float = 1.0, into: Tensor | None = None
+) -> Tensor:
+    """``product`` in plain PyTorch."""
+    if into is not None:
+        return into.addmm_(a, b.t(), alpha=scale)
+    return a @ b.t() if scale == 1.0 else torch.addmm(a.new_empty(1), a, b.t(), beta=0, alpha=scale)
+
+
+def product(a: Tensor, b: Tensor, scale: float = 1.0, into: Tensor | None = None) -> Tensor:
+    """scale a b^T [m, n] for a [m, k] and b [n, k] of any strides.
+
+    into: [m, n] with contiguous rows, which the product is added to in place and which is returned.
+    In float32 each element is a sum in one order whatever m, n, the strides and the threads are.
+    """
+    if not gemm_usable(a):
+        return product_reference(a, b, scale, into)
+    out = a.new_empty(a.shape[0], b.shape[0]) if into is None else into
+    kernels().product_(out, a, b, scale, into is not None)
+    return out

@@ -17,7 +17,7 @@ from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model, set_magnitudes
+from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -141,7 +141,7 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
         raise ConfigError(f"init.path: {error}") from error
     if not any(ADAPTER in key for key in stored):
         # The frozen weights are others than those that these were first taken of.
-        set_magnitudes(module.model)
+        module.set_magnitudes()
 
 
 def apart(module: TrainModule) -> tuple[str, ...]:

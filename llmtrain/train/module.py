@@ -27,6 +27,7 @@ from llmtrain.model import (
     packed_names,
     param_roles,
     rate_factors,
+    set_magnitudes,
     shard_over_tensor,
 )
 from llmtrain.ops import token_keys
@@ -338,6 +339,10 @@ class TrainModule:
     def weights_changed(self) -> None:
         """Let forward see what was written to ``weights``."""
         release_gathered(self.model)
+
+    def set_magnitudes(self) -> None:
+        """Let the lengths that DoRA trains begin as those of the frozen rows. Collective."""
+        set_magnitudes(self.model)
 
     def sum_over_parts(self, values: Tensor) -> Tensor:
         """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""

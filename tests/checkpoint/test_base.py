@@ -241,7 +241,6 @@ ZERO = ["parallel.engine=deepspeed"]
         ([], "checkpoint.save: trainable needs model.adapters"),
         (["model.adapters.rank=2"], "checkpoint.save: trainable needs init.path"),
         (["model.adapters.rank=2", *ZERO], "keeps frozen weights in the compute dtype, needs the"),
-        (["model.adapters.kind=dora", *ZERO], "model.adapters.kind: dora reads whole rows of"),
     ],
 )
 def test_nothing_to_refer_to(
