@@ -2,12 +2,13 @@
 
     python benchmarks/sparse_step.py [--rounds 5] [--blocks 4x4]
 
-Both are llmtrain's decoder with the same weights: the twin has ``Linear`` layers and torch's fused
-AdamW, the sparse model ``SparseLinear`` layers and ``SparseAdamW``. A step is forward, loss,
-backward and update on 2048 tokens, one thread, seconds of the process' own processor time, in turn
-within each round. Memory is counted (weights, gradients, moments, indices of hidden layers and
-the rest) and read as peak resident memory of a process that trains one of them for two steps.
-Goal: 1.8 times the twin's speed in less memory. benchmarks/results/sparse_step.json.
+All are train modules of a config, as a run from a YAML file makes them: the twin has no
+``sparsity``; "4x4" holds kept weights alone (``storage: packed``), "4x4, zeros" dense weights with
+zeros; both with sparse products. A step is forward, loss, backward, gradient norm, clipping and
+update on 2048 tokens, one thread, seconds of the process' own processor time, in turn within each
+round. Memory is counted (weights, gradients, moments, masks, places and copies of weights, of all
+layers) and read as peak resident memory of a process that trains one of them for two
+steps. Goal: 1.8 times the twin's speed in less memory. benchmarks/results/sparse_step.json.
 """
 
 from __future__ import annotations
@@ -17,77 +18,114 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
 from llmtrain import ops
-from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Mask, SparseLinear
-from llmtrain.model import build_model, complete, hidden_layers
-from llmtrain.optim import SparseAdamW
+from llmtrain.config import RunConfig, from_dict
+from llmtrain.data.batch import Batch
+from llmtrain.linear import SparseMatmul
+from llmtrain.model import complete, hidden_layers
+from llmtrain.parallel import World, build_layout
+from llmtrain.parallel.hardware import Precision
+from llmtrain.sparsity import Masks, sparse_layers
+from llmtrain.train.engine import build_module
+from llmtrain.train.module import TrainModule
 
 TOKENS, SEQ = 2048, 256
 SHAPE = {"d_model": 512, "n_layers": 3, "n_heads": 8, "d_ff": 2048, "vocab_size": 1024}
-RATE = {"lr": 1e-4, "weight_decay": 0.1}
+ZEROS = ", zeros"
 
 
-def prune(model: nn.Module, block: tuple[int, int], sparsity: float) -> None:
-    """Put ``SparseLinear`` layers with random masks in place of the hidden ones."""
-    gen = torch.Generator().manual_seed(1)
-    for name, layer in list(hidden_layers(model)):
-        shape = (layer.out_features, layer.in_features)
-        grid = [-(-n // b) for n, b in zip(shape, block, strict=True)]
-        mask = Mask(torch.rand(grid, generator=gen) >= sparsity, block, shape)
-        parent, _, own = name.rpartition(".")
-        sparse = SparseLinear(layer.weight.detach(), mask, layer.bias)
-        setattr(model.get_submodule(parent), own, sparse)
+def config(name: str, sparsity: float) -> RunConfig:
+    """The run of a contender: dense, or blocks, with ``ZEROS`` or without."""
+    raw: dict[str, Any] = {
+        "model": SHAPE,
+        "data": {"corpus": "none", "seq_len": SEQ},
+        "precision": {"compute": "fp32"},
+        "train": {"global_batch_size": TOKENS // SEQ},
+    }
+    if name != "dense":
+        raw["sparsity"] = {
+            "density": 1 - sparsity,
+            "granularity": name.removesuffix(ZEROS),
+            "products": "sparse",
+            "storage": "dense" if name.endswith(ZEROS) else "packed",
+        }
+    return from_dict(raw)
 
 
-def twin(
-    block: tuple[int, int] | None, sparsity: float
-) -> tuple[Callable[[], None], nn.Module, list]:
-    """A step, its model and its optimizers; block None: dense."""
-    cfg = complete(ModelConfig(**SHAPE), None, SEQ)
-    model = build_model(cfg, seed=0, device="cpu", compute_dtype=torch.float32)
-    packed = {}
-    if block is not None:
-        prune(model, block, sparsity)
-        layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
-        packed = {layer.values: layer.packed for layer in layers}
-    rest = [p for p in model.parameters() if p not in packed]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **RATE)]
-    if packed:
-        optimizers.append(SparseAdamW(packed, **RATE))
+def module_of(cfg: RunConfig) -> TrainModule:
+    """The train module, with the masks that the run's hook would make."""
+    model = complete(cfg.model, None, SEQ)
+    layout = build_layout(cfg.parallel, World(0, 1, 0, torch.device("cpu"), None), 1)
+    module = build_module(cfg, model, Precision(torch.float32, torch.float32), layout)
+    if cfg.sparsity is not None:
+        layers = sparse_layers(model, cfg.sparsity)
+        masks = Masks(module.model, module.params, layout, layers)
+        masks.products = cfg.sparsity.products
+        masks.draw(cfg.seed)
+        masks.install()
+        masks.zero_state(module.optimizer, masks.layers)
+        if cfg.sparsity.storage == "packed":
+            for name, layer in masks.layers.items():
+                module.pack(f"{name}.weight", layer)
+    return module
+
+
+def batch() -> Batch:
+    """The same random tokens for all."""
     gen = torch.Generator().manual_seed(2)
-    tokens = torch.randint(SHAPE["vocab_size"], (TOKENS // SEQ, SEQ + 1), generator=gen)
+    n = TOKENS // SEQ
+    tokens = torch.randint(SHAPE["vocab_size"], (n, SEQ + 1), generator=gen)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=torch.ones(n, SEQ),
+        doc_ids=torch.zeros(n, SEQ, dtype=torch.int32),
+        positions=torch.arange(SEQ).expand(n, SEQ),
+        source_ids=torch.zeros(n, dtype=torch.int64),
+        sample_ids=torch.arange(n),
+    )
+
+
+def twin(name: str, sparsity: float) -> tuple[Callable[[], None], TrainModule]:
+    """A step, and what it trains."""
+    module, given = module_of(config(name, sparsity)), batch()
 
     def step() -> None:
-        logits = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        module.forward_backward(given, float(TOKENS), 1)
+        module.update(module.gradient_norm(), 1e-4)
 
-    return step, model, optimizers
+    return step, module
 
 
-def held(model: nn.Module, optimizers: list) -> int:
-    """Bytes of weights, gradients, moments, and of indices and transposed copies."""
-    total = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            total += sum(t.numel() * t.element_size() for t in state.values())
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            total += layer.packed.bytes() - layer.values.numel() * 4
-    return total
+def beside(module: TrainModule) -> Iterator[Tensor]:
+    """What sparse layers keep beside weights, gradients and moments."""
+    for _, layer in hidden_layers(module.model):
+        if layer.mask is None:
+            continue
+        yield layer.mask.kept
+        if isinstance(layer.matmul, SparseMatmul):
+            index = layer.matmul.index
+            yield index.place
+            yield from (index.values, index.backward.values)
+            for side in (index.forward, index.backward):
+                yield from (side.starts, side.columns_of)
+
+
+def held(module: TrainModule) -> int:
+    """Bytes of weights, gradients, moments, and of masks, places and copies; memory that two share
+    counts once."""
+    found = {t.data_ptr(): t.nbytes for t in (*module.params.values(), *beside(module))}
+    total = sum(found.values()) + sum(p.nbytes for p in module.params.values())
+    states = module.optimizer.state.values()
+    return total + sum(t.nbytes for state in states for t in state.values())
 
 
 def reading(step: Callable[[], None]) -> Callable[[], float]:
@@ -114,27 +152,19 @@ def peak(block: str, sparsity: float) -> int:
     return int(json.loads(done.stdout)["peak"])
 
 
-def parse(block: str) -> tuple[int, int] | None:
-    """(4, 4) of "4x4"; None of "dense"."""
-    if block == "dense":
-        return None
-    high, wide = block.split("x")
-    return int(high), int(wide)
-
-
 def compare(blocks: list[str], sparsity: float, rounds: int) -> dict[str, Any]:
     """Times, memory and ratios of the dense twin and of the model with each of ``blocks``."""
-    names = ["dense", *blocks]
-    twins = {name: twin(parse(name), sparsity) for name in names}
-    for step, _, _ in twins.values():
+    names = ["dense", *blocks, *(block + ZEROS for block in blocks)]
+    twins = {name: twin(name, sparsity) for name in names}
+    for step, _ in twins.values():
         step()
     found = common.interleaved({name: reading(t[0]) for name, t in twins.items()}, rounds)
     rows = {}
-    for name, (_, model, optimizers) in twins.items():
+    for name, (_, module) in twins.items():
         faster = found["dense"]["median"] / found[name]["median"]
         rows[name] = {
             "times as fast": faster,
-            "held bytes": held(model, optimizers),
+            "held bytes": held(module),
             "peak resident bytes": peak(name, sparsity),
             "seconds": found[name],
         }
@@ -157,7 +187,7 @@ def main() -> None:
         raise SystemExit("the compiled kernels are not built; run: make build")
     torch.set_num_threads(1)
     if args.only:
-        step = twin(parse(args.only), args.sparsity)[0]
+        step = twin(args.only, args.sparsity)[0]
         step()
         step()
         print(json.dumps({"peak": own_peak()}))

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import CHECKSUMS, META, checksums_text
 from llmtrain.checkpoint.safefile import FileSum, write_small
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.checkpoint.storage import SafetensorsWriter, TensorSavePlanner
 from llmtrain.checkpoint.store import Store, explain, latest
 from llmtrain.errors import CheckpointError
@@ -101,7 +102,8 @@ class HostCopy(TensorSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         """The copy of one piece."""
-        return self._copies[write_item.index]
+        copy = self._copies[write_item.index]
+        return copy.dense() if isinstance(copy, Scattered) else copy
 
 
 def stage(
@@ -112,11 +114,11 @@ def stage(
     buffers: kept by the caller from one save to the next, because fresh memory costs more than
     the copy (page faults; page-locking, which CUDA tensors need for a fast copy).
     """
-    pieces = {item.index: planner.resolve_data(item) for item in plan.items}
+    pieces = {item.index: planner.held(item) for item in plan.items}
     for index in buffers.keys() - pieces.keys():
         del buffers[index]
-    for index, data in pieces.items():
-        assert isinstance(data, torch.Tensor)
+    for index, piece in pieces.items():
+        data = piece.kept if isinstance(piece, Scattered) else piece
         buffer = buffers.get(index)
         if buffer is None or (buffer.shape, buffer.dtype) != (data.shape, data.dtype):
             buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
@@ -124,7 +126,12 @@ def stage(
         buffer.copy_(data.detach(), non_blocking=True)
     if any(buffer.is_pinned() for buffer in buffers.values()):
         torch.cuda.synchronize()
-    return HostCopy(dict(buffers))
+    return HostCopy(
+        {
+            index: piece.around(buffers[index]) if isinstance(piece, Scattered) else buffers[index]
+            for index, piece in pieces.items()
+        }
+    )
 
 
 class Save:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.errors import CheckpointError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -147,6 +148,8 @@ class Snapshots:
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Scattered):
+        return tensor.dense()
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -54,6 +54,7 @@ from llmtrain.checkpoint.safefile import (
     read_into,
     write_small,
 )
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.checkpoint.verify import cover_fault
 from llmtrain.errors import CheckpointError
 
@@ -116,6 +117,13 @@ class TensorSavePlanner(DefaultSavePlanner):
                 items.append(item)
         self.plan = replace(plan, items=items)
         return self.plan
+
+    def held(self, item: WriteItem) -> torch.Tensor:
+        """``resolve_data``, but what is ``Scattered`` stays so."""
+        held = self.state_dict[item.index.fqn]
+        data = held if isinstance(held, Scattered) else self.resolve_data(item)
+        assert isinstance(data, torch.Tensor)
+        return data
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
 
 _LENGTH = ("train.duration", "train.global_batch_size", "data.seq_len")
-_CHANGING = ("set", "rigl", "gradual")
+_CHANGING = ("set", "rigl", "gradual", "movement", "srste")
 
 
 def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
@@ -16,7 +16,7 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
     if section is None:
         return
     method, grouped = section.method, ":" in section.granularity
-    if grouped and method in _CHANGING:
+    if grouped and method in _CHANGING and method != "srste":
         faults.add(
             "sparsity.granularity",
             f"{section.granularity} cannot follow method: {method}; take unstructured or blocks",
@@ -28,9 +28,17 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
             f"slope prunes N of M, not {section.granularity}; write 2:4",
             "sparsity.method",
         )
+    if method == "srste" and not grouped:
+        message = f"srste keeps N of M, not {section.granularity}; write 2:4"
+        faults.add("sparsity.granularity", message, "sparsity.method")
     if method == "lost" and section.granularity != "unstructured":
         message = "is not read with method: lost, which keeps whole columns; leave it unstructured"
         faults.add("sparsity.granularity", message, "sparsity.method")
+    if section.threshold is None and section.score_decay:
+        faults.add(
+            "sparsity.score_decay",
+            "has no effect on which scores are the largest; set sparsity.threshold, or leave it 0",
+        )
     _check_times(cfg, faults)
     _check_company(cfg, faults)
     for i, rule in enumerate(section.rules):
@@ -39,7 +47,7 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
             faults.add(f"sparsity.rules.{i}.layers", message)
     if section.masks is not None and not section.masks.strip():
         faults.add("sparsity.masks", "is empty; name a file of masks, or leave it null")
-    if section.masks is not None and section.method in ("gradual", "lost"):
+    if section.masks is not None and section.method in ("gradual", "lost", "movement", "srste"):
         message = f"is not read with method: {section.method}; take it away"
         faults.add("sparsity.masks", message, "sparsity.method")
     if section.masks is not None and section.choose != "random":
@@ -58,7 +66,7 @@ def _check_times(cfg: RunConfig, faults: Collector) -> None:
                 f"{value} is after the end of the run ({cfg.train.duration}); make it earlier",
                 *_LENGTH,
             )
-    if section.method == "gradual" and part_of_run(cfg, section.start) >= part_of_run(
+    if section.method in ("gradual", "movement") and part_of_run(cfg, section.start) >= part_of_run(
         cfg, section.end
     ):
         faults.add(

@@ -27,8 +27,9 @@ class SparsityConfig:
         "static",
         "static: the mask stays (SPDF); set, rigl: weights are dropped and grown in turns; "
         "gradual: pruned step by step; slope: N:M, pruned once more for backward, and "
-        "adapters at the end; lost: columns beside a low-rank part, both of the initial weights",
-        choices=("static", "set", "rigl", "gradual", "slope", "lost"),
+        "adapters at the end; lost: columns beside a low-rank part, both of the initial weights; "
+        "movement: scores learn what goes; srste: N:M of the present magnitudes",
+        choices=("static", "set", "rigl", "gradual", "slope", "lost", "movement", "srste"),
     )
     granularity: str = key(
         "unstructured",
@@ -52,11 +53,15 @@ class SparsityConfig:
         None, "the mask is dropped here, and zeros begin to learn; null: never", gt=0
     )
     every: Duration = key(
-        lambda: dur("0.01dur"), "set, rigl, gradual: time between changes of the mask", gt=0
+        lambda: dur("0.01dur"),
+        "set, rigl, gradual, movement: time between changes of the mask",
+        gt=0,
     )
-    start: Duration = key(lambda: dur("0dur"), "gradual: where pruning begins")
+    start: Duration = key(lambda: dur("0dur"), "gradual, movement: where pruning begins")
     end: Duration = key(
-        lambda: dur("0.75dur"), "set, rigl, gradual: where the mask changes for the last time", gt=0
+        lambda: dur("0.75dur"),
+        "set, rigl, gradual, movement: where the mask changes for the last time",
+        gt=0,
     )
     fraction: float = key(
         0.3, "set, rigl: share of the kept that is replaced, at first (cosine to 0)", gt=0, lt=1
@@ -67,11 +72,31 @@ class SparsityConfig:
     gamma: float = key(
         0.5, "lost: factor of the low-rank part; 1 - gamma: of the columns", gt=0, lt=1
     )
+    score_rate: float = key(1.0, "movement: learning rate of the scores", gt=0)
+    threshold: float | None = key(
+        None,
+        "movement: keep where the sigmoid of a score is above, instead of the largest; density is "
+        "then what is expected",
+        gt=0,
+        lt=1,
+    )
+    score_decay: float = key(
+        0.0, "movement: penalty on the mean sigmoid of a layer's scores, for threshold", ge=0
+    )
+    decay_pruned: float = key(
+        2e-4, "srste: pull to zero of pruned weights, a part of their gradient", ge=0
+    )
     products: str = key(
         "auto",
         "auto: each shape is timed once on a device, sparse against dense, and the faster kept; "
         "sparse, dense: always. GPUs have sparse ones for 2:4 and blocks of 64x64, in bf16",
         choices=("auto", "sparse", "dense"),
+    )
+    storage: str = key(
+        "auto",
+        "packed: kept weights alone, with gradients and moments for them only; dense: with zeros; "
+        "auto: packed on a CPU where masks stay and one process holds them",
+        choices=("auto", "packed", "dense"),
     )
 
 

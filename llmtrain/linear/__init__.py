@@ -7,6 +7,7 @@ the third factor. A ``Mask`` makes a layer sparse in whatever format it computes
 """
 
 from llmtrain.linear.adapter import Change, LowRank, adapted_weight
+from llmtrain.linear.compact import Compact
 from llmtrain.linear.fake import Numbers, fake_matmul, fake_vectors
 from llmtrain.linear.fp8 import fp8_matmul
 from llmtrain.linear.frozen import Frozen, FrozenMatmul
@@ -28,6 +29,7 @@ __all__ = [
     "FP32_ONEDNN",
     "BlockMatmul",
     "Change",
+    "Compact",
     "Frozen",
     "FrozenMatmul",
     "Linear",

@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Placement as TensorPlacemen
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from llmtrain.linear.compact import Compact, SpreadMatmul, compact_weight
 from llmtrain.linear.fp8 import Fp8Matmul
 from llmtrain.linear.frozen import FrozenMatmul, Parts, frozen_matmul
 from llmtrain.linear.function import Given, Plan, apply_linear
@@ -21,9 +22,10 @@ from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
+from llmtrain.linear.sparse import SparseMatmul
 from llmtrain.linear.sparse_gpu import BlockMatmul, SemiMatmul, sparse_matmul
 from llmtrain.linear.te import TeMatmul
-from llmtrain.ops import Casts, Handoff
+from llmtrain.ops import Casts, Handoff, unpack
 from llmtrain.parallel.tensor import TensorParallel, local
 
 
@@ -138,6 +140,8 @@ class Linear(nn.Module):
         self._back: Mask | None = None
         self._sparse, self._kind = False, ""
         self.packed: tuple[str, ...] = ()
+        self.compact: Compact | None = None
+        self._gathered = False
         self.adapter: Adapter | None = None
         self._thawed: tuple[FrozenMatmul, dict[str, nn.Parameter]] | None = None
 
@@ -193,8 +197,13 @@ class Linear(nn.Module):
         """The rows of the weight in this rank's memory, as the products read them, float32."""
         if isinstance(self.matmul, FrozenMatmul):
             return self.matmul.form.unpack(self.packed_parts(), self.matmul.dtype).float()
-        stored = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        weight = self.dense_weight()
+        stored = weight.to_local() if isinstance(weight, DTensor) else weight
         return stored.to(self.matmul.dtype).float()
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out, in]; a copy with zeros where the kept values alone are held."""
+        return self.weight if self.compact is None else self.compact.spread(self.weight.detach())
 
     @property
     def adaptable(self) -> bool:
@@ -225,11 +234,16 @@ class Linear(nn.Module):
     def set_matmul(self, matmul: Matmul) -> None:
         """Compute in another number format from now on; a mask stays."""
         self._format = matmul
-        if self.mask is not None and self._sparse:
+        if self.compact is not None:
+            assert self.mask is not None
+            matmul = self.compact.matmul(matmul, self.mask, self._back)
+        elif self.mask is not None and self._sparse:
             matmul = sparse_matmul(matmul, self.mask, self._back, self._kind)
         elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
-        self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul)
+        # What is spread out for a product is not kept for the next.
+        freed = self._gathered or isinstance(matmul, SpreadMatmul)
+        self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul, freed=freed)
         self._cache.clear()
 
     def set_mask(
@@ -243,13 +257,34 @@ class Linear(nn.Module):
         """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
         of it. The mask is that of this rank's tensor-parallel part, on its device. sparse: by
         ``sparse_matmul`` of a ``kind``, where number format and masks allow."""
+        assert self.compact is None
         self.mask, self._back, self._sparse, self._kind = mask, back, sparse, kind
+        self.set_matmul(self._format)
+
+    @torch.no_grad()
+    def pack_weight(self) -> Compact:
+        """Hold the weights at the mask alone from now on: ``weight`` is a new parameter of their
+        values, see ``linear.compact``. A plain weight, in this process' memory as a whole."""
+        assert self.mask is not None and self.compact is None
+        tiled = isinstance(self.matmul, SparseMatmul)
+        self.compact, values = compact_weight(self.weight, self.mask, tiled)
+        self.weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+        self.set_matmul(self._format)
+        return self.compact
+
+    @torch.no_grad()
+    def unpack_weight(self) -> None:
+        """Undo ``pack_weight``: ``weight`` is a new parameter [out, in] with zeros."""
+        trains = self.weight.requires_grad
+        self.weight = nn.Parameter(self.dense_weight(), requires_grad=trains)
+        self.compact = None
         self.set_matmul(self._format)
 
     def set_freed(self) -> None:
         """FSDP2 owns the weight from now on: see ``Plan.freed``."""
         # Packed codes are what it gathers and frees.
-        self.plan = replace(self.plan, freed=not self.packed)
+        self._gathered = not self.packed
+        self.plan = replace(self.plan, freed=self._gathered)
         if self.adapter is not None:
             self.adapter.sharded = True
 
@@ -332,6 +367,8 @@ class Linear(nn.Module):
             return self.matmul.weight(operand)
         if isinstance(self.matmul, SemiMatmul | BlockMatmul):
             return self.matmul.mask.zero_(self.parts()[0].detach().to(self.matmul.dtype, copy=True))
+        if isinstance(self.matmul, SparseMatmul):
+            return unpack(self.matmul.index.values, self.matmul.index)
         return plain(operand, self.matmul.dtype)
 
     def extra_repr(self) -> str:

@@ -103,31 +103,31 @@ class MaskedMatmul:
 
     def operand(self, weight: Tensor, reach: Reach = ALONE) -> Packed:
         masked = self.mask.zero_(weight.detach().clone(memory_format=torch.contiguous_format))
-        return _packed(self.inner.operand(masked, reach))
+        return packed(self.inner.operand(masked, reach))
 
     def pack_input(self, x: Tensor, reach: Reach = ALONE, turned: bool = False) -> Packed:
-        return _packed(self.inner.pack_input(x, reach, turned))
+        return packed(self.inner.pack_input(x, reach, turned))
 
     def pack_grad(self, grad: Tensor, reach: Reach = ALONE, turned: bool = False) -> Packed:
-        return _packed(self.inner.pack_grad(grad, reach, turned))
+        return packed(self.inner.pack_grad(grad, reach, turned))
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-        return self.inner.fprop(self._open(x), self._open(weight), bias, scale)
+        return self.inner.fprop(self.open(x), self.open(weight), bias, scale)
 
     def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
         if self.back is not None:
             weight = self._pruned_again(weight)
-        return self.inner.dgrad(self._open(grad), self._open(weight), scale)
+        return self.inner.dgrad(self.open(grad), self.open(weight), scale)
 
     def wgrad(
         self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        product = self.inner.wgrad(self._open(grad), self._open(x), None, scale)
+        product = self.inner.wgrad(self.open(grad), self.open(x), None, scale)
         if not self.dense_gradients:
             self.mask.zero_(product)
         return product if into is None else into.add_(product)
 
-    def _open(self, x: Operand) -> Operand:
+    def open(self, x: Operand) -> Operand:
         """As ``inner`` reads it."""
         if self.inner.packs:
             return x
@@ -143,5 +143,6 @@ class MaskedMatmul:
         return Packed(values, weight.scale, turned)
 
 
-def _packed(x: Operand) -> Packed:
+def packed(x: Operand) -> Packed:
+    """``x`` as a masked format hands it on."""
     return x if isinstance(x, Packed) else Packed(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach
+from llmtrain.ops import Packed as Tiled
 from llmtrain.ops import pack, repack, sparse_dgrad, sparse_fprop, sparse_wgrad, unpack
 
 
@@ -26,24 +27,25 @@ class SparseMatmul(MaskedMatmul):
     the weight has changed. There is no second mask.
     """
 
-    def __init__(self, inner: Matmul, mask: Mask) -> None:
+    def __init__(self, inner: Matmul, mask: Mask, index: Tiled | None = None) -> None:
         assert not inner.packs
         super().__init__(inner, mask)
         self.name = f"{inner.name}, sparse"
-        empty = torch.zeros(mask.shape, device=mask.kept.device)
-        self._index = pack(empty, mask.kept, mask.block)
+        if index is None:
+            index = pack(torch.zeros(mask.shape, device=mask.kept.device), mask.kept, mask.block)
+        self.index = index
 
     def operand(self, weight: Tensor, reach: Reach = ALONE) -> Packed:
-        repack(self._index, weight)
-        return Packed(self._index.values, None, self._index.backward.values)
+        repack(self.index, weight)
+        return Packed(self.index.values, None, self.index.backward.values)
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-        y = sparse_fprop(_values(x), self._index)
+        y = sparse_fprop(plain_values(x), self.index)
         y = y if scale == 1.0 else y.mul_(scale)
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
-        dx = sparse_dgrad(_values(grad), self._index)
+        dx = sparse_dgrad(plain_values(grad), self.index)
         return dx if scale == 1.0 else dx.mul_(scale)
 
     def wgrad(
@@ -51,12 +53,13 @@ class SparseMatmul(MaskedMatmul):
     ) -> Tensor:
         if self.dense_gradients:
             return super().wgrad(grad, x, into, scale)
-        values = sparse_wgrad(_values(grad), _values(x), self._index)
-        product = unpack(values if scale == 1.0 else values.mul_(scale), self._index)
+        values = sparse_wgrad(plain_values(grad), plain_values(x), self.index)
+        product = unpack(values if scale == 1.0 else values.mul_(scale), self.index)
         return product if into is None else into.add_(product)
 
 
-def _values(x: Operand) -> Tensor:
+def plain_values(x: Operand) -> Tensor:
+    """The tensor in an operand of a plain format."""
     assert isinstance(x, Packed) and x.values is not None
     return x.values
 

@@ -22,7 +22,7 @@ class GradualPruning(StaticMask):
 
     _every = _start = _end = 0
 
-    def on_run_start(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Resolve the durations."""
         times = trainer.clockwork
         self._start, self._end, self._every = (
@@ -30,7 +30,7 @@ class GradualPruning(StaticMask):
             for duration in (self.cfg.start, self.cfg.end, self.cfg.every)
         )
         self._every = max(self._every, 1)
-        super().on_run_start(trainer)
+        super().prepare(trainer)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:
         """Nothing is pruned yet."""

@@ -102,7 +102,8 @@ class Numerics(Hook):
     def _watch(self, name: str, layer: Linear, factor: float) -> None:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._add(name, "input", measure(args[0], E4M3))
-            self._add(name, "weight", measure(layer.parts()[0], E4M3))
+            weight = layer.parts()[0] if layer.compact is None else layer.dense_weight()
+            self._add(name, "weight", measure(weight, E4M3))
 
         def gradient(grad: Tensor) -> None:
             self._add(name, "gradient", measure(grad, E5M2, factor))

@@ -51,12 +51,12 @@ class Regrowth(StaticMask):
     _due = False
     _changed = -1
 
-    def on_run_start(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Resolve the durations."""
         times = trainer.clockwork
         self._every = max(self.cfg.every.steps(times.tokens_per_step, times.total), 1)
         self._end = self.cfg.end.steps(times.tokens_per_step, times.total)
-        super().on_run_start(trainer)
+        super().prepare(trainer)
 
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
         """Ask for whole gradients in the step that changes the mask."""

@@ -41,9 +41,9 @@ class Slope(StaticMask):
     _wake = 0
     _awake = False
 
-    def on_run_start(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Resolve the duration; adapters sleep until then."""
-        super().on_run_start(trainer)
+        super().prepare(trainer)
         times = trainer.clockwork
         self._wake = self.cfg.adapters_at.steps(times.tokens_per_step, times.total)
         self._set(trainer, trainer.step_done >= self._wake)

@@ -23,6 +23,7 @@ from llmtrain.data.plan import DataPlan
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import flops_per_token, resolve_model
 from llmtrain.ops import native_loaded
+from llmtrain.parallel import Degrees
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.parallel.world import pick_device
 from llmtrain.sparsity import (
@@ -33,6 +34,7 @@ from llmtrain.sparsity import (
     density_of_step,
     kinds_of,
     sparse_layers,
+    why_dense,
 )
 from llmtrain.sparsity.storage import fit_masks, load_masks
 from llmtrain.train.hooks import Hook
@@ -50,8 +52,10 @@ def sparsity(section: SparsityConfig) -> StaticMask:
     """The hook of a section ``sparsity``."""
     from llmtrain.methods.gradual_pruning import GradualPruning
     from llmtrain.methods.lost import Lost
+    from llmtrain.methods.movement import Movement
     from llmtrain.methods.rigl import Regrowth
     from llmtrain.methods.slope import Slope
+    from llmtrain.methods.srste import SrSte
 
     kinds: dict[str, type[StaticMask]] = {
         "static": StaticMask,
@@ -60,6 +64,8 @@ def sparsity(section: SparsityConfig) -> StaticMask:
         "gradual": GradualPruning,
         "slope": Slope,
         "lost": Lost,
+        "movement": Movement,
+        "srste": SrSte,
     }
     return kinds[section.method](section)
 
@@ -74,6 +80,7 @@ def check_products(cfg: RunConfig, section: SparsityConfig, sparse: Mapping[str,
         (on_cpu and not native_loaded(), "the compiled kernels are not in use (make build)"),
         (cfg.train.compile, "train.compile does not know them"),
         (on_cpu and section.method == "slope", "a CPU's have no second mask, as slope needs"),
+        (section.method in ("movement", "srste"), "these methods need whole gradients"),
     ]
     if not on_cpu:
         dtype = resolve_precision(cfg.precision, device).compute
@@ -105,10 +112,12 @@ class StaticMask(Hook):
         self._sparse = sparse_layers(model_cfg, self.cfg)
         for name, layer in self._sparse.items():
             layer.granularity.check(layer.shape, layer.density, name, self.double)
-            if self.cfg.choose == "magnitude":
+            if self.cfg.choose == "magnitude" or self.cfg.method == "srste":
                 layer.granularity.check_search("sparsity.granularity")
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg, self._sparse)
+        # Refused here where it cannot be; the number of processes is known later.
+        why_dense(cfg, Degrees(), pick_device(cfg.device, 0).type == "cpu")
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""
@@ -116,7 +125,7 @@ class StaticMask(Hook):
             self._given(self._sparse)
         return []
 
-    def on_run_start(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """Make the masks, unless a checkpoint has brought them, and prune the weights."""
         times = trainer.clockwork
         if self.cfg.until is not None:
@@ -131,7 +140,7 @@ class StaticMask(Hook):
         masks.install(self.seed(trainer))
         for line in masks.lines():
             trainer.recorder.event(trainer.step_done, line)
-        self.zero(trainer, masks.layers)
+        self.settle(trainer, masks)
         self.count_flops(trainer, trainer.step_done)
         if self._until is not None and trainer.step_done >= self._until:
             self.drop(trainer)
@@ -165,9 +174,19 @@ class StaticMask(Hook):
             module = trainer.module
             sparse = sparse_layers(module.model_cfg, self.cfg)
             self.masks = Masks(module.model, module.params, module.layout, sparse, self.double)
-            # Compiled blocks fuse dense products, and know no others.
-            self.masks.products = "dense" if trainer.cfg.train.compile else self.cfg.products
+            # Compiled blocks fuse dense products, and know no others; whole gradients are dense.
+            dense = trainer.cfg.train.compile or self.cfg.method in ("movement", "srste")
+            self.masks.products = "dense" if dense else self.cfg.products
         return self.masks
+
+    def settle(self, trainer: Trainer, masks: Masks) -> None:
+        """Nothing lives outside the masks; hold the kept weights alone, where the run allows."""
+        self.zero(trainer, masks.layers)
+        on_cpu = trainer.module.device.type == "cpu"
+        if why_dense(trainer.cfg, trainer.module.layout.degrees, on_cpu) is None:
+            for name, layer in masks.layers.items():
+                trainer.module.pack(f"{name}.weight", layer)
+                masks.params[name] = layer.weight
 
     def zero(self, trainer: Trainer, names: Any) -> None:
         """Weights and moments of layers become zero outside their masks."""
@@ -196,6 +215,9 @@ class StaticMask(Hook):
         assert self.masks is not None
         # An average may have written beyond the masks: the dense part starts from zeros there.
         self.zero(trainer, self.masks.layers)
+        for name, layer in self.masks.layers.items():
+            if layer.compact is not None:
+                trainer.module.unpack(f"{name}.weight", layer)
         self.masks.remove()
         self.dropped = True
         self.count_flops(trainer, trainer.step_done)

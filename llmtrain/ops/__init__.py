@@ -58,6 +58,8 @@ from llmtrain.ops.products import (
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
 from llmtrain.ops.sparse import (
     Packed,
+    copy_across,
+    gather_tiles,
     masked,
     pack,
     repack,
@@ -96,6 +98,7 @@ __all__ = [
     "attention_usable",
     "cached_attention",
     "causal_attention",
+    "copy_across",
     "cross_entropy_",
     "cross_entropy_reference_",
     "cublaslt_fault",
@@ -111,6 +114,7 @@ __all__ = [
     "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
+    "gather_tiles",
     "gemm_usable",
     "kernels_line",
     "kernels_warning",

@@ -172,9 +172,15 @@ def unpack(values: Tensor, packed: Packed) -> Tensor:
     return dense[: side.rows, : side.columns].contiguous()
 
 
+def gather_tiles(dense: Tensor, packed: Packed) -> Tensor:
+    """What ``unpack`` makes ``dense`` [rows, cols] of: its kept values, zeros beyond its ends."""
+    # Indexing keeps the order in memory, which optimizers' kernels go by.
+    return _tiles_of(dense, packed.forward).contiguous()
+
+
 def copy_across(packed: Packed) -> None:
     """Make the transposed copy hold what ``packed.values`` hold."""
-    packed.backward.values[packed.place.long()] = packed.values.transpose(1, 2)
+    packed.backward.values.index_copy_(0, packed.place.long(), packed.values.transpose(1, 2))
 
 
 def repack_reference(packed: Packed, weight: Tensor) -> None:

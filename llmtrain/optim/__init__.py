@@ -12,7 +12,7 @@ from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
 from llmtrain.optim.lion import Lion
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
 from llmtrain.optim.sparse import SparseAdamW, SparseLion
-from llmtrain.optim.state import create_state, state_tensors
+from llmtrain.optim.state import create_state, replace_parameter, state_tensors
 
 __all__ = [
     "Lion",
@@ -28,6 +28,7 @@ __all__ = [
     "create_state",
     "gradient_norm",
     "groups_table",
+    "replace_parameter",
     "set_learning_rate",
     "state_tensors",
     "sum_over_parts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,24 @@ def create_state(optimizer: Optimizer, params: Iterable[Tensor] | None = None) -
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg_sq"] = torch.zeros_like(param)
         state["exp_avg"] = torch.zeros_like(param)
+
+
+def replace_parameter(
+    optimizer: Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    convert: Callable[[Tensor], Tensor],
+) -> None:
+    """Let ``new`` stand where ``old`` does. What there is of its shape in the optimizer's state
+    goes through ``convert``; a parameter that no group has is none of the optimizer's."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if param is old else param for param in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state:
+        optimizer.state[new] = {
+            key: convert(value) if value.shape == old.shape else value
+            for key, value in state.items()
+        }
 
 
 def state_tensors(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from llmtrain.model import (
 from llmtrain.parallel import World, apply_fsdp, build_layout
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.setting import Setting
+from llmtrain.sparsity import sparse_layers, why_dense
 
 TABLE = "embedding.weight"
 
@@ -41,7 +42,8 @@ class Part:
     of the shard that this rank stores. block: number of the block it belongs to, None outside.
     partial: its gradient is a summand that tensor-parallel ranks still have to add up. trained:
     it has a gradient at all. packed: bytes of an element where it is (part of) a frozen weight kept
-    packed, which travels and is stored as it is; 0: a float32.
+    packed, which travels and is stored as it is; 0: a float32. kept: share of its elements that is
+    held at all.
     """
 
     name: str
@@ -53,16 +55,17 @@ class Part:
     partial: bool
     trained: bool = True
     packed: int = 0
+    kept: float = 1.0
 
     def stored(self, shards: int) -> int:
         """Elements in this rank's memory: FSDP2 pads every shard to the largest, which is
         ceil(rows / shards) rows."""
-        return -(-self.split[0] // shards) * math.prod(self.split[1:])
+        return round(self.kept * -(-self.split[0] // shards) * math.prod(self.split[1:]))
 
     @property
     def elements(self) -> int:
         """Elements of the tensor-parallel part."""
-        return math.prod(self.split)
+        return round(self.kept * math.prod(self.split))
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
             model = Decoder(model_cfg, compute, layout.tensor)
         limit_training(model, model_cfg, cfg)
         roles, partial = param_roles(model), set(partial_parameters(model))
-        packed = packed_names(model)
+        packed, kept = packed_names(model), kept_shares(setting)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         if layout.tensor is not None:
             assert layout.state is not None
@@ -126,10 +129,20 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
                 name in partial,
                 param.requires_grad,
                 param.element_size() if name in packed else 0,
+                kept.get(name, 1.0),
             )
             for name, param in model.named_parameters()
         )
     return Blueprint(rank, parts)
+
+
+def kept_shares(setting: Setting) -> dict[str, float]:
+    """Densities of the parameters of which kept values are held alone, by name."""
+    section = setting.cfg.sparsity
+    if section is None or why_dense(setting.cfg, setting.degrees, setting.on_cpu) is not None:
+        return {}
+    sparse = sparse_layers(setting.model, section)
+    return {f"{name}.weight": layer.density for name, layer in sparse.items()}
 
 
 @contextmanager

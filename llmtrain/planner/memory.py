@@ -21,7 +21,7 @@ from llmtrain.model.flops import widths
 from llmtrain.ops import attention_usable
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
-from llmtrain.planner.sparse import mask_memory
+from llmtrain.planner.sparse import mask_memory, spread_memory
 
 FLOAT = 4  # bytes of a float32
 
@@ -60,7 +60,7 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     held = blocks * _in_flight(setting, stage)
     kept = activation_bytes(setting.model, tokens, compute, recompute, split, math.ceil(held))
     kept += math.ceil(_masks(setting, held) + _shared_rows(setting, held))
-    running = _running_block(setting, tokens, split)
+    running = _running_block(setting, tokens, split) + spread_memory(setting, parts)
     head = _Head.of(setting, stages[-1].last)
     loss = kept + head.hidden + head.gradient + head.chunk
     one = block_activation_bytes(setting.model, tokens, compute, recompute, split)
@@ -168,7 +168,11 @@ def _state(setting: Setting, parts: list[Part]) -> dict[str, int]:
         found["penalty"] = weights * (2 if penalty.kind == "ewc" else 1)
     if setting.item != FLOAT and setting.data_ranks == 1:
         tied = setting.model.tie_embeddings
-        cast = [p for p in plain if p.role in ("hidden", "head") or (tied and _is_table(p))]
+        cast = [
+            p
+            for p in plain
+            if p.kept == 1 and (p.role in ("hidden", "head") or (tied and _is_table(p)))
+        ]
         found["compute copies"] = setting.item * _elements(cast)
     if setting.cfg.sparsity is not None:
         found |= mask_memory(setting, parts)

@@ -19,6 +19,7 @@ class Setting:
     """A run on a number of ranks.
 
     model: resolved. fused: whether the compiled CPU kernels run, whose temporaries are smaller.
+    on_cpu: whether the ranks compute on CPUs.
     """
 
     cfg: RunConfig
@@ -26,6 +27,7 @@ class Setting:
     precision: Precision
     degrees: Degrees
     fused: bool = False
+    on_cpu: bool = False
 
     @property
     def item(self) -> int:

@@ -7,12 +7,13 @@
 """
 
 from llmtrain.linear import Mask
-from llmtrain.sparsity.auto import pick_products
+from llmtrain.sparsity.auto import SMALLEST_SPARSE, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.case import Case, Choice, cases_of, choice_lines
 from llmtrain.sparsity.choose import (
     best_kept,
     block_scores,
+    block_sums,
     largest,
     prune_again,
     random_kept,
@@ -29,8 +30,10 @@ from llmtrain.sparsity.schedule import (
     training_flops,
 )
 from llmtrain.sparsity.select import Sparse, check_cuts, mean_density, packed_dim, sparse_layers
+from llmtrain.sparsity.storing import why_dense
 
 __all__ = [
+    "SMALLEST_SPARSE",
     "Case",
     "Choice",
     "Granularity",
@@ -39,6 +42,7 @@ __all__ = [
     "Sparse",
     "best_kept",
     "block_scores",
+    "block_sums",
     "cases_of",
     "check_cuts",
     "choice_lines",
@@ -59,4 +63,5 @@ __all__ = [
     "sparsity_lines",
     "training_flops",
     "unpack_bits",
+    "why_dense",
 ]

@@ -29,7 +29,7 @@ from llmtrain.sparsity.case import Case, Choice
 
 TOKENS, ROUNDS = 1024, 3
 # Below this many elements a layer is dense unasked: it costs nothing either way.
-SMALLEST = 1 << 16
+SMALLEST_SPARSE = 1 << 16
 
 
 def cache_file(gpu: torch.device | None = None) -> Path:
@@ -134,7 +134,7 @@ def _pick(cases: set[Case], gpu: torch.device | None) -> dict[Case, Choice]:
     path = cache_file(gpu)
     known, fresh, found = _read(path), False, {}
     for case in sorted(cases, key=astuple):
-        if case.rows * case.cols < (SMALLEST if gpu is None else on_gpu.SMALLEST):
+        if case.rows * case.cols < (SMALLEST_SPARSE if gpu is None else on_gpu.SMALLEST):
             found[case] = Choice(0, 0, "too small to matter")
             continue
         if gpu is not None:

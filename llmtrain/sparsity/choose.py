@@ -131,12 +131,17 @@ def prune_again(
 
 def block_scores(values: Tensor, block: tuple[int, int]) -> Tensor:
     """Sums of |values| over the blocks of a matrix, cut-off blocks over what is there; float32."""
+    return block_sums(values.detach().abs(), block)
+
+
+def block_sums(values: Tensor, block: tuple[int, int]) -> Tensor:
+    """Sums over the blocks of a matrix, float32, one a block."""
     rows, columns = values.shape
-    scores = values.detach().abs().float()
+    values = values.detach().float()
     high, wide = block
     if block == (1, 1):
-        return scores
-    padded = torch.nn.functional.pad(scores, (0, -columns % wide, 0, -rows % high))
+        return values
+    padded = torch.nn.functional.pad(values, (0, -columns % wide, 0, -rows % high))
     return padded.view(-1, high, padded.shape[1] // wide, wide).sum((1, 3))
 
 

@@ -50,6 +50,8 @@ class Masks:
         self.sparse = {name: sparse[name] for name in self.layers}
         self.params = {name: params[f"{name}.weight"] for name in self.layers}
         self.kept: dict[str, Tensor] = {}
+        # Of whole layers, for methods that train them.
+        self.scored: dict[str, Tensor] = {}
         # "auto", "sparse" or "dense", see ``sparsity.products``; what was chosen, and for what.
         self.products = "dense"
         self.cases: dict[str, Case] = {}
@@ -195,10 +197,25 @@ class Masks:
             own = mask.box((offset[0] - top, offset[1] - left), (rows, columns))
             local.masked_fill_(~own, 0)
 
+    @torch.no_grad()
+    def add_outside(self, name: str, into: Tensor, values: Tensor, factor: float) -> None:
+        """into += factor values outside the mask, in place; both like a layer's weight."""
+        (top, left), _ = self._boxes[name]
+        mask = self.mask(name)
+        parts = zip(local_boxes(into.detach()), local_boxes(values.detach()), strict=True)
+        for (target, offset), (source, _) in parts:
+            if target.numel() == 0:
+                continue
+            rows, columns = target.shape
+            own = mask.box((offset[0] - top, offset[1] - left), (rows, columns))
+            target.add_(source.masked_fill(own, 0), alpha=factor)
+
     def zero_state(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
         """Weights and moments outside the masks become zero."""
         for name in names:
             param = self.params[name]
+            if self.layers[name].compact is not None:
+                continue
             self.zero_outside(name, param)
             for value in optimizer.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:

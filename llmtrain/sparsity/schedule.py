@@ -9,6 +9,8 @@ from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.model import flops_per_token, layer_names, layer_shape
 from llmtrain.sparsity.select import Sparse, mean_density, sparse_layers
 
+_FALLING = ("gradual", "movement")  # from dense on
+
 
 def cubic_density(final: float, step: int, start: int, end: int) -> float:
     """Density of gradual pruning after ``step`` updates (Zhu and Gupta 2017, 1710.01878).
@@ -31,7 +33,7 @@ def density_of_step(cfg: RunConfig, model_cfg: ModelConfig, step: int) -> float:
     if section.until is not None and step >= section.until.steps(steps, total):
         return 1.0
     final = mean_density(model_cfg, section)
-    if section.method != "gradual":
+    if section.method not in _FALLING:
         return final
     start, end, every = (d.steps(steps, total) for d in (section.start, section.end, section.every))
     pruned = end if step >= end else start + (step - start) // max(every, 1) * max(every, 1)
@@ -62,7 +64,7 @@ def _stretches(cfg: RunConfig, model_cfg: ModelConfig) -> list[tuple[float, int]
     cuts = {0, total}
     if section.until is not None:
         cuts.add(section.until.steps(tokens, total))
-    if section.method == "gradual":
+    if section.method in _FALLING:
         start, end, every = (
             d.steps(tokens, total) for d in (section.start, section.end, section.every)
         )

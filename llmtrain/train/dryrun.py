@@ -9,6 +9,7 @@ import torch
 from llmtrain.config import check_world
 from llmtrain.config.scaling import residual_kind
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.data.plan import build_plan
 from llmtrain.model import (
     Decoder,
@@ -35,6 +36,7 @@ from llmtrain.sparsity import (
     sparse_layers,
     sparsity_lines,
     training_flops,
+    why_dense,
 )
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import human, table
@@ -55,11 +57,12 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     plan = build_plan(cfg, times.total * cfg.train.global_batch_size)
     model_cfg = resolve_model(cfg, plan.vocab_size)
     degrees = resolve_degrees(cfg.parallel, size)
-    setting = Setting(cfg, model_cfg, precision, degrees, fused=on_cpu and native_loaded())
+    fused = on_cpu and native_loaded()
+    setting = Setting(cfg, model_cfg, precision, degrees, fused=fused, on_cpu=on_cpu)
     layout = layout_lines(setting)
     sections = [
         [hardware],
-        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting, on_cpu, world is not None),
+        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting, world is not None),
         _length_lines(cfg, times, model_cfg),
         ["data:", *("  " + line for line in plan.tree().splitlines())],
         layout,
@@ -112,11 +115,19 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     return lines
 
 
-def _sparse_lines(setting: Setting, on_cpu: bool, elsewhere: bool) -> list[str]:
-    """Which products sparse layers get, timed where this machine has not done so before."""
-    section = setting.cfg.sparsity
+def _sparse_lines(setting: Setting, elsewhere: bool) -> list[str]:
+    """How sparse layers are stored, and which products they get, timed where this machine has not
+    done so before."""
+    section, on_cpu = setting.cfg.sparsity, setting.on_cpu
     if section is None:
         return []
+    dense = why_dense(setting.cfg, setting.degrees, on_cpu)
+    how = f"with their zeros ({dense})" if dense else "kept weights alone, moments for them only"
+    return [f"sparse layers are stored {how}", *_product_lines(setting, section, elsewhere)]
+
+
+def _product_lines(setting: Setting, section: SparsityConfig, elsewhere: bool) -> list[str]:
+    on_cpu = setting.on_cpu
     layers = sparse_layers(setting.model, section)
     gpu = None if on_cpu or elsewhere else pick_device(setting.cfg.device, 0)
     return product_lines(setting.cfg, layers, setting.precision.compute, on_cpu, gpu)

@@ -54,8 +54,12 @@ class Hook:
         naming the key of a file that is missing, damaged or does not fit.
         """
 
+    def prepare(self, trainer: Trainer) -> None:
+        """Once, after a checkpoint (if any) was loaded and before any ``on_run_start``: the moment
+        to change the weights that the run begins with."""
+
     def on_run_start(self, trainer: Trainer) -> None:
-        """Once, after a checkpoint (if any) was loaded and before the first step."""
+        """Once, before the first step."""
 
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
         """Before the forward pass; may change ``batch.weights`` [b, s] in place.

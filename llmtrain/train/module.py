@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
-from llmtrain.linear import summing_gradients
+from llmtrain.linear import Compact, Linear, summing_gradients
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
@@ -38,6 +39,7 @@ from llmtrain.optim import (
     clipped_step,
     create_state,
     gradient_norm,
+    replace_parameter,
     set_learning_rate,
     state_tensors,
     sum_over_parts,
@@ -52,6 +54,8 @@ from llmtrain.parallel import (
     split_batch,
 )
 from llmtrain.parallel.hardware import Precision
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -161,6 +165,7 @@ class TrainModule:
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
         self.params: dict[str, nn.Parameter] = plain_parameters(model)
+        self.compact: dict[str, Compact] = {}
         self.groups = build_groups(self.params, self.roles, cfg.optim, rate_factors(model_cfg))
         self.optimizer = build_optimizer(self.groups, cfg.optim)
         create_state(self.optimizer)
@@ -326,6 +331,27 @@ class TrainModule:
                 elif not self.optimizer.state.get(param):
                     create_state(self.optimizer, [param])
 
+    def pack(self, name: str, layer: Linear) -> None:
+        """Hold the kept weights of a masked ``layer``, and their moments, alone from now on.
+
+        name: of the parameter. What ``tensors`` gives can be saved then, and not be read into.
+        """
+        compact = layer.pack_weight()
+        self._replace(name, layer.weight, compact.gather)
+        self.compact[name] = compact
+
+    def unpack(self, name: str, layer: Linear) -> None:
+        """Undo ``pack``: what was pruned is zero."""
+        compact = self.compact.pop(name)
+        layer.unpack_weight()
+        self._replace(name, layer.weight, compact.spread)
+
+    def _replace(self, name: str, new: nn.Parameter, convert: Callable[[Tensor], Tensor]) -> None:
+        old, self.params[name] = self.params[name], new
+        for group in self.groups:
+            group.params = [new if param is old else param for param in group.params]
+        replace_parameter(self.optimizer, old, new, convert)
+
     def schedule(self, total_steps: int) -> Schedule:
         """The learning-rate schedule of a run of ``total_steps``."""
         tokens = self.cfg.train.global_batch_size * self.cfg.data.seq_len
@@ -354,11 +380,18 @@ class TrainModule:
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``. Packed
-        and ``frozen`` weights are not among them.
+        """All state by name, live: ``model.<parameter>`` and ``optim.<parameter>.<key>``. Frozen
+        weights that are packed or ``frozen`` are not among them; see ``pack``.
         """
-        model: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
-        return {**model, **state_tensors(self.optimizer, self.params)}
+        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.params.items()}
+        found |= state_tensors(self.optimizer, self.params)
+        for name, compact in self.compact.items():
+            values = self.params[name].shape
+            keys = (f"model.{name}", *(f"optim.{name}.{kind}" for kind in _MOMENTS))
+            for key in keys:
+                if key in found and found[key].shape == values:
+                    found[key] = Scattered(found[key].detach(), compact.shape, compact.spread)
+        return found
 
     def restore(self, read: Callable[[dict[str, Tensor]], None]) -> None:
         """Replace the state by what ``read`` writes into the ``tensors`` that it is given."""

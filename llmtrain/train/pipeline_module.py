@@ -116,7 +116,7 @@ class PipelineModule(TrainModule):
         parts = stage_parts(model_cfg, cfg.data.seq_len, self.pipeline.stages)
         if cfg.trainable:
             Trainable(cfg, model_cfg).check_stages(parts)
-        self.params, self.roles = {}, {}
+        self.params, self.roles, self.compact = {}, {}, {}
         for index in self.pipeline.own:
             with torch.device("meta"):
                 decoder = Decoder(model_cfg, precision.compute, layout.tensor, parts[index])

@@ -56,6 +56,8 @@ class Trainer:
     def run(self, signals: SignalWatch) -> None:
         """Train to the end. Raises Preempted after a signal (saved), GuardStop (not saved)."""
         for hook in self.hooks:
+            hook.prepare(self)
+        for hook in self.hooks:
             hook.on_run_start(self)
         automatic = gc.isenabled()
         if self.cfg.train.gc_every:

@@ -45,7 +45,9 @@ class KeepStart(Hook):
 
         from llmtrain.train.run import run_folder
 
-        weights = {n: p.detach().clone() for n, p in trainer.module.params.items()}  # type: ignore[attr-defined]
+        module = trainer.module  # type: ignore[attr-defined]
+        weights = {n: p.detach().clone() for n, p in module.params.items()}
+        weights |= {n: c.spread(weights[n]) for n, c in module.compact.items()}
         save_file(weights, run_folder(trainer.cfg) / "start.bin")  # type: ignore[attr-defined]
 
 
@@ -59,7 +61,10 @@ class ZeroOutside(Hook):
         for name, layer in hidden_layers(module.model):
             outside = ~layer.mask.box((0, 0), layer.mask.shape)
             state = module.optimizer.state[layer.weight]
-            for value in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+            for held in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+                if layer.compact is not None:
+                    assert held.numel() < outside.numel()
+                value = held if layer.compact is None else layer.compact.spread(held)
                 assert bool((value[outside] == 0).all()), name
 
 
@@ -89,3 +94,34 @@ class Stop(Hook):
     def after_step(self, trainer: Any, result: Any) -> None:
         if result.step == self.at:
             raise KeyboardInterrupt
+
+
+class KeepGradients(Hook):
+    """Writes hidden weights and their gradients of every step to ``gradients-<step>.bin``:
+    ``before.<name>`` the weights, ``<name>`` the gradient as the optimizer gets it,
+    ``whole.<name>`` as backward gave it."""
+
+    def on_run_start(self, trainer: Any) -> None:
+        from llmtrain.model import hidden_layers
+
+        self.names = [f"{name}.weight" for name, _ in hidden_layers(trainer.module.model)]
+        inner, self.whole = trainer.module.forward_backward, {}
+
+        def forward_backward(*given: Any) -> Any:
+            sums = inner(*given)
+            for name in self.names:
+                self.whole[f"whole.{name}"] = trainer.module.params[name].grad.clone()
+            return sums
+
+        trainer.module.forward_backward = forward_backward
+
+    def after_backward(self, trainer: Any) -> None:
+        from safetensors.torch import save_file
+
+        from llmtrain.train.run import run_folder
+
+        params = trainer.module.params
+        found = {name: params[name].grad.clone() for name in self.names}
+        found |= {f"before.{name}": params[name].detach().clone() for name in self.names}
+        file = run_folder(trainer.cfg) / f"gradients-{trainer.step_done + 1}.bin"
+        save_file(found | self.whole, file)

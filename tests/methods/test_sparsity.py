@@ -323,7 +323,7 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
         "attention.qkv 1 64 x 32 unstructured 0.25 512",
         "hidden 15,360 0.625 9,600 in all",
         "of the dense run's)",
-        "masked copies 30.00 KiB",
+        "places of kept weights 7.50 KiB",
     ):
         assert line in text, line
 
@@ -422,3 +422,12 @@ def test_the_dense_part_of_an_averaged_run_starts_from_zeros(tmp_path: Path, cor
     weights = tensors(where, 4)
     for name, mask in kept(where, 3).items():
         assert not weights[f"model.{name}.weight"][~mask].any()
+
+
+def test_copies_of_an_averaged_run_begin_within_the_masks(tmp_path: Path, corpus: Path) -> None:
+    words = ["average={method: ema, every: 2step, replace: false}", "train.duration=3step"]
+    where = run(tmp_path, corpus, STATIC, *words)
+    stored = tensors(where, 1)  # before the average's first update
+    for name, mask in kept(where, 1).items():
+        copy = stored[f"hook.average.ema.{name}.weight"]
+        assert copy[mask].any() and not copy[~mask].any()
