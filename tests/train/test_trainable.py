@@ -280,6 +280,8 @@ def few_steps_by_matrix(
     hook = PartialTraining(module.cfg.trainable)
     hook.on_run_start(trainer)
     chosen, made = Trainable(module.cfg, module.model_cfg), []
+    streak: dict[str, int] = {}
+    last: dict[str, Any] = {}
     for step in range(steps):
         before = {n: local_boxes(p)[0][0].clone() for n, p in module.params.items()}
         trainer.step_done = step
@@ -293,9 +295,14 @@ def few_steps_by_matrix(
         made.append((loss, float(norm)))
         module.update(norm, module.cfg.optim.lr)
         rows = chosen.frozen_rows(step)
-        assert rows or step
+        assert rows
         for name, param in module.params.items():
             after = local_boxes(param)[0][0]
+            now = rows.get(name) if name in chosen.at(step) else "frozen"
+            streak[name] = streak.get(name, 0) + 1 if now == last.get(name, now) else 1
+            last[name] = now
+            if optimizer == "adamw" and now != "frozen":
+                assert float(module.optimizer.state[param]["step"]) == streak[name]
             if name not in chosen.at(step):
                 assert torch.equal(after, before[name]), name
             elif name in rows:
