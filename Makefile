@@ -18,7 +18,7 @@ LOG := $(VENV)/install.log
 KERNELS := llmtrain/ops/_cpu.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install build quickstart test test-gpu test-cluster test-faults check-kernels check format docs clean
+.PHONY: help install build quickstart test test-gpu bench-gpu sanitize-gpu test-cluster test-faults test-docker audit check-kernels check format docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -75,14 +75,29 @@ test: $(KERNELS)  ## the tests that need no GPU
 test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+bench-gpu: $(KERNELS)  ## build, GPU tests, every GPU benchmark and sanitizer, within BUDGET seconds (780)
+	@PYTHON=$(BIN)/python bash benchmarks/gpu_all.sh
+
+sanitize-gpu: $(KERNELS)  ## the CUDA kernels under NVIDIA's compute-sanitizer
+	@PYTHON=$(BIN)/python bash benchmarks/sanitize_gpu.sh
+
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
-check-kernels: $(KERNELS)  ## CPU kernels under sanitizers, CUDA kernels emulated on the CPU (a minute)
+check-kernels: $(KERNELS)  ## CPU kernels under sanitizers; AVX-512 and CUDA kernels emulated (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)
 	@OMP_NUM_THREADS=1 LLMTRAIN_FAULTS=110 $(BIN)/python -m pytest tests/faults -s -o timeout=1800 $(PYTEST_ARGS)
+
+test-docker: $(INSTALLED)  ## the Dockerfile's image built and run without a daemon (root, Debian; minutes)
+	@$(BIN)/python tests/launch/build_image.py $(IMAGE_ARGS)
+
+# Torch and the others are looked up by name and version; nothing of the environment is changed.
+audit: $(BIN)/python  ## known weaknesses of the pinned versions (asks PyPI; pip-audit goes to $(VENV)/audit)
+	@$(BIN)/python -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip --disable-pip-version-check install -q pip-audit
+	@grep -vE '^(#|$$|torchvision==)' constraints.txt > $(VENV)/audit/pins.txt
+	@$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r $(VENV)/audit/pins.txt
 
 check: $(INSTALLED)  ## lint, format, types
 	@$(BIN)/ruff check .

@@ -1,13 +1,20 @@
 """LoRA by llmtrain against peft with Hugging Face's Trainer, and full finetuning by both, on a CPU.
 
-One random Llama (``--width`` and ``--layers`` say how large), rank 16 beside every matrix, sequence
-256, batch 4, fused AdamW, clipping, float32, the same random tokens, the same number of threads and
-the same settings of OpenMP and the allocator on both sides. Every reading is a process of its own:
-``llmtrain train`` with ``init.path``, and a script with ``Trainer``. Rounds take the contenders in
-turn and every ratio is formed within a round.
+One random Llama (``--width`` and ``--layers`` say how large), rank 16 beside every matrix, fused
+AdamW, clipping, float32, the same number of threads and the same settings of OpenMP and the
+allocator on both sides. Every reading is a process of its own: ``llmtrain train`` with
+``init.path``, and a script with ``Trainer``. Rounds take the contenders in turn and every ratio is
+formed within a round. Two scenes:
 
-Measured: tokens per second of wall time and of processor time (median over the steps after the
-warmup), peak resident memory of the process, what it takes beyond the imports of its libraries.
+rows: the same random tokens in rows of 256, 4 to a step; LoRA, and full finetuning.
+talks: the same conversations, of which the answers count, their lengths log-normal (median 150
+tokens, sigma 0.7, at most 480). llmtrain packs them whole into windows without attention across;
+the Trainer pads each batch to its longest, as it does by default, or takes conversations of about a
+length together (``group_by_length``), which gives up a random order.
+
+Measured: useful tokens (those that count in the loss) per second of wall time and of processor
+time over the steps after the warmup, peak resident memory of the process, what it takes beyond the
+imports of its libraries.
 
     python benchmarks/finetune.py             # needs transformers, peft and accelerate
 """
@@ -35,14 +42,21 @@ from finetune_job import (  # noqa: E402
     LR,
     RANK,
     SEQ_LEN,
-    TOKENS_PER_STEP,
+    TALKS,
+    WINDOW,
+    WINDOWS,
 )
 
 from llmtrain.cli.process import SETTINGS  # noqa: E402
 
 VOCAB = 8192
-OURS, THEIRS = "llmtrain", "peft and Trainer"
-CONTENDERS = [(who, method) for method in ("lora", "full") for who in (OURS, THEIRS)]
+OURS, THEIRS, GROUPED = "llmtrain", "peft and Trainer", "peft and Trainer by length"
+# Scene, who, method.
+CONTENDERS = [
+    *(("rows", who, "lora") for who in (OURS, THEIRS)),
+    *(("talks", who, "lora") for who in (OURS, THEIRS, GROUPED)),
+    *(("rows", who, "full") for who in (OURS, THEIRS)),
+]
 IMPORTS = {
     OURS: "import llmtrain.train.run",
     THEIRS: "import peft; from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer",
@@ -63,7 +77,7 @@ def make_model(folder: Path, width: int, layers: int) -> int:
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
-        max_position_embeddings=SEQ_LEN,
+        max_position_embeddings=WINDOW,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -73,15 +87,68 @@ def make_model(folder: Path, width: int, layers: int) -> int:
     return int(model.num_parameters())
 
 
-def write_tokens(path: Path, steps: int) -> None:
+def write_rows(path: Path, steps: int) -> None:
     """Uniform random uint16 tokens for ``steps`` steps, the same for everybody."""
     import numpy as np
 
-    count = steps * TOKENS_PER_STEP + 1
+    count = steps * BATCH * SEQ_LEN + 1
     np.random.default_rng(0).integers(0, VOCAB, count, dtype=np.uint16).tofile(path)
 
 
-def our_config(work: Path, folder: Path, steps: int, method: str) -> Path:
+def write_talks(work: Path, steps: int) -> None:
+    """Conversations of random letters for ``steps`` steps of the peer: as records that llmtrain
+    prepares, and as the tokens that come of it, [[tokens, where the answer begins], ...]."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    records, talks = [], []
+    for size in np.clip(random.lognormal(np.log(150), 0.7, steps * TALKS), 48, 480).astype(int):
+        before, between = b"### User\n", b"\n\n### Assistant\n"
+        room = int(size) - len(before) - len(between) - 1
+        letters = random.integers(97, 123, room, dtype=np.uint8).tobytes()
+        question, answer = letters[: room // 3], letters[room // 3 :]
+        records.append({"prompt": question.decode(), "response": answer.decode()})
+        opening = before + question + between
+        talks.append([[*opening, *answer, 256], len(opening)])
+    (work / "talks.json").write_text(json.dumps(talks))
+    (work / "talks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    source = {
+        "kind": "jsonl",
+        "paths": [str(work / "talks.jsonl")],
+        "chat": {"template": "plain", "window": WINDOW},
+    }
+    prepare = {
+        "out": str(work / "talks"),
+        "tokenizer": {"kind": "byte"},
+        "heldout_fraction": 0,
+        "workers": 1,
+        "sources": {"talks": source},
+    }
+    (work / "prepare.yaml").write_text(json.dumps({"prepare": prepare}))
+    command = [sys.executable, "-m", "llmtrain", "data", "prepare", str(work / "prepare.yaml")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def our_data(work: Path, scene: str) -> dict[str, Any]:
+    """The section ``data``."""
+    if scene == "talks":
+        return {
+            "corpus": str(work / "talks"),
+            "weights": {"talks": 1.0},
+            "seq_len": WINDOW,
+            "document_mask": True,
+            "reset_positions": True,
+        }
+    tokens = {"path": str(work / "rows.npy"), "format": "npy", "dtype": "uint16"}
+    return {
+        "sources": {"random": tokens},
+        "weights": {"random": 1.0},
+        "seq_len": SEQ_LEN,
+        "eos_id": 0,
+    }
+
+
+def our_config(work: Path, folder: Path, steps: int, scene: str, method: str) -> Path:
     """The run's YAML (JSON is YAML)."""
     import yaml
 
@@ -95,18 +162,14 @@ def our_config(work: Path, folder: Path, steps: int, method: str) -> Path:
         "device": "cpu",
         "init": {"path": str(work / "ours")},
         "model": model,
-        "data": {
-            "sources": {
-                "random": {"path": str(work / "tokens.npy"), "format": "npy", "dtype": "uint16"}
-            },
-            "weights": {"random": 1.0},
-            "seq_len": SEQ_LEN,
-            "eos_id": 0,
-        },
+        "data": our_data(work, scene),
         "optim": {"lr": LR, "betas": list(BETAS), "weight_decay": 0.0, "clip_norm": CLIP},
         "schedule": {"name": "constant", "warmup": "0step"},
         "precision": {"compute": "fp32"},
-        "train": {"duration": f"{steps}step", "global_batch_size": BATCH},
+        "train": {
+            "duration": f"{steps}step",
+            "global_batch_size": WINDOWS if scene == "talks" else BATCH,
+        },
         "log": {"every": 1, "tensorboard": False},
         "eval": {"every": None},
         "checkpoint": {"every": None, "resume": "never"},
@@ -129,8 +192,8 @@ def spawn(command: list[str], environment: dict[str, str], log: Path) -> float:
     return float(usage.ru_maxrss * 1024)
 
 
-def environment(work: Path, steps: int, method: str, out: Path, threads: int) -> dict[str, str]:
-    """Variables of a contender's process."""
+def environment(work: Path, out: Path, threads: int, **peer: str) -> dict[str, str]:
+    """Variables of a contender's process. peer: those of ``FinetuneJob``, without PEER_."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "LLMTRAIN_"))}
     return {
         **kept,
@@ -138,34 +201,49 @@ def environment(work: Path, steps: int, method: str, out: Path, threads: int) ->
         "OMP_NUM_THREADS": str(threads),
         "LLMTRAIN_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE / "peers"))),
-        "PEER_TOKENS": str(work / "tokens.npy"),
-        "PEER_STEPS": str(steps),
-        "PEER_METHOD": method,
         "PEER_MODEL": str(work / "hf"),
         "PEER_OUT": str(out),
+        **{f"PEER_{key.upper()}": value for key, value in peer.items()},
     }
 
 
-def one_run(work: Path, who: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
+def one_run(
+    work: Path, contender: tuple[str, str, str], args: argparse.Namespace
+) -> dict[str, Any]:
     """One reading."""
-    folder = work / "runs" / f"{who}-{method}".replace(" ", "-")
+    scene, who, method = contender
+    folder = work / "runs" / "-".join(contender).replace(" ", "-")
     subprocess.run(["rm", "-rf", str(folder)], check=True)
     folder.mkdir(parents=True)
     out = folder / "result.json"
-    variables = environment(work, args.steps, method, out, args.threads)
+    variables = environment(
+        work,
+        out,
+        args.threads,
+        data=scene,
+        tokens=str(work / ("talks.json" if scene == "talks" else "rows.npy")),
+        steps=str(args.steps),
+        method=method,
+        groups="yes" if who == GROUPED else "no",
+    )
     if who == OURS:
-        config = our_config(work, folder, args.steps, method)
+        config = our_config(work, folder, args.steps, scene, method)
         command = [sys.executable, "-m", "llmtrain", "train", str(config)]
     else:
         command = [sys.executable, str(HERE / "peers" / "peft_trainer.py")]
     memory = spawn(command, variables, folder / "log.txt")
     raw = json.loads(out.read_text())
     rates = {}
+    useful = raw["useful"][args.warmup : args.steps]
     for key, clock in (("tokens_per_second", "stamps"), ("tokens_per_cpu_second", "cpu")):
         spent = [b - a for a, b in itertools.pairwise(raw[clock])][args.warmup - 1 :]
-        rates[key] = TOKENS_PER_STEP / statistics.median(spent)
+        if scene == "talks":  # no two steps are alike
+            rates[key] = sum(useful) / sum(spent)
+        else:
+            rates[key] = useful[0] / statistics.median(spent)
     return {
         **rates,
+        "useful_tokens": sum(useful),
         "peak_memory_bytes": memory,
         "trained_parameters": raw["trained"],
         "first_loss": raw["losses"][0],
@@ -180,15 +258,24 @@ def verdict(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         pairs = zip(runs[one], runs[two], strict=False)
         return statistics.median(a[key] / b[key] for a, b in pairs)
 
-    ours, theirs = f"{OURS}, lora", f"{THEIRS}, lora"
-    found = {
-        "speed_over_peft_wall": {"value": ratio("tokens_per_second", ours, theirs), "goal": 1.2},
-        "speed_over_peft_cpu": {"value": ratio("tokens_per_cpu_second", ours, theirs), "goal": 1.2},
-        "memory_over_peft": {"value": ratio("peak_memory_bytes", ours, theirs), "goal": 1.0},
+    keys = {
+        "speed_{}_wall": ("tokens_per_second", 1.2),
+        "speed_{}_cpu": ("tokens_per_cpu_second", 1.2),
+        "memory_{}": ("peak_memory_bytes", 1.0),
     }
-    full = f"{OURS}, full"
+    found = {}
+    for scene, them, name in (
+        ("rows", THEIRS, "over_peft"),
+        ("talks", THEIRS, "over_peft_on_talks"),
+        ("talks", GROUPED, "over_peft_on_talks_by_length"),
+    ):
+        for key, (quantity, goal) in keys.items():
+            value = ratio(quantity, f"{scene}, {OURS}, lora", f"{scene}, {them}, lora")
+            found[key.format(name)] = {"value": value, "goal": goal}
+    full = f"rows, {OURS}, full"
     for key in ("tokens_per_cpu_second", "peak_memory_bytes") if runs[full] else ():
-        found[f"lora_over_full_{key}"] = {"value": ratio(key, ours, full), "goal": None}
+        value = ratio(key, f"rows, {OURS}, lora", full)
+        found[f"lora_over_full_{key}"] = {"value": value, "goal": None}
     return found
 
 
@@ -210,24 +297,26 @@ def main() -> None:
     subprocess.run(["rm", "-rf", str(work)], check=True)
     work.mkdir(parents=True)
     n_params = make_model(work, args.width, args.layers)
-    write_tokens(work / "tokens.npy", args.steps)
+    write_rows(work / "rows.npy", args.steps)
+    write_talks(work, args.steps)
     imports = {
         who: spawn(
             [sys.executable, "-c", text],
-            environment(work, 0, "lora", work / "none", args.threads),
+            environment(work, work / "none", args.threads),
             work / "imports.txt",
         )
         for who, text in IMPORTS.items()
         if not args.no_imports
     }
-    runs: dict[str, list[dict[str, Any]]] = {f"{who}, {m}": [] for who, m in CONTENDERS}
+    runs: dict[str, list[dict[str, Any]]] = {", ".join(c): [] for c in CONTENDERS}
     for i in range(args.rounds):
-        field = [c for c in CONTENDERS if c[1] == "lora" or i < args.full_rounds]
-        for who, method in reversed(field) if i % 2 else field:
-            result = one_run(work, who, method, args)
-            runs[f"{who}, {method}"].append(result)
+        field = [c for c in CONTENDERS if c[2] == "lora" or i < args.full_rounds]
+        for contender in reversed(field) if i % 2 else field:
+            name = ", ".join(contender)
+            result = one_run(work, contender, args)
+            runs[name].append(result)
             print(
-                f"round {i + 1}  {who + ', ' + method:24}{result['tokens_per_second']:8.0f} "
+                f"round {i + 1}  {name:40}{result['tokens_per_second']:8.0f} "
                 f"tokens/s {result['tokens_per_cpu_second']:8.0f} per CPU s "
                 f"{result['peak_memory_bytes'] / 1e6:8.0f} MB",
                 flush=True,
@@ -241,7 +330,8 @@ def main() -> None:
         "threads": args.threads,
         "precision": "fp32",
         "rank": RANK,
-        "tokens_per_step": TOKENS_PER_STEP,
+        "rows": {"length": SEQ_LEN, "batch": BATCH},
+        "talks": {"window": WINDOW, "windows": WINDOWS, "batch_of_the_peer": TALKS},
         "steps": args.steps,
         "warmup": args.warmup,
         "settings": SETTINGS,

@@ -7,17 +7,49 @@ Everything a user can cause (a wrong key, a missing file, a full disk) raises a 
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_GUARD = 3
 EXIT_HANG = 4
 EXIT_PREEMPTED = 75
+# Names of environment variables that hold secrets, and how long these are at least: a shorter
+# value, such as "false", may stand in any text.
+_SECRET = re.compile(
+    r"(API|ACCESS|PRIVATE|STORAGE|ACCOUNT)_?KEY|TOKEN$|SECRET|PASSW|CONNECTION_STRING|_SAS(_|$)",
+    re.IGNORECASE,
+)
+_SECRET_LENGTH = 8
+
+
+def secrets_in(text: str) -> Iterator[tuple[str, str]]:
+    """Environment variables that hold a secret which stands in ``text``: name, value."""
+    for name, value in os.environ.items():
+        if len(value) >= _SECRET_LENGTH and value in text and _SECRET.search(name):
+            yield name, value
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with the names of environment variables in the place of the secrets they hold."""
+    for name, value in secrets_in(text):
+        text = text.replace(value, f"${name}")
+    return text
 
 
 class LlmtrainError(Exception):
-    """Base of all errors caused by the user's input or machine. Message: one clear sentence."""
+    """Base of all errors caused by the user's input or machine. Message: one clear sentence.
+
+    It goes to logs and metrics; secrets of the environment, which what other programs say may
+    hold, are taken out.
+    """
 
     exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(LlmtrainError):

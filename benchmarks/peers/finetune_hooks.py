@@ -9,13 +9,14 @@ from llmtrain.train.trainer import StepResult, Trainer
 
 
 class Stamps(Hook):
-    """Notes when each step ends."""
+    """Notes when each step ends, and how many tokens counted in its loss."""
 
     def __init__(self) -> None:
         self.job = FinetuneJob()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         self.job.losses.append(result.loss)
+        self.job.useful.append(round(result.weight))
         self.job.stamp()
 
     def on_run_end(self, trainer: Trainer) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from typing import Any
-
-import numpy as np
 import torch
 from shape import (
     BATCH,
@@ -23,45 +19,8 @@ from shape import (
     WEIGHT_DECAY,
     Job,
 )
-from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
-
-
-class Tokens(Dataset[dict[str, torch.Tensor]]):
-    """Consecutive pieces of the token file."""
-
-    def __init__(self, job: Job) -> None:
-        self.data = np.memmap(job.tokens, dtype=np.uint16, mode="r")
-        self.samples = job.steps * BATCH
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.data[i * SEQ_LEN : (i + 1) * SEQ_LEN].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
-
-
-class Stamp(TrainerCallback):  # type: ignore[misc]
-    """Notes when each optimizer step ends, and the losses that are logged."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.losses: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.job.stamp()
-
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from trainer import Tokens, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
@@ -82,38 +41,24 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=job.bf16,
-            optim="adamw_torch_fused",
-            learning_rate=LR,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            weight_decay=WEIGHT_DECAY,
-            max_grad_norm=CLIP,
-            per_device_train_batch_size=BATCH,
-            max_steps=job.steps,
-            logging_steps=10,
-            logging_first_step=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        stamp = Stamp(job)
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Tokens(job),
-            data_collator=default_data_collator,
-            callbacks=[stamp],
-        )
-        trainer.train()
-    losses = [stamp.losses[0], stamp.losses[-1]]
+    train(
+        job,
+        model,
+        Tokens(job.tokens, SEQ_LEN, job.steps * BATCH),
+        bf16=job.bf16,
+        learning_rate=LR,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP,
+        per_device_train_batch_size=BATCH,
+        max_steps=job.steps,
+        logging_steps=10,
+        logging_first_step=True,
+    )
     attention = model.config._attn_implementation
     note = f"bf16={job.bf16}, adamw_torch_fused, attention {attention}"
-    job.finish(model.num_parameters(), losses, note)
+    job.finish(model.num_parameters(), [job.losses[0], job.losses[-1]], note)
 
 
 if __name__ == "__main__":

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
 from typing import Any
 
-import numpy as np
 import torch
-from finetune_job import BATCH, BETAS, CLIP, LR, RANK, SEQ_LEN, FinetuneJob
+from finetune_job import BATCH, BETAS, CLIP, LR, RANK, SEQ_LEN, TALKS, FinetuneJob
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from trainer import Tokens, train
+from transformers import AutoModelForCausalLM
+
+IGNORED = -100
 
 
-class Tokens(Dataset[dict[str, torch.Tensor]]):
-    """Consecutive pieces of the token file."""
+class Talks(Dataset[dict[str, Any]]):
+    """Conversations of their own lengths; labels on the answers."""
 
     def __init__(self, job: FinetuneJob) -> None:
-        self.data = np.memmap(job.tokens, dtype=np.uint16, mode="r")
-        self.samples = job.steps * BATCH
+        self.talks = json.loads(job.tokens.read_text())
 
     def __len__(self) -> int:
-        return self.samples
+        return len(self.talks)
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.data[i * SEQ_LEN : (i + 1) * SEQ_LEN].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids, begin = self.talks[i]
+        return {
+            "input_ids": ids,
+            "labels": [IGNORED] * begin + ids[begin:],
+            "length": len(ids),
+        }
 
 
-class Stamp(TrainerCallback):  # type: ignore[misc]
-    """Notes when each optimizer step ends, and the losses that are logged."""
+def collator(job: FinetuneJob) -> Any:
+    """Padding to the longest of the batch, as ``DataCollatorForSeq2Seq`` does by default."""
 
-    def __init__(self, job: FinetuneJob) -> None:
-        self.job = job
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        def padded(key: str, value: int) -> torch.Tensor:
+            rows = [torch.tensor(sample[key]) for sample in batch]
+            return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.job.stamp()
+        ids, labels = padded("input_ids", 0), padded("labels", IGNORED)
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in batch])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        job.useful.append(int((labels != IGNORED).sum()))
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        if "loss" in logs:
-            self.job.losses.append(float(logs["loss"]))
+    return collate
 
 
 def main() -> None:
@@ -57,32 +60,40 @@ def main() -> None:
 
         settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         model = peft.get_peft_model(model, settings)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            optim="adamw_torch_fused",
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            weight_decay=0.0,
-            max_grad_norm=CLIP,
+    arguments: dict[str, Any] = {
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "logging_steps": 1,
+    }
+    if job.talks:
+        if job.groups:
+            arguments["train_sampling_strategy"] = "group_by_length"
+        train(
+            job,
+            model,
+            Talks(job),
+            collator(job),
+            per_device_train_batch_size=TALKS,
+            num_train_epochs=1,
+            dataloader_drop_last=True,
+            remove_unused_columns=False,
+            **arguments,
+        )
+    else:
+        rows = Tokens(job.tokens, SEQ_LEN, job.steps * BATCH)
+        job.useful = [BATCH * SEQ_LEN] * job.steps
+        train(
+            job,
+            model,
+            rows,
             per_device_train_batch_size=BATCH,
             max_steps=job.steps,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **arguments,
         )
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=Tokens(job),
-            data_collator=default_data_collator,
-            callbacks=[Stamp(job)],
-        )
-        trainer.train()
     job.finish(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 

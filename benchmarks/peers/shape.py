@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
+
+from stopwatch import Stopwatch
 
 VOCAB, D_MODEL, N_LAYERS, N_HEADS, D_FF = 8192, 384, 6, 6, 1024
 SEQ_LEN, BATCH = 256, 16
@@ -21,7 +22,7 @@ PARAMETERS = (
 )
 
 
-class Job:
+class Job(Stopwatch):
     """One contender's run, as the environment describes it, and the stopwatch of its steps.
 
     PEER_TOKENS: raw uint16 tokens. PEER_STEPS: optimizer steps. PEER_OUT: result file.
@@ -29,17 +30,11 @@ class Job:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.bf16 = os.environ["PEER_PRECISION"] == "bf16"
         self.tokens = Path(os.environ["PEER_TOKENS"])
         self.steps = int(os.environ["PEER_STEPS"])
         self.out = Path(os.environ["PEER_OUT"])
-        self.stamps: list[float] = []
-        self.cpu: list[float] = []
-
-    def stamp(self) -> None:
-        """An optimizer step has ended."""
-        self.stamps.append(time.time())
-        self.cpu.append(time.process_time())
 
     def finish(self, parameters: int, losses: list[float], note: str) -> None:
         """Write what was measured. losses: first and last, in nats."""

@@ -52,6 +52,10 @@ inline float exponential(float x) { return std::exp(x); }
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 inline float inverse(float x) { return 1.0f / x; }
 inline cudaError_t no_error() { return cudaSuccess; }
+template <class F>
+cudaError_t attributes(cudaFuncAttributes*, F*) {
+  return cudaSuccess;
+}
 
 // What stands for kernel<<<blocks, threads, 0, stream>>>(...).
 inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
@@ -92,3 +96,4 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
 #define __frcp_rn on_cpu::inverse
 #define rsqrtf on_cpu::inverse_root
 #define cudaGetLastError on_cpu::no_error
+#define cudaFuncGetAttributes on_cpu::attributes

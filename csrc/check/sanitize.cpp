@@ -1,9 +1,11 @@
-// Every row and FP8 kernel of the CPU on buffers of exactly their size, for the address and
-// undefined-behaviour sanitizers: `make check-kernels`. Numbers are tested elsewhere.
+// Every row and FP8 kernel of the CPU on buffers of exactly their size, on two threads, for the
+// sanitizers: `make check-kernels`. Numbers are tested elsewhere.
 #include <cstdio>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "fp8.h"
@@ -45,39 +47,61 @@ struct Buffer {
   }
 };
 
+// Parts of [0, n) on a thread each, as parallel_for cuts it; a part is of whole `step`s.
+void halves(int64_t n, int64_t step, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t middle = n / 2 / step * step;
+  std::thread other(work, middle, n);
+  work(0, middle);
+  other.join();
+}
+
 template <class T>
 void rows_of(int64_t n, int64_t d, const llmtrain::RowKernels<T>& rows,
              const llmtrain::FusedKernels<T>& fused) {
   Buffer<T> x(n * d, 1), branch(n * d, 1), weight(d, 1), bias(d, 1), total(n * d, 1), y(n * d, 1);
-  Buffer<float> mean(n), rstd(n), dweight(d), dbias(d);
-  rows.rms_norm(x.data, weight.data, y.data, rstd.data, d, 1e-5f, 0, n);
-  rows.add_rms_norm(x.data, branch.data, weight.data, total.data, y.data, rstd.data, d, 1e-5f, 0, n);
-  for (const T* residual : {static_cast<const T*>(nullptr), static_cast<const T*>(branch.data)}) {
-    rows.rms_norm_backward(y.data, x.data, weight.data, rstd.data, residual, total.data,
-                           dweight.data, d, 0, n);
-    fused.layer_norm(x.data, weight.data, residual == nullptr ? nullptr : bias.data, y.data,
-                     mean.data, rstd.data, d, 1e-5f, 0, n);
-    fused.layer_norm_backward(y.data, x.data, weight.data, mean.data, rstd.data, residual,
-                              total.data, dweight.data, dbias.data, d, 0, n);
-    fused.join(x.data, residual, total.data, 0.9f, n * d);
-  }
-  for (int64_t a = 0; a < llmtrain::kSwiglu; ++a) {
-    fused.activate[a](x.data, y.data, n * d);
-    fused.activate_backward[a](branch.data, x.data, total.data, n * d);
-  }
   Buffer<T> pairs(2 * n * d, 1), grads(2 * n * d, 1);
-  rows.swiglu(pairs.data, y.data, d, 0, n);
-  rows.swiglu_backward(x.data, pairs.data, grads.data, d, 0, n);
+  Buffer<float> mean(n), rstd(n);
+  Buffer<float> sums[4] = {d, d, d, d};  // of weight and bias for each part, as the operators do
+  halves(n, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float>&dweight = sums[end == n], &dbias = sums[2 + (end == n)];
+    rows.rms_norm(x.data, weight.data, y.data, rstd.data, d, 1e-5f, begin, end);
+    rows.add_rms_norm(x.data, branch.data, weight.data, total.data, y.data, rstd.data, d, 1e-5f,
+                      begin, end);
+    for (const T* residual : {static_cast<const T*>(nullptr), static_cast<const T*>(branch.data)}) {
+      rows.rms_norm_backward(y.data, x.data, weight.data, rstd.data, residual, total.data,
+                             dweight.data, d, begin, end);
+      fused.layer_norm(x.data, weight.data, residual == nullptr ? nullptr : bias.data, y.data,
+                       mean.data, rstd.data, d, 1e-5f, begin, end);
+      fused.layer_norm_backward(y.data, x.data, weight.data, mean.data, rstd.data, residual,
+                                total.data, dweight.data, dbias.data, d, begin, end);
+      const int64_t at = begin * d;
+      fused.join(x.data + at, residual == nullptr ? nullptr : residual + at, total.data + at, 0.9f,
+                 (end - begin) * d);
+    }
+    for (int64_t a = 0; a < llmtrain::kSwiglu; ++a) {
+      const int64_t at = begin * d, count = (end - begin) * d;
+      fused.activate[a](x.data + at, y.data + at, count);
+      fused.activate_backward[a](branch.data + at, x.data + at, total.data + at, count);
+    }
+    rows.swiglu(pairs.data, y.data, d, begin, end);
+    rows.swiglu_backward(x.data, pairs.data, grads.data, d, begin, end);
+  });
 }
 
 template <class T>
 void casts_of(int64_t n, int64_t d, const llmtrain::Fp8Casts<T>& casts) {
   Buffer<T> x(n * d, 1), back(n * d, 1);
   Buffer<uint8_t> plain(n * d, 1), turned(n * d, 1);
-  casts.cast(x.data, plain.data, n * d);
-  casts.cast_transpose(x.data, plain.data, turned.data, n, d, 0, n);
-  casts.uncast(plain.data, back.data, n * d);
-  KERNEL_SET::fp8.transpose(plain.data, turned.data, n, d, 0, n);
+  halves(n * d, 1, [&](int64_t begin, int64_t end) {
+    casts.cast(x.data + begin, plain.data + begin, end - begin);
+    casts.uncast(plain.data + begin, back.data + begin, end - begin);
+  });
+  halves(n, llmtrain::kFp8Tile, [&](int64_t begin, int64_t end) {
+    casts.cast_transpose(x.data, plain.data, turned.data, n, d, begin, end);
+  });
+  halves(n, llmtrain::kFp8Tile, [&](int64_t begin, int64_t end) {
+    KERNEL_SET::fp8.transpose(plain.data, turned.data, n, d, begin, end);
+  });
 }
 
 int main() {

@@ -20,6 +20,8 @@ extern const llmtrain::KernelSet kernels;
 extern const llmtrain::FusedSet fused;
 extern const llmtrain::Fp8Kernels fp8;
 extern const llmtrain::SparseSet sparse;
+extern const llmtrain::GemmKernels gemm;
+extern const llmtrain::FloatAttentionKernels float_attention;
 }
 namespace amx {
 extern const llmtrain::AttentionKernels attention;
@@ -27,6 +29,7 @@ extern const llmtrain::ProductKernels products;
 }
 namespace avx512bf16 {
 extern const llmtrain::AttentionKernels attention;
+extern const llmtrain::SparsePairs sparse_pairs;
 }
 #endif
 namespace baseline {
@@ -52,6 +55,9 @@ bool amx_granted() {
 }
 
 Level best_level() {
+#ifdef LLMTRAIN_EMULATED
+  return kAmx;  // tests/ops/check_avx512.py
+#endif
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kBaseline;
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
@@ -123,10 +129,33 @@ const SparseSet& sparse_kernels() {
 }
 
 // Null where the processor has no bfloat16 products.
+const SparsePairs* sparse_pairs() {
+#ifdef __x86_64__
+  if (level() <= kAvx512Bf16) return &avx512bf16::sparse_pairs;
+#endif
+  return nullptr;
+}
+
+// Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels() {
 #ifdef __x86_64__
   if (level() == kAmx) return &amx::attention;
   if (level() == kAvx512Bf16) return &avx512bf16::attention;
+#endif
+  return nullptr;
+}
+
+// Null without AVX2, and with AVX-512, where the libraries have wider ones.
+const GemmKernels* gemm_kernels() {
+#ifdef __x86_64__
+  if (level() == kAvx2) return &avx2::gemm;
+#endif
+  return nullptr;
+}
+
+const FloatAttentionKernels* float_attention_kernels() {
+#ifdef __x86_64__
+  if (level() == kAvx2) return &avx2::float_attention;
 #endif
   return nullptr;
 }

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "fp8.h"
 #include "fused.h"
+#include "gemm.h"
 #include "products.h"
 #include "rows.h"
 #include "sparse.h"
@@ -28,7 +29,14 @@ const FusedSet& fused_kernels();
 const SparseSet& sparse_kernels();
 
 // Null where the processor has no bfloat16 products.
+const SparsePairs* sparse_pairs();
+
+// Null where the processor has no bfloat16 products.
 const AttentionKernels* attention_kernels();
+
+// Null without AVX2, and with AVX-512, where the libraries have wider ones.
+const GemmKernels* gemm_kernels();
+const FloatAttentionKernels* float_attention_kernels();
 
 // Null without AMX: elsewhere oneDNN's products are as good.
 const ProductKernels* product_kernels();

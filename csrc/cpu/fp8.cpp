@@ -7,10 +7,13 @@
 // found by another way.
 #include "fp8.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace KERNEL_SET {
 
 using llmtrain::bf16;
-using llmtrain::kFp8Tile;
 
 // The two formats of OCP's FP8 specification. Patterns of bf16 without the sign.
 struct E4M3 {
@@ -149,60 +152,94 @@ inline void transpose16(const uint8_t* x, int64_t stride, uint8_t* out, int64_t 
   for (int i = 0; i < 16; ++i) *reinterpret_cast<Bytes*>(out + i * out_stride) = a[i];
 }
 
-// Up to kFp8Tile rows and columns of bytes.
-void transpose_tile(const uint8_t* x, int64_t stride, uint8_t* out, int64_t out_stride,
-                    int64_t rows, int64_t columns) {
-  const int64_t whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
-  for (int64_t c = 0; c < whole_columns; c += 16)
-    for (int64_t r = 0; r < whole_rows; r += 16)
-      transpose16(x + r * stride + c, stride, out + c * out_stride + r, out_stride);
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
-      out[c * out_stride + r] = x[r * stride + c];
-}
-
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Columns [first, last) of the rows [begin, end).
-void transpose_part(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns, int64_t begin,
-                    int64_t end, int64_t first, int64_t last) {
-  // A tile of its own: rows of `out` may lie a power of two apart, where the first cache holds few
-  // of them, so each of its lines is written once and whole.
-  uint8_t tile[kFp8Tile * kFp8Tile];
-  for (int64_t r = begin; r < end; r += kFp8Tile) {
-    const int64_t height = least(kFp8Tile, end - r);
-    for (int64_t c = first; c < last; c += kFp8Tile) {
-      const int64_t width = least(kFp8Tile, last - c);
-      transpose_tile(x + r * columns + c, columns, tile, kFp8Tile, height, width);
-      for (int64_t j = 0; j < width; ++j) {
-        uint8_t* to = out + (c + j) * rows + r;
-        if (height == kFp8Tile)
-          __builtin_memcpy(to, tile + j * kFp8Tile, kFp8Tile);
-        else
-          __builtin_memcpy(to, tile + j * kFp8Tile, height);
-      }
+// Blocks of kRows x kColumns numbers are cast and turned in the caches.
+//
+// What a transposed copy costs is where its bytes go: neighbouring columns lie a row of the copy
+// apart, on other pages, and with a power of two between them in the same few lines of the caches.
+// So a column's part of kRows bytes is gathered first and then written at once, four whole lines
+// of one page. Large results bypass the caches (`stream`): they would not stay there, and a line
+// that is written whole need not be read first.
+constexpr int64_t kRows = 256, kColumns = 256;
+constexpr int64_t kLarge = 4 << 20;  // bytes of a result
+
+// n bytes; `stream` as above.
+inline void write(uint8_t* to, const uint8_t* from, int64_t n, bool stream) {
+#ifdef __AVX2__
+  if (stream && n % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (int64_t i = 0; i < n; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    return;
+  }
+#endif
+  __builtin_memcpy(to, from, n);
+}
+
+// What was streamed is seen by other threads before what they are told next.
+inline void finish(bool stream) {
+#ifdef __AVX2__
+  if (stream) _mm_sfence();
+#endif
+}
+
+// Bytes x [rows, columns], at most kRows and kColumns, to out [columns, rows].
+void transpose_block(const uint8_t* x, int64_t stride, uint8_t* out, int64_t out_stride,
+                     int64_t rows, int64_t columns, bool stream) {
+  alignas(64) uint8_t part[16 * kRows];
+  const int64_t whole = rows / 16 * 16;
+  for (int64_t c = 0; c < columns; c += 16) {
+    const int64_t width = least(16, columns - c);
+    if (width == 16)
+      for (int64_t r = 0; r < whole; r += 16) transpose16(x + r * stride + c, stride, part + r, kRows);
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t r = width == 16 ? whole : 0; r < rows; ++r)
+        part[j * kRows + r] = x[r * stride + c + j];
+      write(out + (c + j) * out_stride, part + j * kRows, rows, stream);
     }
   }
 }
 
 void transpose(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns, int64_t begin,
                int64_t end) {
-  transpose_part(x, out, rows, columns, begin, end, 0, columns);
+  const bool stream = rows * columns >= kLarge;
+  for (int64_t r = begin; r < end; r += kRows)
+    for (int64_t c = 0; c < columns; c += kColumns)
+      transpose_block(x + r * columns + c, columns, out + c * rows + r, rows, least(kRows, end - r),
+                      least(kColumns, columns - c), stream);
+  finish(stream);
 }
 
-// A few rows are cast as they lie, then turned while their bytes are in the second cache.
+// Asks for n numbers ahead of their use: the processor's own guesses end with a page.
+template <class T>
+inline void fetch(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
+}
+
 template <class F, class T>
 void cast_transpose(const T* x, uint8_t* out, uint8_t* transposed, int64_t rows, int64_t columns,
                     int64_t begin, int64_t end) {
-  constexpr int64_t kWidth = 2048;
-  for (int64_t r = begin; r < end; r += kFp8Tile) {
-    const int64_t stop = least(r + kFp8Tile, end);
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const int64_t width = least(kWidth, columns - c);
-      for (int64_t i = r; i < stop; ++i) cast<F>(x + i * columns + c, out + i * columns + c, width);
-      transpose_part(out, transposed, rows, columns, r, stop, c, c + width);
+  constexpr int64_t kAhead = 8;  // rows
+  alignas(64) uint8_t block[kRows * kColumns];
+  const bool stream = rows * columns >= kLarge;
+  for (int64_t r = begin; r < end; r += kRows) {
+    const int64_t height = least(kRows, end - r);
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      const int64_t width = least(kColumns, columns - c);
+      for (int64_t i = 0; i < height; ++i) {
+        const T* from = x + (r + i) * columns + c;
+        if (i + kAhead < height)
+          fetch(from + kAhead * columns, width);
+        else if (height > kAhead && c + kColumns < columns)
+          fetch(from + (kAhead - height) * columns + kColumns, least(width, columns - c - kColumns));
+        cast<F>(from, block + i * kColumns, width);
+        write(out + (r + i) * columns + c, block + i * kColumns, width, stream);
+      }
+      transpose_block(block, kColumns, transposed + c * rows + r, rows, height, width, stream);
     }
   }
+  finish(stream);
 }
 
 template <class F, class T>

@@ -43,6 +43,57 @@ const SparseKernels<bf16>& kernels_for(bf16*) { return sparse_kernels().b16; }
 // Runs that are worth a thread.
 constexpr int64_t kGrain = 64;
 
+template <class T, class K>
+void product(const SparseSide& side, const Tensor& x, const Tensor& y, const K& kernels) {
+  const int64_t tokens = x.size(0);
+  const int64_t width = kernels.panel(side.height), panels = (tokens + width - 1) / width;
+  const int64_t share = panels / torch::stable::get_num_threads();
+  constexpr int64_t kGroup = 96;  // tokens between two readings of the values
+  const int64_t group =
+      std::max<int64_t>(1, std::min<int64_t>((kGroup + width - 1) / width, share));
+  const SparseProduct<T> job{side, in<T>(x), out<T>(y), tokens, x.size(1), group};
+  const int64_t groups = (panels + group - 1) / group;
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = uninitialised(kernels.scratch(job));
+    for (int64_t i = begin; i < end; ++i) kernels.group(job, i, scratch.get());
+  });
+}
+
+// The values of a side rounded to bfloat16, two columns to a word. They are packed for each
+// product, which costs what reading and writing them costs; copies that stay would have to follow
+// whoever writes the values.
+struct Words {
+  std::vector<int32_t> starts;
+  std::unique_ptr<int32_t[]> columns_of;
+  std::unique_ptr<uint32_t[]> words;
+  SparseSide side;
+
+  Words(const SparseSide& from, int64_t tiles, const SparsePairs& kernels) : side(from) {
+    const int64_t runs = from.chunks() * from.bands();
+    side.columns = (from.columns + 1) / 2;
+    side.chunk = from.chunk / 2;
+    if (from.width == 1) {
+      starts.resize(runs + 1);
+      torch::stable::parallel_for(0, runs, kGrain, [&](int64_t begin, int64_t end) {
+        kernels.count(from, starts.data() + 1, begin, end);
+      });
+      for (int64_t run = 0; run < runs; ++run) starts[run + 1] += starts[run];
+      side.starts = starts.data();
+      tiles = starts[runs];
+    } else {
+      side.width = from.width / 2;
+    }
+    columns_of = std::make_unique_for_overwrite<int32_t[]>(tiles);
+    words = std::make_unique_for_overwrite<uint32_t[]>(tiles * side.width * side.height);
+    const SparseWords packed{side.starts, columns_of.get(), words.get()};
+    torch::stable::parallel_for(0, runs, kGrain, [&](int64_t begin, int64_t end) {
+      kernels.pack(from, packed, begin, end);
+    });
+    side.columns_of = columns_of.get();
+    side.values = reinterpret_cast<const float*>(words.get());
+  }
+};
+
 }  // namespace
 
 Tensor sparse_product(const Tensor& x, const Tensor& starts, const Tensor& columns_of,
@@ -55,20 +106,14 @@ Tensor sparse_product(const Tensor& x, const Tensor& starts, const Tensor& colum
   if (s.columns == 0) return torch::stable::new_zeros(x, {tokens, s.rows});
   Tensor y = torch::stable::new_empty(x, {tokens, s.rows});
   if (y.numel() == 0) return y;
+  const SparsePairs* pairs = sparse_pairs();
+  if (pairs != nullptr && s.chunk % 4 == 0 && x.scalar_type() == ScalarType::BFloat16) {
+    const Words words(side, columns_of.numel(), *pairs);
+    product<bf16>(words.side, x, y, *pairs);
+    return y;
+  }
   with_type(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const SparseKernels<T>& kernels = kernels_for(type);
-    const int64_t width = kernels.panel(s.height), panels = (tokens + width - 1) / width;
-    const int64_t share = panels / torch::stable::get_num_threads();
-    constexpr int64_t kGroup = 96;  // tokens between two readings of the values
-    const int64_t group =
-        std::max<int64_t>(1, std::min<int64_t>((kGroup + width - 1) / width, share));
-    const SparseProduct<T> job{side, in<T>(x), out<T>(y), tokens, group};
-    const int64_t groups = (panels + group - 1) / group;
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = uninitialised(kernels.scratch(job));
-      for (int64_t i = begin; i < end; ++i) kernels.group(job, i, scratch.get());
-    });
+    product<std::remove_pointer_t<decltype(type)>>(side, x, y, kernels_for(type));
   });
   return y;
 }
@@ -76,18 +121,35 @@ Tensor sparse_product(const Tensor& x, const Tensor& starts, const Tensor& colum
 namespace {
 
 // x [tokens, columns] in chunks of kTokens, turned: [chunks, columns rounded up, kTokens].
-std::unique_ptr<float[]> turned(const Tensor& x, int64_t multiple) {
+template <class T, class A, class F>
+std::unique_ptr<T[]> turned(const Tensor& x, int64_t multiple, const F& turn) {
   const int64_t tokens = x.size(0), columns = x.size(1);
   const int64_t chunks = (tokens + kTokens - 1) / kTokens;
-  auto memory = uninitialised(chunks * kTokens * ((columns + multiple - 1) / multiple * multiple));
-  with_type(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels_for(type).turn(in<T>(x), tokens, columns, multiple, memory.get(), i);
-    });
+  auto memory = std::make_unique_for_overwrite<T[]>(
+      chunks * kTokens * ((columns + multiple - 1) / multiple * multiple));
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      turn(in<A>(x), tokens, columns, multiple, memory.get(), i);
   });
   return memory;
+}
+
+// T: what the kernels multiply; A: what dy and x hold.
+template <class T, class A, class F, class G>
+void gradient(const SparseSide& side, const Tensor& dy, const Tensor& x, const Tensor& grad,
+              const F& turn, const G& kernel) {
+  const auto dy_turned = turned<T, A>(dy, side.height, turn);
+  const auto x_turned = turned<T, A>(x, side.width, turn);
+  const SparseGradient<T> job{side, dy_turned.get(), x_turned.get(), out<float>(grad), x.size(0)};
+  // Bands of a part share the columns of x in the second cache.
+  constexpr int64_t kPart = 256;
+  const int64_t rows = (side.bands() + kPart - 1) / kPart;
+  torch::stable::parallel_for(0, side.chunks() * rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % rows * kPart;
+      kernel(job, i / rows, first, std::min(side.bands(), first + kPart));
+    }
+  });
 }
 
 }  // namespace
@@ -105,16 +167,14 @@ Tensor sparse_gradient(const Tensor& dy, const Tensor& x, const Tensor& starts,
   Tensor grad = torch::stable::new_empty(x, {columns_of.numel(), s.width, s.height},
                                          ScalarType::Float);
   if (grad.numel() == 0) return grad;
-  const auto dy_turned = turned(dy, s.height), x_turned = turned(x, s.width);
-  const SparseGradient job{side, dy_turned.get(), x_turned.get(), out<float>(grad), x.size(0)};
-  // Bands of a part share the columns of x in the second cache.
-  constexpr int64_t kPart = 256;
-  const int64_t rows = (side.bands() + kPart - 1) / kPart;
-  torch::stable::parallel_for(0, side.chunks() * rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % rows * kPart;
-      sparse_kernels().gradient(job, i / rows, first, std::min(side.bands(), first + kPart));
-    }
+  const SparsePairs* pairs = sparse_pairs();
+  if (pairs != nullptr && x.scalar_type() == ScalarType::BFloat16) {
+    gradient<bf16, bf16>(side, dy, x, grad, pairs->turn, pairs->gradient);
+    return grad;
+  }
+  with_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    gradient<float, T>(side, dy, x, grad, kernels_for(type).turn, sparse_kernels().gradient);
   });
   return grad;
 }

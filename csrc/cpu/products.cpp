@@ -22,16 +22,6 @@ int64_t packed_words(int64_t n, int64_t columns) {
   return steps32(n) * steps32(columns) * 2 * kTile;
 }
 
-// 16 columns from `column` of two tokens, 0 where there are none.
-inline __m512i load_pair(const bf16* x, int64_t n, int64_t width, int64_t token, int64_t column) {
-  const int64_t left = width - column;
-  const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-  const bf16* at = x + token * width + column;
-  const __m256i low = _mm256_maskz_loadu_epi16(token < n ? mask : 0, at);
-  const __m256i high = _mm256_maskz_loadu_epi16(token + 1 < n ? mask : 0, at + width);
-  return interleave(low, high);
-}
-
 // Where packed x starts for tokens from step `first` (a multiple of kSteps) and 32 columns from
 // `column`: chunks of kSteps lie one after the other, so that one chunk is dense in the cache.
 int64_t packed_at(int64_t steps, int64_t columns, int64_t first, int64_t column) {

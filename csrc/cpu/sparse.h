@@ -31,13 +31,15 @@ struct SparseProduct {
   const T* x;
   T* y;
   int64_t tokens;
-  int64_t panels;  // of a group
+  int64_t columns;  // of x: those of the side, which has half as many where it holds pairs
+  int64_t panels;   // of a group
 };
 
 // The gradient of the values of W, of dy [tokens, rows] and x [tokens, columns].
+template <class T>
 struct SparseGradient {
   SparseSide side;
-  const float *dy, *x;  // turned by `turn`: [token chunks, rows or columns rounded up, kTokens]
+  const T *dy, *x;  // turned by `turn`: [token chunks, rows or columns rounded up, kTokens]
   float* out;           // [tiles, width, height]
   int64_t tokens;
 };
@@ -62,6 +64,15 @@ struct SparseUpdate {
   float root;             // 1 / sqrt(1 - beta2^step)
 };
 
+// A matrix in pairs of columns, as bfloat16 products read it: a word holds the values of two
+// columns, the left one in its low half. It is a side with half as many columns and a chunk and a
+// width half as wide; tiles one column wide are paired, and the runs begin elsewhere.
+struct SparseWords {
+  const int32_t* starts;
+  int32_t* columns_of;  // in pairs
+  uint32_t* words;      // [tiles, pairs of the width, height]
+};
+
 // Tokens of a chunk of the gradient's sums; a multiple of three vectors of any set.
 constexpr int64_t kTokens = 384;
 
@@ -80,11 +91,27 @@ struct SparseSet {
   SparseKernels<float> f32;
   SparseKernels<bf16> b16;
   // Bands [begin, end) of chunk `chunk`; the rest of `out` is left alone.
-  void (*gradient)(const SparseGradient& job, int64_t chunk, int64_t begin, int64_t end);
+  void (*gradient)(const SparseGradient<float>& job, int64_t chunk, int64_t begin, int64_t end);
   // Tiles of the runs [begin, end), a run being a chunk's band: fills both copies.
   void (*repack)(const SparseCopies& copies, const float* weight, int64_t begin, int64_t end);
   void (*adamw)(const SparseUpdate& job, int64_t begin, int64_t end);
   void (*lion)(const SparseUpdate& job, int64_t begin, int64_t end);
+};
+
+// Products of bfloat16 with float32 sums, of weights rounded to bfloat16.
+struct SparsePairs {
+  // For a width of 1: pairs of the runs [begin, end), into counts [runs].
+  void (*count)(const SparseSide& side, int32_t* counts, int64_t begin, int64_t end);
+  // The words of the runs [begin, end).
+  void (*pack)(const SparseSide& side, const SparseWords& out, int64_t begin, int64_t end);
+  // As in SparseKernels, on a side of words.
+  int64_t (*panel)(int64_t height);
+  int64_t (*scratch)(const SparseProduct<bf16>& job);
+  void (*group)(const SparseProduct<bf16>& job, int64_t index, float* scratch);
+  // As in SparseKernels and SparseSet, on a side of values.
+  void (*turn)(const bf16* x, int64_t tokens, int64_t columns, int64_t multiple, bf16* out,
+               int64_t index);
+  void (*gradient)(const SparseGradient<bf16>& job, int64_t chunk, int64_t begin, int64_t end);
 };
 
 }  // namespace llmtrain

@@ -187,6 +187,16 @@ inline __m512i pair(const bf16* x, int64_t row) {
                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + row)));
 }
 
+// 16 columns from `column` of two tokens, 0 where there are none.
+inline __m512i load_pair(const bf16* x, int64_t n, int64_t width, int64_t token, int64_t column) {
+  const int64_t left = width - column;
+  const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+  const bf16* at = x + token * width + column;
+  const __m256i low = _mm256_maskz_loadu_epi16(token < n ? mask : 0, at);
+  const __m256i high = _mm256_maskz_loadu_epi16(token + 1 < n ? mask : 0, at + width);
+  return interleave(low, high);
+}
+
 // Right operand whose sum runs along s: tile (n / 32, i / 16) of x [s, d], columns are columns.
 inline void pack_rows(const bf16* x, int64_t s, int64_t d, uint32_t* out) {
   for (int64_t n = 0; n < s; n += 32)

@@ -147,6 +147,11 @@ cudaError_t launch_cast(const Source& x, uint8_t* out, int64_t n, cudaStream_t s
   return cudaGetLastError();
 }
 
+cudaError_t probe() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, cast_kernel<Bf16, false>);
+}
+
 cudaError_t cast(const Source& x, uint8_t* out, int64_t n, bool e5m2, cudaStream_t stream) {
   if (x.bfloat16)
     return e5m2 ? launch_cast<Bf16, true>(x, out, n, stream)

@@ -16,6 +16,10 @@ struct Source {
   bool master;
 };
 
+// Whether the runtime and a kernel of this library work on the current device: the driver may be
+// older than the toolkit, and the architecture may be one that was not built for.
+cudaError_t probe();
+
 // x [n] -> out [n].
 cudaError_t cast(const Source& x, uint8_t* out, int64_t n, bool e5m2, cudaStream_t stream);
 

@@ -89,13 +89,24 @@ std::tuple<Tensor, Tensor> fp8_weight(const Tensor& x) {
 
 constexpr int64_t kMultiple = 16;
 
+bool begins_aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kMultiple == 0;
+}
+
+// x, or a copy that begins at a multiple of 16 bytes: compiled code cannot ask for addresses and may
+// pass a view that begins anywhere.
+Tensor aligned(const Tensor& x) { return begins_aligned(x) ? x : torch::stable::clone(x); }
+
+std::optional<Tensor> aligned(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(aligned(*x)) : std::nullopt;
+}
+
 // A contiguous float32 or bfloat16 tensor that begins at a multiple of 16 bytes.
 const void* operand(const Tensor& x, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": wrong dtype");
   STD_TORCH_CHECK(x.is_contiguous(), name, ": not contiguous");
-  const void* data = x.const_data_ptr();
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kMultiple == 0, name, ": not aligned");
-  return data;
+  STD_TORCH_CHECK(begins_aligned(x), name, ": not aligned");
+  return x.const_data_ptr();
 }
 
 bool is_bf16(const Tensor& x) {
@@ -154,10 +165,12 @@ struct Norm {
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Six add_norm_cast_op(const Tensor& x, const std::optional<Tensor>& branch, const Tensor& weight,
-                     const std::optional<Tensor>& bias, double eps, bool layer, bool turned,
-                     bool keep) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+Six add_norm_cast_op(const Tensor& x_, const std::optional<Tensor>& branch_,
+                     const Tensor& weight_, const std::optional<Tensor>& bias_, double eps,
+                     bool layer, bool turned, bool keep) {
+  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Tensor x = aligned(x_), weight = aligned(weight_);
+  const std::optional<Tensor> branch = aligned(branch_), bias = aligned(bias_);
   const std::vector<int64_t> shape = shape_of(x), none = {0};
   const Copies copies(x, shape, false, turned);
   Norm norm(x, weight, bias, eps, layer, copies.result.rows);
@@ -174,10 +187,12 @@ Six add_norm_cast_op(const Tensor& x, const std::optional<Tensor>& branch, const
   return {total, y, norm.mean, norm.rstd, copies.plain, copies.turned};
 }
 
-Five norm_join_cast_op(const Tensor& x, const Tensor& branch, const Tensor& weight,
-                       const std::optional<Tensor>& bias, double eps, bool layer, double stay,
+Five norm_join_cast_op(const Tensor& x_, const Tensor& branch_, const Tensor& weight_,
+                       const std::optional<Tensor>& bias_, double eps, bool layer, double stay,
                        bool turned) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Tensor x = aligned(x_), branch = aligned(branch_), weight = aligned(weight_);
+  const std::optional<Tensor> bias = aligned(bias_);
   const Copies copies(x, shape_of(x), false, turned);
   Norm norm(branch, weight, bias, eps, layer, copies.result.rows);
   STD_TORCH_CHECK(branch.numel() == x.numel(), "branch: wrong shape");
@@ -195,9 +210,10 @@ void check_activation(const Tensor& x, int64_t activation) {
   STD_TORCH_CHECK(activation != kSwiglu || x.size(-1) % 2 == 0, "x: odd width");
 }
 
-std::tuple<Tensor, Tensor, Tensor> activation_cast_op(const Tensor& x, int64_t activation,
+std::tuple<Tensor, Tensor, Tensor> activation_cast_op(const Tensor& x_, int64_t activation,
                                                       bool turned, bool keep) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Tensor x = aligned(x_);
   check_activation(x, activation);
   std::vector<int64_t> shape = shape_of(x);
   const std::vector<int64_t> none = {0};
@@ -209,10 +225,12 @@ std::tuple<Tensor, Tensor, Tensor> activation_cast_op(const Tensor& x, int64_t a
   return {y, copies.plain, copies.turned};
 }
 
-std::tuple<Tensor, Tensor, Tensor> activation_backward_cast_op(const Tensor& dy, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor> activation_backward_cast_op(const Tensor& dy_,
+                                                               const Tensor& x_,
                                                                int64_t activation, double factor,
                                                                bool turned) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(x_.get_device_index());
+  const Tensor x = aligned(x_), dy = aligned(dy_);
   check_activation(x, activation);
   STD_TORCH_CHECK(dy.numel() * (activation == kSwiglu ? 2 : 1) == x.numel(), "wrong shapes");
   const Copies copies(x, shape_of(x), true, turned);
@@ -225,6 +243,11 @@ std::tuple<Tensor, Tensor, Tensor> activation_backward_cast_op(const Tensor& dy,
 }
 
 std::string sources() { return LLMTRAIN_SOURCES; }
+
+std::string device_fault() {
+  const cudaError_t error = probe();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
 
 STABLE_TORCH_LIBRARY(llmtrain_cuda, m) {
   m.def("fp8_cast(Tensor x, bool e5m2, float factor) -> Tensor");
@@ -244,6 +267,7 @@ STABLE_TORCH_LIBRARY(llmtrain_cuda, m) {
       "activation_backward_cast(Tensor dy, Tensor x, int activation, float factor, bool turned) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("sources() -> str");
+  m.def("device_fault() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmtrain_cuda, CUDA, m) {
@@ -259,6 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmtrain_cuda, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(llmtrain_cuda, CompositeExplicitAutograd, m) {
   m.impl("sources", TORCH_BOX(&sources));
+  m.impl("device_fault", TORCH_BOX(&device_fault));
 }
 
 }  // namespace llmtrain

@@ -1,27 +1,10 @@
 // The operators llmtrain_cuda::* of sparse training, through torch's stable ABI (torch >= 2.11).
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "sparse.h"
+#include "tensors.h"
 
 namespace llmtrain {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-cudaStream_t stream_for(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void done(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-}
 
 BlockMask mask_of(const Tensor& x, const Tensor& kept, int64_t high, int64_t wide) {
   STD_TORCH_CHECK(x.dim() == 2 && kept.dim() == 2, "x, kept: two dimensions");

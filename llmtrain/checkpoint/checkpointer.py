@@ -54,9 +54,7 @@ class Checkpointer:
         self.root = Path(root)
         self._cfg = cfg
         self._ranks = Ranks(group)
-        self._background = Ranks(
-            None if group is None else dist.new_group(backend="gloo", timeout=_PATIENCE)
-        )
+        self._background = self._ranks.aside(_PATIENCE)
         self._store = Store(self.root)
         self._plan: Plan | None = None
         self._save: Save | None = None
@@ -204,9 +202,9 @@ class Checkpointer:
             self.verify(path)
         loading.load_into(self._ranks, Path(path), tensors, unused, cast)
 
-    def on_store(self, action: Callable[[Store], T]) -> T:
-        """The main rank does something to the folder; all get its value."""
-        return self._ranks.on_main(lambda: action(self._store))
+    def with_store(self, action: Callable[[Store], T]) -> T:
+        """All ranks do something together in which the main one uses the folder."""
+        return action(self._store)
 
     def set_aside(self, after: int) -> list[Path]:
         """Rename the checkpoints of later steps, when the run goes on from an earlier one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -43,6 +44,12 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+
+    def aside(self, patience: timedelta) -> Ranks:
+        """The same ranks with a group of their own, for a thread that works beside this one."""
+        if self.group is None:
+            return Ranks(None)
+        return Ranks(dist.new_group(backend="gloo", timeout=patience))
 
     @property
     def is_main(self) -> bool:

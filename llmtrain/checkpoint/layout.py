@@ -12,6 +12,7 @@
         meta.json                      step, tokens, samples, versions, world size, permanent
         config.yaml data.json tokenizer.json extra.json    whatever the run handed over
         base.json                      only where frozen weights were left out, see ``Base``
+      base-<hash>/                     weights that base.json speaks of, from an object store
         checksums.json                 size and xxh3_64 of every other file
 
 Nothing here needs torch.
@@ -34,6 +35,8 @@ META = "meta.json"
 TENSORS = "tensors.json"
 CHECKSUMS = "checksums.json"
 BASE = "base.json"
+# A base that came home from an object store lies beside the steps under this and its hash.
+BASE_COPY = "base-"
 LOCK = ".lock"
 TEMPORARY, REPLACED, DELETED, ABANDONED = ".tmp-", ".old-", ".del-", "abandoned-"
 # Links to the files of a checkpoint that is on its way to an object store.
@@ -296,27 +299,36 @@ def _weight_files(path: Path) -> list[FileSum]:
     return [sums[name] for name in sorted(names & sums.keys())]
 
 
+def base_wanted(path: Path) -> tuple[Path, str] | None:
+    """Where the base of a checkpoint was and its hash; None for one without. CheckpointError."""
+    if not (path / BASE).exists():
+        return None
+    body = read_json(path / BASE)
+    try:
+        return Path(body["path"]), str(body["content"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / BASE} is damaged") from error
+
+
 def base_of(path: Path) -> Base | None:
     """The base of a checkpoint, None for one that holds all its tensors itself.
 
     Raises CheckpointError naming both when the base is not there or no longer the same.
     """
-    if not (path / BASE).exists():
+    wanted = base_wanted(path)
+    if wanted is None:
         return None
-    body = read_json(path / BASE)
-    try:
-        there, content = Path(body["path"]), str(body["content"])
-        near = Path(os.path.normpath(path.resolve().parent / str(body["relative"])))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / BASE} is damaged") from error
-    places = [p for p in (there, near) if p.is_dir()]
+    (there, content), beside = wanted, path.resolve().parent
+    near = os.path.normpath(beside / str(read_json(path / BASE).get("relative", "")))
+    came = [] if leads_out(content) else [beside / f"{BASE_COPY}{content}"]
+    places = [p for p in (there, Path(near), *came) if (p / TENSORS).is_file()]
     if not places:
         raise CheckpointError(
-            f"{path} holds adapters alone and their base, {there}, is not there; move that back, "
-            "or make a link at that place to where it is now"
+            f"{path} holds adapters alone and their base, {there}, is not there (hash of its "
+            f"weights: {content}); move that back, or make a link at that place to where it is now"
         )
-    # Where both exist, what moved along may be the right one.
-    place = places[0] if len(places) == 1 or _holds(places[0], content) else places[1]
+    # Where several exist, what moved along may be the right one.
+    place = next((p for p in places if _holds(p, content)), places[0])
     if content_of(place) != content:
         raise CheckpointError(
             f"{path} holds adapters alone and their base, {place}, now holds other weights than "

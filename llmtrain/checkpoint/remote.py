@@ -1,9 +1,11 @@
 """Copies of a run's checkpoints in an object store, through fsspec.
 
-A checkpoint is published to the run's folder as ever; then the main rank copies its files to
-``ADDRESS/NAME/step-N/`` in the background and writes ``COMPLETE`` last. Only folders with that file
-count, in the order of their steps; no clock is asked. What is deleted loses it first. A run that
-finds a newer one there than in its own folder brings it home before it resumes.
+A checkpoint is published to the run's folder as ever; then every rank copies the files it wrote to
+``ADDRESS/NAME/step-N/`` in the background, and when all have, the main rank writes ``COMPLETE``.
+Only folders with that file count, in the order of their steps; no clock is asked. What is deleted
+loses it first. Where a checkpoint leaves frozen weights to a base, the base's go along once, to
+``base-HASH/``. A run that finds a newer copy there than in its own folder brings it home before it
+resumes, every rank a part of the files.
 """
 
 from __future__ import annotations
@@ -11,34 +13,46 @@ from __future__ import annotations
 import json
 import os
 import queue
-import random
+import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
+from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import (
+    BASE,
+    BASE_COPY,
     CHECKSUMS,
+    META,
+    MODEL_PREFIX,
+    TEMPORARY,
     UPLOADING,
+    base_of,
+    base_wanted,
+    content_of,
     leads_out,
     parse_step,
     read_checksums,
+    read_own_layout,
     scan,
     step_name,
 )
+from llmtrain.checkpoint.loading import examine
+from llmtrain.checkpoint.objects import Objects
 from llmtrain.checkpoint.safefile import hash_file
-from llmtrain.checkpoint.store import Store, explain
-from llmtrain.checkpoint.verify import verify
-from llmtrain.errors import CheckpointError, EnvironmentFault
+from llmtrain.checkpoint.store import Store, explain, sync_folder
+from llmtrain.checkpoint.verify import checksum_problems
+from llmtrain.errors import CheckpointError
 
-COMPLETE = "COMPLETE"
-TRIES, FIRST_WAIT = 5, 1.0
-T = TypeVar("T")
+# A rank may have to wait this long for the slowest copy of another.
+_PATIENCE = timedelta(hours=2)
+_WRITER = re.compile(r".*-(\d{5,})-of-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -50,52 +64,51 @@ class Copied:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A copy to be made. files: of this rank, in ``links``. base: the base's folder and hash."""
+
+    step: int
+    source: Path
+    links: Path
+    files: list[str]
+    base: tuple[Path, str] | None
+    problem: str | None = None
+
+
 class Mirror:
-    """The copies of one run. One process (rank 0) uses it.
+    """The copies of one run; all ranks call every method but ``poll`` and ``steps`` together.
 
     address: any fsspec address; credentials come from the environment alone. name: of the run.
-    keep: newest temporary ones kept; permanent ones stay. wait: called with the seconds before
-    another try. Raises EnvironmentFault where the package for such addresses is missing.
+    keep: newest temporary ones kept; permanent ones stay. ranks: of the run. wait: called with the
+    seconds before another try. Raises EnvironmentFault where the package for such addresses is
+    missing (CheckpointError with the same sentence where there are several ranks).
     """
 
     def __init__(
-        self, address: str, name: str, keep: int, wait: Callable[[float], None] = time.sleep
+        self,
+        address: str,
+        name: str,
+        keep: int,
+        ranks: Ranks | None = None,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        from fsspec.core import url_to_fs
-        from fsspec.implementations.local import LocalFileSystem
-
-        if "@" in address:
-            raise EnvironmentFault(
-                "checkpoint.remote: the address holds a user or a password, which would end up in "
-                "logs and configs; give credentials by the environment"
-            )
-        if not address.strip():
-            raise EnvironmentFault("checkpoint.remote: is empty; give an address, or null")
-        try:
-            self._fs, root = url_to_fs(address)
-        except (ImportError, ValueError) as error:
-            raise EnvironmentFault(
-                f"checkpoint.remote: {address.partition('://')[0]} addresses cannot be used "
-                f"({error}); install the fsspec package for them, such as s3fs or gcsfs"
-            ) from error
-        if isinstance(self._fs, LocalFileSystem):  # a folder that other machines have too
-            self._fs.auto_mkdir = True
-        self.address, self._keep, self._wait = address, keep, wait
-        self._root = f"{root.rstrip('/')}/{name}"
-        self._work: queue.Queue[tuple[Path, int] | None] = queue.Queue()
+        self._ranks = ranks or Ranks(None)
+        found: list[Objects] = []
+        self._ranks.reduce(lambda: found.append(Objects(address, name, wait)), lambda _: None)
+        self.objects, self.address, self._keep = found[0], address, keep
+        self._background = self._ranks.aside(_PATIENCE)
+        self._work: queue.Queue[_Job | None] = queue.Queue()
         self._done: list[Copied] = []
         self._thread: threading.Thread | None = None
 
     def push(self, path: Path, step: int) -> None:
         """Copy a published checkpoint in the background."""
-        # Links, so that pruning meanwhile takes nothing away.
-        source = path.parent / f"{UPLOADING}{path.name}-{secrets.token_hex(4)}"
-        with explain(f"{path} cannot be linked for its copy"):
-            shutil.copytree(path, source, copy_function=_link)
+        job = self._job(path, step)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
             self._thread.start()
-        self._work.put((source, step))
+        self._work.put(job)
 
     def poll(self) -> list[Copied]:
         """Copies that have come to an end since the last call."""
@@ -112,171 +125,240 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Steps of complete copies, oldest first. Raises CheckpointError."""
-        return sorted(self._markers())
+        return sorted(self.objects.markers())
 
     def bring_home(self, store: Store) -> int | None:
         """Publish the newest copy that is good in ``store``, if it is newer than what is there.
 
-        Passed over are copies of another beginning of the run than what is there, one that was
-        given up by ``resume: never``. Returns its step, None when there is nothing newer. Raises
-        CheckpointError when the copies cannot be read.
+        store: used by the main rank, and its folder shared by all. Passed over are copies of
+        another beginning of the run than what is there, one that was given up by ``resume: never``.
+        Returns its step, None when there is nothing newer. Raises CheckpointError when the copies
+        cannot be read, or when the base of the newest one is nowhere.
         """
-        good = [c for c in scan(store.root) if c.problem is None]
-        local = good[-1].step if good else -1
-        for step, marker in sorted(self._markers().items(), reverse=True):
-            if step <= local:
-                return None
-            if good and marker["life"] != _life(good[-1].path):
-                continue
-            temporary = store.begin(step)
+        for step, files in self._ranks.on_main(lambda: self._newer(store.root)):
+            temporary = self._ranks.on_main(partial(store.begin, step))
             try:
-                if self._download(step, temporary) and not verify(temporary):
-                    with explain(f"{store.root} cannot take the copy of step {step}"):
-                        store.publish(temporary, step)
-                    return step
+                if self._fetch(step_name(step), files, temporary):
+                    self._fetch_base(step, temporary)
+                    if not examine(self._ranks, temporary):
+                        self._ranks.on_main(partial(_publish, store, temporary, step))
+                        return step
             finally:
-                store.discard(temporary)
+                if self._ranks.is_main:
+                    store.discard(temporary)
         return None
 
-    def _download(self, step: int, target: Path) -> bool:
-        """Bring the files of a copy; returns whether all are there."""
-        names = self._markers()[step]["files"]
-        for name in [*names, CHECKSUMS]:
-            if leads_out(name):
-                raise CheckpointError(
-                    f"{self.address}: {step_name(step)} names {name!r}; not a file"
-                )
-            where = f"{self._root}/{step_name(step)}/{name}"
+    def _newer(self, root: Path) -> list[tuple[int, list[str]]]:
+        """Steps and files of the copies that may be brought home, the newest first."""
+        good = [c for c in scan(root) if c.problem is None]
+        local, life = (good[-1].step, _life(good[-1].path)) if good else (-1, None)
+        return [
+            (step, [*marker["files"], CHECKSUMS])
+            for step, marker in sorted(self.objects.markers().items(), reverse=True)
+            if step > local and (not good or marker["life"] == life)
+        ]
+
+    def _fetch(self, folder: str, files: Sequence[str], target: Path) -> bool:
+        """Bring the files of a folder, each by one rank; returns whether all were there."""
+
+        def own() -> bool:
+            there = True
+            for name in sorted(files)[self._ranks.rank :: self._ranks.size]:
+                if leads_out(name):
+                    raise CheckpointError(f"{self.address}: {folder} names {name!r}; not a file")
+                what = f"{name} of {folder} cannot be read"
+                there = there and self.objects.get(f"{folder}/{name}", target / name, what)
+                if there:
+                    _flush(target / name)
+            return there
+
+        return self._ranks.reduce(own, all)
+
+    def _fetch_base(self, step: int, path: Path) -> None:
+        """Bring the base of a checkpoint as well, where it has one that is not at hand.
+
+        Raises CheckpointError naming the base when there is no copy of it either.
+        """
+
+        def look() -> tuple[str, list[str]] | None:
+            wanted = base_wanted(path)
+            if wanted is None:
+                return None
             try:
-                self._again(
-                    f"{name} of step {step} cannot be read",
-                    partial(self._fs.get_file, where, str(target / name)),
+                base_of(path)
+            except CheckpointError:
+                marker = self.objects.marker(_base_name(wanted[1]))
+                if marker is not None:
+                    return wanted[1], marker["files"]
+                raise CheckpointError(
+                    f"{self.address}: the copy of step {step} holds adapters alone, and the frozen "
+                    f"weights they belong to (hash {wanted[1]}) are neither there nor at "
+                    f"{wanted[0]}, where they were; put them back there"
+                ) from None
+            return None
+
+        found = self._ranks.on_main(look)
+        if found is None:
+            return
+        content, files = found
+        home = path.parent / _base_name(content)
+        folder = path.parent / f"{TEMPORARY}{home.name}-{secrets.token_hex(4)}"
+        folder = self._ranks.on_main(lambda: _made(folder))
+        whole = self._fetch(home.name, files, folder)
+
+        def publish() -> None:
+            weights = [name for name in files if name.endswith(".safetensors")]
+            right = whole and content_of(folder) == content
+            if not right or checksum_problems(folder, weights):
+                raise CheckpointError(
+                    f"{self.address}: {home.name}, the frozen weights of step {step}, is damaged"
                 )
-            except CheckpointError as error:
-                if isinstance(error.__cause__, FileNotFoundError):
-                    return False
-                raise
-        return True
+            with explain(f"{path.parent} cannot take the base of step {step}"):
+                sync_folder(folder)
+                shutil.rmtree(home, ignore_errors=True)
+                folder.rename(home)
+
+        self._ranks.on_main(publish)
+
+    def _job(self, path: Path, step: int) -> _Job:
+        """Links to this rank's files, so that pruning meanwhile takes nothing away.
+
+        What fails here is told with the copy: on one rank alone it must not be raised.
+        """
+        links = path.parent / f"{UPLOADING}{path.name}-{self._ranks.rank}-{secrets.token_hex(4)}"
+        try:
+            files = [
+                name
+                for name in [*sorted(read_checksums(path)), CHECKSUMS]
+                if _writer(name) % self._ranks.size == self._ranks.rank
+            ]
+            base = base_of(path)
+            with explain(f"{path} cannot be linked for its copy"):
+                links.mkdir()
+                for name in files:
+                    _link(path / name, links / name)
+        except CheckpointError as error:
+            return _Job(step, path, links, [], None, str(error))
+        return _Job(step, path, links, files, None if base is None else (base.path, base.content))
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            source, step = item
+        while (job := self._work.get()) is not None:
             began = time.monotonic()
+            problem = None
             try:
-                self._upload(source, step)
-                self._prune()
-                self._done.append(Copied(step, time.monotonic() - began))
+                self._upload(job)
             except Exception as error:  # a copy is never worth the run
-                self._done.append(Copied(step, time.monotonic() - began, str(error)))
-            finally:
-                shutil.rmtree(source, ignore_errors=True)
+                problem = str(error)
+            shutil.rmtree(job.links, ignore_errors=True)
+            self._done.append(Copied(job.step, time.monotonic() - began, problem))
 
-    def _upload(self, source: Path, step: int) -> None:
-        folder = f"{self._root}/{step_name(step)}"
-        what = f"the checkpoint of step {step} was not copied"
-        self._again(what, lambda: self._forget(folder))
-        sums = read_checksums(source)
-        for name in [*sorted(sums), CHECKSUMS]:
-            self._again(what, partial(self._fs.put_file, str(source / name), f"{folder}/{name}"))
-        meta = json.loads((source / "meta.json").read_bytes())
+    def _upload(self, job: _Job) -> None:
+        what = f"the checkpoint of step {job.step} was not copied"
+        lacking = self._background.on_main(lambda: self._make_place(job, what))
+        self._background.reduce(
+            lambda: self._put(job, lacking, what), lambda _: self._complete(job, lacking, what)
+        )
+
+    def _make_place(self, job: _Job, what: str) -> list[str]:
+        """Clear away what stands there of the step; the files of the base that are lacking."""
+        self.objects.forget(step_name(job.step), what)
+        if job.base is None or self.objects.marker(_base_name(job.base[1])) is not None:
+            return []
+        self.objects.forget(_base_name(job.base[1]), what)
+        return _model_files(job.base[0])
+
+    def _put(self, job: _Job, lacking: list[str], what: str) -> None:
+        if job.problem is not None:
+            raise CheckpointError(f"{what}: {job.problem}")
+        for name in job.files:
+            self.objects.put(job.links / name, f"{step_name(job.step)}/{name}", what)
+        for name in lacking[self._ranks.rank :: self._ranks.size]:
+            assert job.base is not None
+            self.objects.put(job.base[0] / name, f"{_base_name(job.base[1])}/{name}", what)
+
+    def _complete(self, job: _Job, lacking: list[str], what: str) -> None:
+        """Write the markers once all ranks have copied theirs, then delete old copies."""
+        content = job.base and job.base[1]
+        if lacking:
+            assert content is not None
+            marker = {"files": lacking, "permanent": True, "life": None, "base": None}
+            self.objects.complete(_base_name(content), marker, what)
+        meta = json.loads((job.links / META).read_bytes())
         marker = {
-            "files": sorted(sums),
-            "checksums": hash_file(source / CHECKSUMS),
+            "files": sorted(read_checksums(job.links)),
+            "checksums": hash_file(job.links / CHECKSUMS),
             "permanent": bool(meta.get("permanent", False)),
             "life": meta.get("life"),
+            "base": content,
         }
-        self._again(
-            what, lambda: self._fs.pipe_file(f"{folder}/{COMPLETE}", json.dumps(marker).encode())
-        )
+        self.objects.complete(step_name(job.step), marker, what)
+        self._prune()
 
     def _prune(self) -> None:
         """Delete old copies, and what was left of copies that never became complete."""
-        markers = self._markers()
-        if not markers:
-            return
+        markers = self.objects.markers()
         temporary = sorted(step for step, marker in markers.items() if not marker["permanent"])
         doomed = set(temporary[: max(0, len(temporary) - max(1, self._keep))])
-        for step in self._folders():
-            if step in doomed or (step not in markers and step < max(markers)):
-                folder = f"{self._root}/{step_name(step)}"
-                what = f"the copy of step {step} cannot be deleted"
-                self._again(what, partial(self._forget, folder))
+        bases = {_base_name(m["base"]) for s, m in markers.items() if s not in doomed and m["base"]}
+        for name in self.objects.folders():
+            step = parse_step(name)
+            if step is None:
+                over = name.startswith(BASE_COPY) and name not in bases
+            else:
+                over = step in doomed or (step not in markers and step < max(markers))
+            if over:
+                self.objects.forget(name, f"the copy {name} cannot be deleted")
 
-    def _forget(self, folder: str) -> None:
-        """Remove a copy, its marker first."""
-        if not self._fs.exists(folder):
-            return
-        if self._fs.exists(f"{folder}/{COMPLETE}"):
-            self._fs.rm_file(f"{folder}/{COMPLETE}")
-        self._fs.rm(folder, recursive=True)
 
-    def _folders(self) -> list[int]:
-        def look() -> list[int]:
-            self._fs.invalidate_cache()
-            if not self._fs.exists(self._root):
-                return []
-            names = [
-                str(path).rstrip("/").rpartition("/")[2]
-                for path in self._fs.ls(self._root, detail=False)
-            ]
-            return sorted(step for name in names if (step := parse_step(name)) is not None)
+def _writer(name: str) -> int:
+    """The rank that wrote a file of a checkpoint."""
+    found = _WRITER.fullmatch(name)
+    return int(found[1]) if found else 0
 
-        return self._again("the copies cannot be listed", look)
 
-    def _markers(self) -> dict[int, dict[str, Any]]:
-        """Step -> marker of complete copies."""
-        found: dict[int, dict[str, Any]] = {}
-        for step in self._folders():
-            where = f"{self._root}/{step_name(step)}/{COMPLETE}"
+def _model_files(path: Path) -> list[str]:
+    """Files of a checkpoint without those that hold only what is not the model's."""
+    files: dict[bool, set[str]] = {True: set(), False: set()}
+    for key, layout in read_own_layout(path).items():
+        files[key.startswith(MODEL_PREFIX)].update(chunk.file for chunk in layout.chunks)
+    names = read_checksums(path).keys() - (files[False] - files[True]) - {BASE}
+    return [*sorted(names), CHECKSUMS]
 
-            def look(where: str = where) -> bytes | None:
-                try:
-                    return bytes(self._fs.cat_file(where))
-                except FileNotFoundError:
-                    return None
 
-            text = self._again(f"the marker of step {step} cannot be read", look)
-            marker = None if text is None else _marker(text)
-            if marker is not None:
-                found[step] = marker
-        return found
+def _base_name(content: str) -> str:
+    """The folder of a base's copy. Raises CheckpointError for what is no hash."""
+    if re.fullmatch("[0-9a-f]+", content) is None:
+        raise CheckpointError(f"{content!r} is not the hash of a base")
+    return f"{BASE_COPY}{content}"
 
-    def _again(self, what: str, action: Callable[[], T]) -> T:
-        """``action``, tried again with growing pauses; CheckpointError when it keeps failing."""
-        pause = FIRST_WAIT
-        for attempt in range(1, TRIES + 1):
-            try:
-                return action()
-            except Exception as error:  # every store has its own exceptions
-                if attempt == TRIES:
-                    raise CheckpointError(
-                        f"{what}: {self.address} failed {TRIES} times, the last time with "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-            self._wait(pause * random.uniform(0.5, 1.0))
-            pause *= 2
-        raise AssertionError
+
+def _publish(store: Store, temporary: Path, step: int) -> None:
+    with explain(f"{store.root} cannot take the copy of step {step}"):
+        store.publish(temporary, step)
+
+
+def _made(folder: Path) -> Path:
+    with explain(f"{folder.parent} cannot take the base of a copy"):
+        folder.mkdir()
+    return folder
+
+
+def _flush(path: Path) -> None:
+    with explain(f"{path} cannot be written"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _life(path: Path) -> str | None:
     """Which beginning of the run a checkpoint is of."""
-    found: str | None = json.loads((path / "meta.json").read_bytes()).get("life")
+    found: str | None = json.loads((path / META).read_bytes()).get("life")
     return found
 
 
-def _marker(text: bytes) -> dict[str, Any] | None:
-    """What ``COMPLETE`` says; None where it is not as we write it, as if it were not there."""
-    try:
-        marker = json.loads(text)
-        files, permanent = marker["files"], marker["permanent"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    whole = isinstance(files, list) and all(isinstance(name, str) for name in files)
-    life = marker.get("life")
-    return {"files": files, "permanent": bool(permanent), "life": life} if whole else None
-
-
-def _link(source: str, target: str) -> None:
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from llmtrain.config import load_config
+    from llmtrain.data.epochs import epochs_in_tokens
 
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_config(args.config, args.overrides, epochs=epochs_in_tokens)
     prepare_process()
     from llmtrain.finetune.fit import check_fit
     from llmtrain.finetune.plan import plan_sequence

@@ -100,10 +100,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from llmtrain.config import load_config
+    from llmtrain.data.epochs import epochs_unknown
     from llmtrain.data.prepare import prepare
     from llmtrain.errors import ConfigError
 
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_config(args.config, args.overrides, epochs=epochs_unknown)
     if cfg.prepare is None:
         raise ConfigError(
             f"{args.config} has no section `prepare`; take configs/corpus/builtin.yaml as a model"
@@ -149,9 +150,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from llmtrain.config import load_config
+    from llmtrain.data.epochs import epochs_in_tokens
     from llmtrain.data.plan import plan_report
 
-    print(plan_report(load_config(args.config, args.overrides)))
+    cfg = load_config(args.config, args.overrides, epochs=epochs_in_tokens)
+    print(plan_report(cfg))
     return 0
 
 

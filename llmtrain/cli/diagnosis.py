@@ -62,6 +62,7 @@ def diagnose() -> Iterator[Check]:
         ("C++ compiler", _compiler, False),
         ("CPU kernels", _kernels, False),
         ("CUDA kernels", _cuda_kernels, False),
+        ("2:4 products", _semi, False),
         ("streaming", _streaming, False),
         *((name, _optional(name, why), False) for name, why in OPTIONAL.items()),
         ("disk", _disk, False),
@@ -188,15 +189,41 @@ def _kernels() -> str:
 
 
 def _cuda_kernels() -> str:
-    from llmtrain.ops.cuda import HELP, built_for, load_fault
+    from llmtrain.ops.cuda import (
+        HELP,
+        NO_HEADERS,
+        built_for,
+        built_with_cublaslt,
+        cublaslt_fault,
+        load_fault,
+    )
 
     architectures = built_for()
     if architectures is None:
         raise Broken(f"not built; FP8 on a GPU runs on torch's own casts. {HELP}")
-    fault = load_fault()
+    version, fault = built_with_cublaslt(), load_fault()
+    without = NO_HEADERS if version is None else None if fault else cublaslt_fault()
+    if without is None:
+        sums = f"FP8 weight gradients are summed in the product (cuBLASLt {version})"
+    else:
+        sums = f"FP8 weight gradients are summed by torch after the product: {without}"
     if fault is not None:
-        raise Broken(f"built for {architectures}; {fault}")
-    return f"built for {architectures}"
+        raise Broken(f"built for {architectures}; {fault}; {sums}")
+    return f"built for {architectures}; {sums}"
+
+
+def _semi() -> str:
+    import torch
+
+    from llmtrain.ops.semi import LIBRARIES, NAMES, library_fault
+
+    if not torch.cuda.is_available():
+        raise Broken("there is no CUDA device; sparse products of a CPU take any mask")
+    faults = {name: library_fault(name, torch.device("cuda", 0)) for name in LIBRARIES}
+    words = "; ".join(fault or f"{NAMES[name]} runs" for name, fault in faults.items())
+    if None not in faults.values():
+        raise Broken(words)
+    return words
 
 
 def _streaming() -> str:

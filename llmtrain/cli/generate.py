@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=16, help="prompts that are computed together (default 16)"
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="compute with the adapters merged into the weights: faster, rounded otherwise",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -62,12 +67,15 @@ def run(args: argparse.Namespace) -> int:
     from llmtrain.errors import CheckpointError
     from llmtrain.eval.generation import Sampling, generate
     from llmtrain.eval.loading import load_trained
+    from llmtrain.model import merge_adapters
     from llmtrain.parallel.world import pick_device
 
     device = pick_device(args.device, 0)
     trained = load_trained(Path(args.checkpoint), device)
     for fault in trained.warnings:
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
+    if args.merge and not merge_adapters(trained.model, keep=False):
+        raise LlmtrainError(f"--merge: {trained.path} has no adapters; leave it out")
     tokenizer = trained.tokenizer
     if tokenizer is None:
         raise CheckpointError(

@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _slurm(args: argparse.Namespace) -> int:
     from llmtrain.config import load_config
+    from llmtrain.data.epochs import epochs_in_tokens
     from llmtrain.launch.slurm import SlurmJob, prepare_job, submit
 
-    cfg = load_config(args.config, list(args.overrides), for_training=True)
+    cfg = load_config(args.config, list(args.overrides), for_training=True, epochs=epochs_in_tokens)
     job = SlurmJob(
         nodes=args.nodes,
         gpus_per_node=args.gpus_per_node,

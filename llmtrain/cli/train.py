@@ -44,12 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from llmtrain.config import load_config, to_yaml
+    from llmtrain.data.epochs import epochs_in_tokens
 
     _check_world(args)
     overrides = list(args.overrides)
     if args.resume is not None:
         overrides.append(f"checkpoint.resume={args.resume}")
-    cfg = load_config(args.config, overrides, for_training=not args.print_config)
+    cfg = load_config(
+        args.config,
+        overrides,
+        for_training=not args.print_config,
+        epochs=epochs_in_tokens,
+    )
     if args.print_config:
         sys.stdout.write(to_yaml(cfg))
         return 0

@@ -258,9 +258,14 @@ class Builder:
         if not isinstance(value, str):
             return self._wrong(node, path, "must be a duration", HELP)
         try:
-            return Duration.parse(value)
+            found = Duration.parse(value)
         except ValueError as error:
             return self.fault(path, str(error), node.mark)
+        if found.unit == "epoch" and "epoch" not in (rules.get("units") or ()):
+            return self.fault(
+                path, f"{value!r}: only train.duration counts epochs; {HELP}", node.mark
+            )
+        return found
 
     def _bounds(self, value: Any, node: Node, path: Path, rules: Mapping[str, Any]) -> Any:
         """``value`` if it keeps the field's simple rules."""

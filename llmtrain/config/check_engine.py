@@ -69,13 +69,6 @@ def check_engine(cfg: RunConfig, faults: Collector) -> None:
 def _check_adapters(cfg: RunConfig, faults: Collector) -> None:
     """DeepSpeed keeps no float32 of weights that do not train, so they are never saved."""
     section = cfg.model.adapters
-    if section is not None and section.kind.endswith("dora"):
-        faults.add(
-            "model.adapters.kind",
-            f"{section.kind} reads whole rows of weights that parallel.engine: deepspeed has cut; "
-            f"use lora or rslora, or {_NATIVE}",
-            "parallel.engine",
-        )
     if section is None or not section.freeze:
         return
     if cfg.init is None:

@@ -3,6 +3,7 @@
 Accepted everywhere a time is: ``100step``, ``300Mtok``, ``0.8dur``, ``2/3dur``. Counts take the
 suffixes K, M, B, T (powers of ten). One step is one optimizer update. Amounts are exact
 fractions and are written back exactly, so a duration survives any number of round trips.
+``3epoch`` is for the length of a run alone, and becomes tokens when a config is read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fractions import Fraction
 _SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _PATTERN = re.compile(
     r"^\s*(\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,2})?|\d{1,40}/\d{1,40})"
-    r"\s*([KMBGT]?)\s*(step|tok|dur)s?\s*$",
+    r"\s*([KMBGT]?)\s*(step|tok|dur|epoch)s?\s*$",
     re.ASCII,
 )
 HELP = "write a duration such as 100step, 300Mtok or 0.8dur"
@@ -25,7 +26,7 @@ class Duration:
     """An amount with a unit.
 
     value: exact rational amount, already multiplied by the suffix. unit: ``step`` (optimizer
-    updates), ``tok`` (tokens trained on) or ``dur`` (fraction of the whole run).
+    updates), ``tok`` (tokens trained on), ``dur`` (fraction of the whole run) or ``epoch``.
     """
 
     value: Fraction
@@ -41,11 +42,12 @@ class Duration:
         if "/" in number and int(number.partition("/")[2]) == 0:
             raise ValueError(f"{text!r} divides by zero: {HELP}")
         value = Fraction(number) * _SCALE[suffix]
-        if unit == "dur" and suffix:
-            raise ValueError(f"{text!r}: a fraction of the run takes no suffix {suffix!r}")
+        if unit in ("dur", "epoch") and suffix:
+            what = "a fraction of the run takes" if unit == "dur" else "epochs take"
+            raise ValueError(f"{text!r}: {what} no suffix {suffix!r}")
         if unit == "dur" and value > 1:
             raise ValueError(f"{text!r} is longer than the run: 1dur is the whole run")
-        if unit != "dur" and value.denominator != 1:
+        if unit in ("step", "tok") and value.denominator != 1:
             name = {"step": "steps", "tok": "tokens"}[unit]
             raise ValueError(f"{text!r}: {name} are whole numbers")
         return cls(value, unit)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 from llmtrain.config.build import Builder
 from llmtrain.config.check import find_faults
 from llmtrain.config.dump import to_dict
+from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Fault, Mark, Path, raise_faults
 from llmtrain.config.merge import Files, apply_overrides, interpolate
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.yamlfile import Node, wrap
+from llmtrain.errors import ConfigError, LlmtrainError
+
+# From a run whose length is in epochs to the length in tokens.
+Epochs = Callable[[RunConfig], Duration]
+# In place of what is not known, as long as faults are looked for: no part of a run is beyond it.
+_UNKNOWN = Duration.parse("1000Ttok")
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, for_training: bool = False
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    for_training: bool = False,
+    epochs: Epochs | None = None,
 ) -> RunConfig:
     """The run described by the YAML file ``path`` with ``key.path=value`` overrides on top.
 
-    for_training: also require what only training needs, such as a data mixture.
+    for_training: also require what only training needs, such as a data mixture. epochs: what turns
+    a ``train.duration`` in epochs into tokens (``data.epochs``); None: that is a fault.
     Raises ConfigError that lists every fault as ``file:line: key: what is wrong; remedy``.
     """
     faults: list[Fault] = []
@@ -33,7 +46,7 @@ def load_config(
     root = apply_overrides(root, overrides, base, faults)
     root = interpolate(root, base, faults)
     # Where a file is missing, rules between keys would complain about what it would have held.
-    return build_config(root, faults, Mark(shown), for_training if whole else None)
+    return build_config(root, faults, Mark(shown), for_training if whole else None, epochs)
 
 
 def from_dict(data: Mapping[str, Any], *, for_training: bool = False) -> RunConfig:
@@ -51,11 +64,24 @@ def defaults() -> dict[str, Any]:
 
 
 def build_config(
-    root: Node, faults: list[Fault], file: Mark | None, for_training: bool | None
+    root: Node,
+    faults: list[Fault],
+    file: Mark | None,
+    for_training: bool | None,
+    epochs: Epochs | None = None,
 ) -> RunConfig:
     """Typed tree of ``root``; raises all faults together. for_training None: no cross rules."""
     builder = Builder(faults)
     cfg = builder.section(RunConfig, root, ())
+    if cfg.train.duration.unit == "epoch":
+        length = _UNKNOWN
+        try:
+            length = length if faults else _in_tokens(cfg, epochs)
+        except LlmtrainError as error:
+            path = ("train", "duration")
+            builder.fault(path, str(error).removeprefix("train.duration: "), _mark(root, path))
+        train = dataclasses.replace(cfg.train, duration=length)
+        cfg = dataclasses.replace(cfg, train=train)
     bad = builder.failed | builder.tainted
     found = [] if for_training is None else find_faults(cfg, for_training=for_training)
     for fault in found:
@@ -67,6 +93,15 @@ def build_config(
             faults.append(Fault(fault.path, fault.message, mark))
     raise_faults(faults)
     return cfg
+
+
+def _in_tokens(cfg: RunConfig, epochs: Epochs | None) -> Duration:
+    if epochs is None:
+        raise ConfigError(
+            f"{cfg.train.duration} counts epochs of data that is not opened here; write the steps "
+            "or tokens that `llmtrain data plan` prints"
+        )
+    return epochs(cfg)
 
 
 def _overlap(one: Path, other: Path) -> bool:

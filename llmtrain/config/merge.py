@@ -16,6 +16,7 @@ from typing import Any
 
 from llmtrain.config.faults import Fault, Mark, Path
 from llmtrain.config.yamlfile import Node, parse, read_text, unwrap, wrap
+from llmtrain.errors import secrets_in
 
 COMMAND_LINE = "command line"
 
@@ -252,6 +253,14 @@ def _resolve(node: Node, tree: Any, path: Path, faults: list[Fault]) -> Node:
             found = OmegaConf.to_container(found, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         return _unresolved(node, path, error, faults)
+    secret = next(secrets_in(str(found)), None)
+    if secret is not None:
+        message = (
+            f"{node.value!r} is the secret in ${secret[0]}, and configs are written into runs and "
+            "checkpoints; let what needs it read the environment itself"
+        )
+        faults.append(Fault(path, message, node.mark))
+        return replace(node, value=None)
     return wrap(found, node.mark, loose=True)
 
 

@@ -25,7 +25,8 @@ A run is one YAML file. Every key below may stand in it; whatever is left out ha
 the file with `base`). On the command line `key.path=value` goes over the files, as in
 `llmtrain train run.yaml optim.lr=3e-4 data.weights.code=0.5 data.phases.0.until=0.7dur`.
 A `null` over an inherited value takes it back. `${key.path}` repeats another key's value and
-`${oc.env:NAME}` reads an environment variable; write `\\${` for the literal characters.
+`${oc.env:NAME}` reads an environment variable, but no token or key (`HF_TOKEN`, `WANDB_API_KEY`):
+configs are written into runs and checkpoints. Write `\\${` for the literal characters.
 
 Durations are `100step` (optimizer updates), `300Mtok` (tokens trained on; K, M, B, T are powers
 of ten) or `0.8dur` (fraction of the run).

@@ -266,7 +266,7 @@ class TrainConfig:
     """The loop."""
 
     duration: Duration = key(
-        lambda: dur("100step"), "length of the run (step or tok)", gt=0, units=("step", "tok")
+        lambda: dur("100step"), "length of the run", gt=0, units=("step", "tok", "epoch")
     )
     stop_after: Duration | None = key(
         None, "stop early but keep the schedules of the whole run", gt=0

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +118,28 @@ def prepare_job(cfg: RunConfig, job: SlurmJob) -> Path:
 
 
 def job_text(cfg: RunConfig, job: SlurmJob, folder: Path) -> str:
-    """The job script: the template with its lines between the marks filled in."""
+    """The job script of a run whose files for it lie in ``folder``."""
+    options, settings = _filled(cfg, job, folder)
+    return script(options, settings)
+
+
+def script(options: Sequence[str], settings: Mapping[str, str]) -> str:
+    """The template with its lines between the marks filled in.
+
+    options: of sbatch, as ``key=value`` or ``key``. settings: the variables of the template by
+    name, as bash reads them; those left out are as they stand there.
+    """
     head, _, rest = TEMPLATE.read_text(encoding="utf-8").partition(_BEGIN)
-    _, _, body = rest.partition(_END)
-    return head + "".join(f"{line}\n" for line in _filled(cfg, job, folder)) + body
+    own, _, body = rest.partition(_END)
+    plain = [line.partition("=") for line in own.splitlines() if not line.startswith("#")]
+    values = {key: value for key, _, value in plain}
+    if unknown := settings.keys() - values.keys():
+        raise ValueError(f"the template has no {sorted(unknown)}")
+    lines = [*map(_option, options), *(f"{k}={v}" for k, v in (values | dict(settings)).items())]
+    return head + "".join(f"{line}\n" for line in lines) + body
 
 
-def _filled(cfg: RunConfig, job: SlurmJob, folder: Path) -> list[str]:
+def _filled(cfg: RunConfig, job: SlurmJob, folder: Path) -> tuple[list[str], dict[str, str]]:
     run, work = folder.parent, Path.cwd()
     lines = [
         f"job-name={cfg.name}",
@@ -145,16 +161,17 @@ def _filled(cfg: RunConfig, job: SlurmJob, folder: Path) -> list[str]:
     settings = {
         "run": shlex.quote(str(run)),
         "work": shlex.quote(str(work)),
+        "job": shlex.quote(str(folder / JOB)),
         "command": f"({shlex.join(command)})",
+        "words": f"({shlex.join(['train', str(folder / 'config.yaml')])})",
         "processes": str(job.processes),
         "gpus": str(job.gpus_per_node),
         "container": shlex.quote(job.container or ""),
         "runtime": job.runtime,
         "mounts": shlex.quote(",".join(mounts)),
         "health": str(int(job.health)),
-        "patience": "3",
     }
-    return [*map(_option, lines), *(f"{key}={value}" for key, value in settings.items())]
+    return lines, settings
 
 
 def _option(text: str) -> str:

@@ -116,6 +116,8 @@ class LowRank(nn.Module):
 
     ranks, scales: of each matrix; a scale multiplies its B A. pattern: of ``Spread``; [0] for a
     layer that is one matrix. directed: DoRA. sharded: FSDP2 gathers and frees the weights.
+    merged: the layer's weight holds the adapter already, which adds nothing then; kept: what the
+    weight was, as ``model.merging`` puts it there.
     """
 
     def __init__(
@@ -128,7 +130,8 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks, self.rank, self.scales, self.pattern = ranks, max(ranks), scales, pattern
-        self.awake = True
+        self.awake, self.merged = True, False
+        self.kept: list[Tensor] | None = None
         tensor = layer.plan.tensor
         by_tokens = tensor is not None and tensor.sequence
         plain: Matmul = thin_matmul_for(layer.matmul.dtype)
@@ -162,8 +165,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y, the layer's own result for x, plus the adapter's; shapes as in ``Linear.forward``.
-        y alone while the adapter is not ``awake``."""
-        if not self.awake:
+        y alone while the adapter is not ``awake`` or ``merged``."""
+        if not self.awake or self.merged:
             return y
         out: Tensor = y + self.b(self.a(x))
         return out
@@ -171,7 +174,7 @@ class LowRank(nn.Module):
     def direct(self, z: Tensor, stored: Tensor, read: Callable[[], Tensor], plan: Plan) -> Tensor:
         """z, the result of ``forward`` without bias, times m / |V|. read: the layer's weight as its
         products read it, this rank's part; stored: what it is read from."""
-        if not self.awake:
+        if not self.awake or self.merged:
             return z
         assert self.magnitude is not None
         length = local(self.magnitude.weight, partial=self.magnitude.partial)

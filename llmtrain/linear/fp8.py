@@ -37,6 +37,7 @@ from llmtrain.ops import (
     fp8_transpose,
     fp8_uncast,
     fp8_weight,
+    fp8_wgrad_,
 )
 
 
@@ -116,7 +117,10 @@ class Fp8Matmul:
         if _rows(a).device.type != "cuda":
             plain, first, second, factor = self._emulated(a, b, scale)
             return plain.wgrad(first, second, into, factor)
-        product = _product((_columns(a), _columns(b)), (a, b), scale, torch.float32)
+        first, second = _columns(a), _columns(b)
+        if into is not None and fp8_wgrad_(into, first, second, scale, a.scale, b.scale):
+            return into
+        product = _product((first, second), (a, b), scale, torch.float32)
         return product if into is None else into.add_(product)
 
     def _emulated(self, a: Packed, b: Packed, scale: float) -> tuple[Matmul, Tensor, Tensor, float]:
@@ -162,9 +166,17 @@ def _factor(a: Packed, b: Packed) -> float:
 
 
 @cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    """A float32 on the device, made once: a new one in each call would cost a copy."""
+def _kept(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _constant(value: float, device: torch.device) -> Tensor:
+    """A float32 on the device, made once: a new one in each call would cost a copy from the host,
+    which a CUDA graph cannot record either (the step before its recording makes it). Compiled code
+    fills one."""
+    if torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float32, device=device)
+    return _kept(value, device)
 
 
 def _product(

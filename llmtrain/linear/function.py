@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from llmtrain.linear.matmul import Matmul
 from llmtrain.linear.operand import (
@@ -99,11 +100,13 @@ class Plan:
 
 
 class Given(NamedTuple):
-    """What a layer's neighbours have cast for it already. casts: its input in e4m3; handoff: where
-    its output's gradient will be in e5m2. Both are of ``Linear``, which says when."""
+    """What is there for a layer already. casts: its input in e4m3; handoff: where its output's
+    gradient will be in e5m2, both of its neighbours; parameter: what the weight is a part of, whose
+    gradient may be there from earlier micro-batches. ``Linear`` says when."""
 
     casts: Casts | None = None
     handoff: Handoff | None = None
+    parameter: Tensor | None = None
 
 
 NOTHING = Given()
@@ -122,6 +125,8 @@ class _Needed:
 
     inputs = True
     weights = True
+    # Whether weight gradients may be added to the parameters' own right in the product.
+    summed = False
 
 
 @contextmanager
@@ -135,6 +140,30 @@ def backward_for(kind: str) -> Iterator[None]:
         yield
     finally:
         _Needed.inputs = _Needed.weights = True
+
+
+@contextmanager
+def summing_gradients() -> Iterator[None]:
+    """Around a backward pass whose gradients go to ``.grad`` and nowhere else: FP8 products add a
+    weight gradient to an earlier micro-batch's themselves, and autograd sees none (nor do hooks on
+    the parameter's gradient)."""
+    _Needed.summed = True
+    try:
+        yield
+    finally:
+        _Needed.summed = False
+
+
+def _earlier_sum(parameter: Tensor | None, weight: tuple[int, ...]) -> Tensor | None:
+    """The float32 gradient that ``parameter`` has so far, this rank's part of shape ``weight``;
+    None where there is none that a product can be added to."""
+    found = None if parameter is None or not _Needed.summed else parameter.grad
+    if isinstance(found, DTensor):
+        partial = any(isinstance(place, Partial) for place in found.placements)
+        found = None if partial else found._local_tensor
+    if found is None or found.dtype != torch.float32 or found.shape != weight:
+        return None
+    return found if found.is_contiguous() else None
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -152,11 +181,11 @@ class _LinearFunction(torch.autograd.Function):
         given: Given,
         *operand_parts: Tensor | None,
     ) -> Tensor:
-        matmul = plan.matmul
-        operand = from_parts(matmul.packs, *operand_parts)
-        ctx.plan, ctx.handoff = plan, given.handoff
+        matmul, (values, *more) = plan.matmul, operand_parts
+        operand = from_parts(matmul.packs, weight if values is None else values, *more)
+        ctx.plan, ctx.handoff, ctx.parameter = plan, given.handoff, given.parameter
         ctx.x_shape, ctx.x_dtype, ctx.rows = x.shape, x.dtype, x.shape[:-1].numel()
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.weight_shape = weight.dtype, weight.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         gathers = plan.column is not None and plan.column.sequence
@@ -212,7 +241,9 @@ class _LinearFunction(torch.autograd.Function):
         if kept is not None:
             if gathering is not None:
                 gathering.wait()
-            dw = matmul.wgrad(packed, kept, scale=plan.scale).to(ctx.weight_dtype)
+            into = _earlier_sum(ctx.parameter, ctx.weight_shape)
+            dw = matmul.wgrad(packed, kept, into, plan.scale).to(ctx.weight_dtype)
+            dw = dw if into is None else None
         if reducing is not None:
             reducing.wait()
         if dx is not None:
@@ -292,7 +323,10 @@ def _run(
     plan: Plan,
     given: Given,
 ) -> Tensor:
-    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, given, *parts_of(operand))  # type: ignore[no-untyped-call]
+    values, *more = parts_of(operand)
+    # torch.compile does not take the same tensor twice.
+    values = None if values is weight else values
+    out: Tensor = _LinearFunction.apply(x, weight, bias, plan, given, values, *more)  # type: ignore[no-untyped-call]
     return out
 
 

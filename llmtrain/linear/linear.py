@@ -23,6 +23,7 @@ from llmtrain.linear.matmul import ALONE, FP32, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach, plain
 from llmtrain.linear.placement import Placement
 from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.linear.sparse_gpu import BlockMatmul, SemiMatmul, sparse_matmul
 from llmtrain.linear.te import TeMatmul
 from llmtrain.ops import Casts, Handoff, unpack
 from llmtrain.parallel.tensor import TensorParallel, local
@@ -51,11 +52,20 @@ class OperandCache:
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
         self._copy: Operand | None = None
+        self._prepared = False
+
+    def prepare(self, weight: Tensor, matmul: Matmul, reach: Reach = ALONE) -> None:
+        """Bring the copy up to date, for compiled code that takes it unseen: a graph neither knows
+        versions of parameters nor should it cast them again for each micro-batch."""
+        self.get(weight, matmul, reach)
+        self._prepared = True
 
     def get(self, weight: Tensor, matmul: Matmul, reach: Reach = ALONE) -> Operand:
-        """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) or
-        under torch.compile is not cached."""
+        """The operand of ``matmul``. A weight already in its dtype (as FSDP2 gathers it) is not
+        cached, nor one under torch.compile that was not prepared."""
         fits = weight.dtype == matmul.dtype and not matmul.packs
+        if torch.compiler.is_compiling() and self._prepared and self._copy is not None:
+            return self._copy
         if fits or torch.compiler.is_compiling():
             return matmul.operand(weight, reach)
         key = (weight._version, weight.data_ptr())
@@ -73,6 +83,7 @@ class OperandCache:
     def clear(self) -> None:
         """Forget the copy: another number format is to follow."""
         self._key = self._copy = None
+        self._prepared = False
 
     def __deepcopy__(self, memo: object) -> OperandCache:
         return OperandCache()
@@ -127,11 +138,12 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
-        self._sparse = False
+        self._sparse, self._kind = False, ""
         self.packed: tuple[str, ...] = ()
         self.compact: Compact | None = None
         self._gathered = False
         self.adapter: Adapter | None = None
+        self._thawed: tuple[FrozenMatmul, dict[str, nn.Parameter]] | None = None
 
     def freeze(self, name: str) -> None:
         """Keep the weight packed in a format of ``linear.frozen`` from now on, as ``codes``,
@@ -144,6 +156,36 @@ class Linear(nn.Module):
             if part is not None:
                 self.register_parameter(leaf, nn.Parameter(part, requires_grad=False))
         self.packed = PACKED[: sum(part is not None for part in parts)]
+        self.set_matmul(matmul)
+
+    def thaw(self, keep: bool) -> None:
+        """Have a float32 ``weight`` of the packed numbers from now on. keep: for ``refreeze``."""
+        assert isinstance(self.matmul, FrozenMatmul)
+        codes, values = getattr(self, self.packed[0]), self.rows()
+        if isinstance(codes, DTensor):
+            mesh, placements = codes.device_mesh, codes.placements
+            values = DTensor.from_local(values, mesh, placements, run_check=False)
+        stored = {leaf: getattr(self, leaf) for leaf in self.packed}
+        for leaf in stored:
+            delattr(self, leaf)
+        self._thawed = (self.matmul, stored) if keep else None
+        self.packed = ()
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.set_matmul(self.matmul.plain)
+
+    @property
+    def thawed(self) -> bool:
+        """Whether ``refreeze`` can undo ``thaw``."""
+        return self._thawed is not None
+
+    def refreeze(self) -> None:
+        """Back to the packed weight before ``thaw``."""
+        assert self._thawed is not None
+        matmul, stored = self._thawed
+        del self.weight
+        for leaf, param in stored.items():
+            self.register_parameter(leaf, param)
+        self.packed, self._thawed = tuple(stored), None
         self.set_matmul(matmul)
 
     def packed_parts(self) -> Parts:
@@ -195,8 +237,8 @@ class Linear(nn.Module):
         if self.compact is not None:
             assert self.mask is not None
             matmul = self.compact.matmul(matmul, self.mask, self._back)
-        elif self.mask is not None and self._sparse and self._back is None and not matmul.packs:
-            matmul = SparseMatmul(matmul, self.mask)
+        elif self.mask is not None and self._sparse:
+            matmul = sparse_matmul(matmul, self.mask, self._back, self._kind)
         elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
         # What is spread out for a product is not kept for the next.
@@ -205,13 +247,18 @@ class Linear(nn.Module):
         self._cache.clear()
 
     def set_mask(
-        self, mask: Mask | None, back: Mask | None = None, *, sparse: bool = False
+        self,
+        mask: Mask | None,
+        back: Mask | None = None,
+        *,
+        sparse: bool = False,
+        kind: str = "",
     ) -> None:
         """Compute with the weight times ``mask`` from now on, see ``MaskedMatmul``; None: with all
         of it. The mask is that of this rank's tensor-parallel part, on its device. sparse: by
-        ``SparseMatmul``, where number format and masks allow."""
+        ``sparse_matmul`` of a ``kind``, where number format and masks allow."""
         assert self.compact is None
-        self.mask, self._back, self._sparse = mask, back, sparse
+        self.mask, self._back, self._sparse, self._kind = mask, back, sparse, kind
         self.set_matmul(self._format)
 
     @torch.no_grad()
@@ -253,6 +300,11 @@ class Linear(nn.Module):
             return self.matmul.operand(weight, reach)
         return self._cache.get(weight, self.matmul, reach)
 
+    def prepare(self) -> None:
+        """Before compiled code runs the layer: cast an FP8 weight that has changed, once a step."""
+        if isinstance(self.matmul, Fp8Matmul) and not self.plan.freed:
+            self._cache.prepare(self.parts()[0], self.matmul, self.plan.weight_reach)
+
     def takes_casts(self, x: Tensor) -> bool:
         """Whether what makes this layer's input ``x`` may cast it to e4m3 for it."""
         static = isinstance(self.matmul, Fp8Matmul) and self.matmul.static
@@ -270,6 +322,8 @@ class Linear(nn.Module):
     def handoff(self, y: Tensor) -> Handoff | None:
         """Where the gradient of the output may be left in e5m2; ``y``: like the output."""
         row = self.plan.row
+        if torch.compiler.is_compiling():
+            return None  # It would be left at one place of a graph and taken at another.
         if not self.takes_casts(y) or (row is not None and row.sequence):
             return None
         if self.adapter is not None and self.adapter.directed:
@@ -288,7 +342,7 @@ class Linear(nn.Module):
         weight, bias = self.parts()
         if isinstance(self.matmul, TeMatmul):
             return self.matmul.run(x, weight, bias, self.plan.scale)
-        operand, given = self._operand(weight), Given(casts, handoff)
+        operand, given = self._operand(weight), Given(casts, handoff, self._summed())
         adapter = self.adapter
         if adapter is None:
             return apply_linear(x, weight, bias, operand, self.plan, given)
@@ -299,10 +353,20 @@ class Linear(nn.Module):
         adapted = adapter.direct(y, weight, lambda: self._numbers(operand), self.plan)
         return adapted if bias is None else adapted + bias.to(adapted.dtype)
 
+    def _summed(self) -> Tensor | None:
+        """The parameter to whose gradient products may add theirs (``summing_gradients``). Not that
+        of FSDP2, which sums what it has gathered itself."""
+        if self.plan.freed or torch.compiler.is_compiling():
+            return None
+        sums = isinstance(self.matmul, Fp8Matmul) and self.weight.requires_grad
+        return self.weight if sums else None
+
     def _numbers(self, operand: Operand) -> Tensor:
         """The weight as the products read it."""
         if isinstance(self.matmul, FrozenMatmul):
             return self.matmul.weight(operand)
+        if isinstance(self.matmul, SemiMatmul | BlockMatmul):
+            return self.matmul.mask.zero_(self.parts()[0].detach().to(self.matmul.dtype, copy=True))
         if isinstance(self.matmul, SparseMatmul):
             return unpack(self.matmul.index.values, self.matmul.index)
         return plain(operand, self.matmul.dtype)

@@ -22,8 +22,9 @@ from llmtrain.ops import pack, repack, sparse_dgrad, sparse_fprop, sparse_wgrad,
 class SparseMatmul(MaskedMatmul):
     """``MaskedMatmul`` by sparse products, for a plain ``inner`` (float32 or bfloat16) on the CPU.
 
-    Weights are read as float32, where a dense bfloat16 product would round them first. The values
-    are packed again in place whenever the weight has changed. There is no second mask.
+    Weights are read as float32, where a dense bfloat16 product would round them first; with
+    bfloat16 inputs products of AVX512-BF16 do so too. The values are packed again in place whenever
+    the weight has changed. There is no second mask.
     """
 
     def __init__(self, inner: Matmul, mask: Mask, index: Tiled | None = None) -> None:

@@ -24,13 +24,15 @@ from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import flops_per_token, resolve_model
 from llmtrain.ops import native_loaded
 from llmtrain.parallel import Degrees
+from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.parallel.world import pick_device
 from llmtrain.sparsity import (
     Masks,
     Sparse,
+    cases_of,
     check_cuts,
-    choice_lines,
     density_of_step,
+    kinds_of,
     sparse_layers,
     why_dense,
 )
@@ -68,16 +70,25 @@ def sparsity(section: SparsityConfig) -> StaticMask:
     return kinds[section.method](section)
 
 
-def check_products(cfg: RunConfig, section: SparsityConfig) -> None:
+def check_products(cfg: RunConfig, section: SparsityConfig, sparse: Mapping[str, Sparse]) -> None:
     """Raise ConfigError where sparse products were asked for by name and cannot run."""
-    reasons = (
-        (pick_device(cfg.device, 0).type != "cpu", "they run on a CPU only"),
-        (not native_loaded(), "the compiled kernels are not in use (make build)"),
+    if section.products != "sparse":
+        return
+    device = pick_device(cfg.device, 0)
+    on_cpu = device.type == "cpu"
+    reasons = [
+        (on_cpu and not native_loaded(), "the compiled kernels are not in use (make build)"),
         (cfg.train.compile, "train.compile does not know them"),
-        (section.method == "slope", "they have no second mask, as slope needs"),
+        (on_cpu and section.method == "slope", "a CPU's have no second mask, as slope needs"),
         (section.method in ("movement", "srste"), "these methods need whole gradients"),
-    )
-    for holds, text in reasons if section.products == "sparse" else ():
+    ]
+    if not on_cpu:
+        dtype = resolve_precision(cfg.precision, device).compute
+        double, ranks = section.method == "slope", cfg.parallel.tensor
+        cases = cases_of(sparse, ranks, dtype, gpu=True, double=double)
+        found = {name: kinds_of(case, device)[1] for name, case in cases.items()}
+        reasons += [(bool(why), f"{name}: {why}") for name, why in found.items()]
+    for holds, text in reasons:
         if holds:
             raise ConfigError(f"sparsity.products: sparse: {text}; use auto")
 
@@ -104,7 +115,7 @@ class StaticMask(Hook):
             if self.cfg.choose == "magnitude" or self.cfg.method == "srste":
                 layer.granularity.check_search("sparsity.granularity")
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
-        check_products(cfg, self.cfg)
+        check_products(cfg, self.cfg, self._sparse)
         # Refused here where it cannot be; the number of processes is known later.
         own = cfg.parallel
         degrees = Degrees(own.pipeline, own.replicate, own.shard or 1, own.context, own.tensor)
@@ -129,7 +140,7 @@ class StaticMask(Hook):
         else:
             self.first(trainer, masks)
         masks.install(self.seed(trainer))
-        for line in choice_lines(masks.cases, masks.choices):
+        for line in masks.lines():
             trainer.recorder.event(trainer.step_done, line)
         self.settle(trainer, masks)
         self.count_flops(trainer, trainer.step_done)

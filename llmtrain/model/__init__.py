@@ -10,6 +10,7 @@ from llmtrain.model.adapters import (
     PARTS,
     AdaptedPart,
     adapted_parts,
+    frozen_lengths,
     is_directed,
     part_names,
     set_magnitudes,
@@ -34,6 +35,7 @@ from llmtrain.model.formats import (
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.merging import is_merged, merge_adapters, unmerge_adapters
 from llmtrain.model.packing import (
     fill_packed,
     packed_layers,
@@ -78,14 +80,17 @@ __all__ = [
     "fill_packed",
     "flops_per_token",
     "format_lines",
+    "frozen_lengths",
     "gradient_scale",
     "hidden_layers",
     "init_weights",
     "is_directed",
+    "is_merged",
     "keep_own_parts",
     "layer_names",
     "layer_shape",
     "limit_training",
+    "merge_adapters",
     "multiplier",
     "packed_layers",
     "packed_names",
@@ -105,6 +110,7 @@ __all__ = [
     "switch_step",
     "tensor_placements",
     "unlike",
+    "unmerge_adapters",
     "unpacked",
     "whole_change",
 ]

@@ -25,6 +25,7 @@ class ActivationSplit:
 
     tensor: tensor-parallel degree; sequence, keep_gathered: as in ``parallel``. context:
     context-parallel degree; ring: its method, which keeps no keys and values of other ranks.
+    by_tokens: attention writes its result by tokens, as the compiled one of the CPU does.
     """
 
     tensor: int = 1
@@ -32,6 +33,7 @@ class ActivationSplit:
     keep_gathered: bool = False
     context: int = 1
     ring: bool = False
+    by_tokens: bool = False
 
     @property
     def residual(self) -> int:
@@ -60,7 +62,7 @@ def block_activation_bytes(
     - q, k, v and the attention's result, n (2 q + 2 k) e / t, with context parallelism by
       gathering the keys and values of all c ranks, and q and k before their norms; once more the
       result, q, where it lies by heads and the projection behind it reads it by tokens: with
-      rotary positions, and with context parallelism;
+      rotary positions unless attention writes ``by_tokens``, and with context parallelism;
     - the input and the result of the activation, n (u + d_ff) e / t (ReLU: the result alone);
     - in float32 a norm's statistics and a log-sum-exp for each query head.
 
@@ -85,7 +87,7 @@ def block_activation_bytes(
     kept += 2 * statistics * (tokens // split.residual)
     up = 2 * ff if cfg.activation == "swiglu" else ff
     inner = up if recompute == "selective" else up + ff
-    copied = cfg.position == "rope" or split.context > 1
+    copied = (cfg.position == "rope" and not split.by_tokens) or split.context > 1
     values = (3 if copied else 2) * q + 2 * k * (1 if split.ring else split.context)
     values += ff if cfg.activation == "relu" else inner
     per_token = values * dtype.itemsize + heads * STATISTIC

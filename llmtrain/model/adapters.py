@@ -123,6 +123,22 @@ def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:
 
 
 @torch.no_grad()
+def frozen_lengths(layer: Linear, first: int, n: int) -> torch.Tensor:
+    """What DoRA's lengths [n] begin as, from row ``first`` of the whole layer on: those of the
+    frozen rows, 0 where a row is not adapted. The rows are those of the layer's weight in this
+    rank's memory. Collective over the ranks of a row-parallel layer."""
+    assert isinstance(layer.adapter, LowRank)
+    read = layer.rows() * layer.plan.scale
+    square = (read * read).sum(1)
+    if layer.plan.row is not None:
+        square = all_reduce(square, layer.plan.row.group)
+    own = torch.tensor(layer.adapter.pattern, device=square.device) >= 0
+    # A shard of FSDP2 may begin and end anywhere in the pattern.
+    rows = torch.arange(first, first + n, device=square.device)
+    return square.sqrt() * own[rows % len(own)]
+
+
+@torch.no_grad()
 def set_magnitudes(model: nn.Module) -> None:
     """Set the lengths that DoRA trains to those of the frozen rows, in place.
 
@@ -132,16 +148,9 @@ def set_magnitudes(model: nn.Module) -> None:
         if isinstance(layer, Linear) and isinstance(layer.adapter, LowRank):
             side = layer.adapter
             if side.magnitude is not None:
-                read = layer.rows() * layer.plan.scale
-                square = (read * read).sum(1)
-                if layer.plan.row is not None:
-                    square = all_reduce(square, layer.plan.row.group)
                 length = _stored(side.magnitude.weight)
-                own = torch.tensor(side.pattern, device=length.device) >= 0
-                # A shard of FSDP2 may begin and end anywhere in the pattern.
                 _, first = local_boxes(side.magnitude.weight)[0]
-                rows = torch.arange(first[0], first[0] + len(length), device=length.device)
-                length.copy_(square.sqrt() * own[rows % len(own)])
+                length.copy_(frozen_lengths(layer, first[0], len(length)))
 
 
 def clear_unused(model: nn.Module, name: str, rows: torch.Tensor, first: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import matmul_for
+from llmtrain.linear import Linear, matmul_for
 from llmtrain.model.adapters import add_adapters
 from llmtrain.model.block import RECOMPUTE_MODES, Block
 from llmtrain.model.cache import KeyValueCache
@@ -201,3 +201,10 @@ def compile_blocks(model: Decoder) -> None:
     """torch.compile each block in place; names of parameters stay as they are."""
     for block in model.blocks:
         block.compile()
+    model.register_forward_pre_hook(_prepare_weights)
+
+
+def _prepare_weights(model: nn.Module, args: object) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.prepare()

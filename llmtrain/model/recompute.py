@@ -27,6 +27,7 @@ KEPT = frozenset(
     {
         aten.mm.default,
         aten.addmm.default,
+        aten._scaled_mm.default,
         aten.linear.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention.default,

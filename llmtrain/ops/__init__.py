@@ -14,6 +14,7 @@ from llmtrain.ops.attention import (
     sqrt_attention,
 )
 from llmtrain.ops.cross_entropy import cross_entropy_, cross_entropy_reference_
+from llmtrain.ops.cuda import cublaslt_fault
 from llmtrain.ops.cuda import load_fault as cuda_fault
 from llmtrain.ops.dropout import dropout, stream_number, token_keys
 from llmtrain.ops.fp8 import (
@@ -38,9 +39,22 @@ from llmtrain.ops.fused import (
     norm_join_cast,
 )
 from llmtrain.ops.glu import swiglu, swiglu_reference
-from llmtrain.ops.native import kernels_line, kernels_warning, native_loaded
+from llmtrain.ops.native import (
+    attention_usable,
+    gemm_usable,
+    kernels_line,
+    kernels_warning,
+    native_loaded,
+)
 from llmtrain.ops.norm import add_rms_norm, rms_norm, rms_norm_reference
-from llmtrain.ops.products import weight_gradient, weight_gradient_reference
+from llmtrain.ops.products import (
+    fp8_wgrad_,
+    fp8_wgrad_reference_,
+    product,
+    product_reference,
+    weight_gradient,
+    weight_gradient_reference,
+)
 from llmtrain.ops.rotary import rotate, split_rotary, split_rotary_reference
 from llmtrain.ops.sparse import (
     Packed,
@@ -81,11 +95,13 @@ __all__ = [
     "attention_partial",
     "attention_partial_backward",
     "attention_reference",
+    "attention_usable",
     "cached_attention",
     "causal_attention",
     "copy_across",
     "cross_entropy_",
     "cross_entropy_reference_",
+    "cublaslt_fault",
     "cuda_fault",
     "dropout",
     "first_of_document",
@@ -94,9 +110,12 @@ __all__ = [
     "fp8_transpose",
     "fp8_uncast",
     "fp8_weight",
+    "fp8_wgrad_",
+    "fp8_wgrad_reference_",
     "fuses_activation",
     "fuses_norm",
     "gather_tiles",
+    "gemm_usable",
     "kernels_line",
     "kernels_warning",
     "make_window",
@@ -105,6 +124,8 @@ __all__ = [
     "native_loaded",
     "norm_join_cast",
     "pack",
+    "product",
+    "product_reference",
     "repack",
     "rms_norm",
     "rms_norm_reference",

@@ -44,7 +44,9 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = kernels().attention(q, k, v, first, q.shape[-1] ** -0.5)
+        single = q.dtype == torch.float32
+        run = kernels().attention_f32 if single else kernels().attention
+        out, lse = run(q, k, v, first, q.shape[-1] ** -0.5)
         ctx.save_for_backward(q, k, v, out, lse, first)
         return out  # type: ignore[no-any-return]
 
@@ -53,7 +55,9 @@ class _Native(torch.autograd.Function):
         q, k, v, out, lse, first = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         scale = q.shape[-1] ** -0.5
-        dq, dk, dv = kernels().attention_backward(grad, q, k, v, out, lse, first, scale)
+        single = q.dtype == torch.float32
+        run = kernels().attention_f32_backward if single else kernels().attention_backward
+        dq, dk, dv = run(grad, q, k, v, out, lse, first, scale)
         return dq, dk, dv, None
 
 

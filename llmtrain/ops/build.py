@@ -29,6 +29,7 @@ COMMON = (
 # mathematical functions are not looked at.
 KERNEL = "-fopenmp-simd -fno-math-errno -fno-trapping-math"
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
+AVX512_BF16 = f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16"
 AMX = f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 
 # Object: (source, flags). KERNEL_SET names the namespace.
@@ -41,12 +42,15 @@ X86_OBJECTS = {
     "fused_avx2": ("fused.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
     "sparse_avx512": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx512 {AVX512}"),
     "sparse_avx2": ("sparse.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "gemm_avx2": ("gemm.cpp", f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3"),
+    "attention_f32_avx2": (
+        "attention_f32.cpp",
+        f"{KERNEL} -DKERNEL_SET=avx2 -march=x86-64-v3",
+    ),
     "attention_amx": ("attention.cpp", AMX),
     "products_amx": ("products.cpp", AMX),
-    "attention_avx512bf16": (
-        "attention.cpp",
-        f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16",
-    ),
+    "attention_avx512bf16": ("attention.cpp", AVX512_BF16),
+    "sparse_avx512bf16": ("sparse_pairs.cpp", AVX512_BF16),
 }
 OBJECTS = {
     "rows_baseline": ("rows.cpp", f"{KERNEL} -DKERNEL_SET=baseline"),
@@ -68,15 +72,13 @@ def run_command(command: list[str]) -> None:
         raise EnvironmentFault(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
 
 
-def build(target: Path = LIBRARY) -> Path:
-    """Compile and link the library, published by one rename. Raises EnvironmentFault."""
-    import torch
+def units() -> dict[str, tuple[str, str]]:
+    """What the library is made of: object, its source and its flags. Raises EnvironmentFault."""
     from torch.utils.cpp_extension import include_paths
 
     stamp = sources_stamp()
     if stamp is None:
         raise EnvironmentFault(f"{SOURCES} is missing: kernels are built in a source checkout")
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
     objects = {
         **OBJECTS,
         "dispatch": ("dispatch.cpp", f'-O2 -DLLMTRAIN_SOURCES="{stamp}"'),
@@ -85,8 +87,20 @@ def build(target: Path = LIBRARY) -> Path:
         objects.update(X86_OBJECTS)
     headers = " ".join(f"-I{path}" for path in include_paths())
     # Only what torch 2.11 has; the library runs with it and with every later one.
-    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_fused", "ops_sparse"):
+    for name in ("ops_rows", "ops_products", "ops_fp8", "ops_fused", "ops_sparse", "ops_gemm"):
         objects[name] = (f"{name}.cpp", f"-DTORCH_TARGET_VERSION=0x020B000000000000 {headers}")
+    return objects
+
+
+def build(target: Path = LIBRARY, objects: dict[str, tuple[str, str]] | None = None) -> Path:
+    """Compile and link ``objects`` (``units``); published by one rename.
+
+    Raises EnvironmentFault.
+    """
+    import torch
+
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    objects = units() if objects is None else objects
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         commands = [
             [

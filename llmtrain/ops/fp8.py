@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.ops.cuda import cuda_kernels, cuda_usable
-from llmtrain.ops.native import kernels, usable
+from llmtrain.ops.native import kernels, traceable
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Largest finite number, smallest normal number, smallest number above zero.
@@ -45,7 +45,7 @@ def fp8_cast(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
         y: Tensor = cuda_kernels().fp8_cast(x.contiguous(), dtype == E5M2, factor)
         return y
     x = x if factor == 1.0 else x * factor
-    if not usable(x):
+    if not traceable(x):
         return fp8_cast_reference(x, dtype)
     out: Tensor = kernels().fp8_cast(x.contiguous(), dtype == E5M2)
     return out
@@ -58,7 +58,7 @@ def fp8_cast_transpose(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tu
         pair = cuda_kernels().fp8_cast_transpose(x.contiguous(), dtype == E5M2, factor)
         return pair
     x = x if factor == 1.0 else x * factor
-    if not usable(x):
+    if not traceable(x):
         y = fp8_cast_reference(x, dtype)
         return y, fp8_transpose_reference(y)
     pair = kernels().fp8_cast_transpose(x.contiguous(), dtype == E5M2)
@@ -77,7 +77,7 @@ def fp8_weight(weight: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _takes_bytes(x: Tensor) -> bool:
-    return usable(x.new_empty(0, dtype=torch.float32)) and x.dtype in FP8_MAX
+    return traceable(x.new_empty(0, dtype=torch.float32)) and x.dtype in FP8_MAX
 
 
 def fp8_uncast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from llmtrain.ops.cuda import cuda_kernels, cuda_usable
 from llmtrain.ops.fp8 import E4M3, E5M2, fp8_cast, fp8_transpose_reference
 from llmtrain.ops.glu import swiglu_reference
-from llmtrain.ops.native import kernels, usable
+from llmtrain.ops.native import kernels, traceable
 from llmtrain.ops.norm import rms_norm_reference
 
 # In the order of their numbers in csrc (fused.h).
@@ -66,13 +66,12 @@ def _norm_reference(x: Tensor, norm: NormTerms) -> Tensor:
 
 def _cuda_takes(x: Tensor, width: int) -> bool:
     """Whether CUDA's kernels take a result of ``width`` like ``x``: its rows and columns are
-    multiples of 16, as FP8 products want them too, and it begins at such an address."""
-    sizes = x.shape[:-1].numel() % MULTIPLE or width % MULTIPLE
-    return not sizes and cuda_usable(x) and x.data_ptr() % MULTIPLE == 0
+    multiples of 16, as FP8 products want them too."""
+    return not (x.shape[:-1].numel() % MULTIPLE or width % MULTIPLE) and cuda_usable(x)
 
 
 def _runs(x: Tensor, width: int | None = None) -> bool:
-    return usable(x) or _cuda_takes(x, x.shape[-1] if width is None else width)
+    return traceable(x) or _cuda_takes(x, x.shape[-1] if width is None else width)
 
 
 def _width(x: Tensor, name: str) -> int:
@@ -86,18 +85,14 @@ def fuses_norm(x: Tensor, layer: bool, bias: bool) -> bool:
     On the CPU that is RMSNorm alone: LayerNorm is torch's there, which rounds elsewhere. On CUDA
     results differ in their last digits.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return _cuda_takes(x, x.shape[-1]) or (usable(x) and not layer and not bias)
+    return _cuda_takes(x, x.shape[-1]) or (traceable(x) and not layer and not bias)
 
 
 def fuses_activation(x: Tensor, name: str) -> bool:
     """The same for an activation."""
-    if torch.compiler.is_compiling():
-        return False
     if x.is_cuda:
         return _cuda_takes(x, _width(x, name))
-    return usable(x) and name in ("swiglu", "relu")
+    return traceable(x) and name in ("swiglu", "relu")
 
 
 def _library(x: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from llmtrain.ops.sparse_update import Rule, adamw_reference_
 def patterns_24(device: torch.device) -> Tensor:
     """The 90 tiles of 4 x 4 with two kept in every row and column: [90] int32, bit 4 r + c set
     where (r, c) is kept."""
-    rows = [bits for bits in range(16) if bits.bit_count() == 2]
+    # As ``sparsity.choose.tile_patterns`` has them: of equal sums the first wins in both.
+    rows = [1 << a | 1 << b for a, b in combinations(range(4), 2)]
     tiles = []
     for tile in product(rows, repeat=4):
         if all(sum(row >> c & 1 for row in tile) == 2 for c in range(4)):

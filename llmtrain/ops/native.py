@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.ops.fakes import CPU_FAKES, register_fakes
+
 LIBRARY = Path(__file__).with_name("_cpu.so")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
 
@@ -45,6 +47,7 @@ def _load() -> str | None:
     stamp = torch.ops.llmtrain.sources() if hasattr(torch.ops.llmtrain, "sources") else "none"
     if wanted is not None and stamp != wanted:
         return "out of date, built from other sources than csrc/cpu has now; run: make build"
+    register_fakes("llmtrain", CPU_FAKES)
     return None
 
 
@@ -85,14 +88,28 @@ def usable(x: Tensor) -> bool:
     )
 
 
+# torch.compile takes the answer instead of looking into it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ready() -> bool:
+    return _load() is None
+
+
+def traceable(x: Tensor) -> bool:
+    """``usable`` of operators that torch.compile is told of (``CPU_FAKES``): under it, too. Those
+    that cast to FP8 are, as references would be compiled to code of other bits."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _ready()
+
+
 @cache
 def _attention_ready() -> bool:
     return _load() is None and bool(torch.ops.llmtrain.has_attention())
 
 
 def attention_usable(q: Tensor) -> bool:
-    """Whether compiled attention takes queries ``q`` [..., d]: bfloat16 on a processor with
-    bfloat16 products, d a multiple of 32."""
+    """Whether compiled attention takes queries ``q`` [..., d]: float32 as ``gemm_usable`` says, and
+    bfloat16 on a processor with bfloat16 products, d a multiple of 32."""
+    if q.dtype == torch.float32:
+        return gemm_usable(q)
     return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and usable(q) and _attention_ready()
 
 
@@ -104,3 +121,13 @@ def _products_ready() -> bool:
 def products_usable(x: Tensor) -> bool:
     """Whether the compiled matrix products take ``x``: bfloat16 on a processor with AMX."""
     return x.dtype == torch.bfloat16 and usable(x) and _products_ready()
+
+
+@cache
+def _gemm_ready() -> bool:
+    return _load() is None and bool(torch.ops.llmtrain.has_gemm())
+
+
+def gemm_usable(x: Tensor) -> bool:
+    """Whether the compiled float32 products take ``x``: on a processor with AVX2 at most."""
+    return x.dtype == torch.float32 and usable(x) and _gemm_ready()

@@ -217,6 +217,10 @@ class ZeroState:
             dist.all_reduce(values, group=group)
         return values
 
+    def box(self, name: str) -> Box:
+        """This rank's tensor-parallel part of a parameter that trains."""
+        return self._boxes[name]
+
     def publish(self) -> None:
         """Bring the parameters up to date after the float32 state was written in place."""
         self._shards.publish()

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain.linear import FP32_NATIVE, matmul_for
 from llmtrain.model import ActivationSplit, activation_bytes, block_activation_bytes, padded_vocab
 from llmtrain.model.flops import widths
+from llmtrain.ops import attention_usable
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
 from llmtrain.planner.sparse import mask_memory, spread_memory
@@ -61,8 +63,11 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     running = _running_block(setting, tokens, split) + spread_memory(setting, parts)
     head = _Head.of(setting, stages[-1].last)
     loss = kept + head.hidden + head.gradient + head.chunk
-    start = kept + head.gradient + running + gathered.backward + grads.block
     one = block_activation_bytes(setting.model, tokens, compute, recompute, split)
+    # A block's gradients come as what it kept goes: half of it when most of them are there. Other
+    # products than the compiled ones turn their operands in that room.
+    freed = min(one // 2, grads.block) if _compiled(setting) and recompute == "none" else 0
+    start = kept + head.gradient + running + gathered.backward + grads.block - freed
     end = max(running + one + grads.block + gathered.end, grads.outside + gathered.outside)
     moments = {
         "in the loss": standing + grads.accumulated + gathered.forward + loss,
@@ -89,7 +94,20 @@ def activation_split(setting: Setting) -> ActivationSplit:
         parallel.keep_gathered,
         degrees.context,
         parallel.context_method == "ring",
+        _attends_by_tokens(setting),
     )
+
+
+def _compiled(setting: Setting) -> bool:
+    """Whether products are the compiled ones of float32."""
+    return setting.fused and matmul_for(setting.precision.compute) is FP32_NATIVE
+
+
+def _attends_by_tokens(setting: Setting) -> bool:
+    if not setting.fused or setting.model.scaling.attention != "softmax":
+        return False
+    query = torch.empty(0, setting.model.d_head or 0, dtype=setting.precision.compute, device="cpu")
+    return attention_usable(query)
 
 
 def _in_flight(setting: Setting, rank: int) -> float:
@@ -272,7 +290,8 @@ def _masks(setting: Setting, blocks: float, recompute: str | None = None) -> flo
         copies = setting.sequences if setting.cfg.data.document_mask else 1
         gathers = parallel.context_method == "allgather"
         return blocks * copies * chunk * (chunk + length) * FLOAT if gathers else 0
-    return blocks * setting.tokens * length * FLOAT if setting.cfg.data.document_mask else 0
+    masked = setting.cfg.data.document_mask and not _attends_by_tokens(setting)
+    return blocks * setting.tokens * length * FLOAT if masked else 0
 
 
 def _shared_rows(setting: Setting, blocks: float) -> float:
@@ -299,16 +318,20 @@ class _Head:
     @classmethod
     def of(cls, setting: Setting, last: bool) -> _Head:
         """The head's gradient is float32 from the first chunk on; further chunks' products are
-        added to it. Float32: the logits twice, for the products' transposed operand or for the
-        softmax; bf16: the logits and two float32 copies (compiled kernels: none)."""
+        added to it (compiled products: at once). Float32: the logits twice, for the products'
+        transposed operand (compiled ones: once); bf16: the logits
+        and two float32 copies (compiled kernels: none)."""
         if not last:
             return cls()
         model, item = setting.model, setting.item
         words = padded_vocab(model) // setting.degrees.tensor
         rows = min(setting.cfg.loss.chunk_tokens, setting.tokens)
         gradient = FLOAT * words * model.d_model
+        compiled = _compiled(setting)
         per_logit = 2 * item if item == FLOAT else item + (0 if setting.fused else 2 * FLOAT)
-        product = item * words * model.d_model if setting.tokens > rows else 0
+        per_logit = item if compiled else per_logit
+        adds = setting.tokens > rows and not compiled
+        product = item * words * model.d_model if adds else 0
         hidden = setting.tokens * model.d_model * item
         return cls(hidden, gradient, rows * words * per_logit + product)
 

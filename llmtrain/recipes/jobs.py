@@ -6,31 +6,11 @@ import shlex
 from pathlib import Path
 
 from llmtrain.config import Duration, from_dict, to_yaml
+from llmtrain.launch.slurm import script
 from llmtrain.recipes.experiment import Experiment, Trial, slug
 
 NODES = {"small": 1, "paper": 8}
-_HEAD = """\
-#!/usr/bin/env bash
-#SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
-#SBATCH --time=24:00:00
-#SBATCH --requeue
-#SBATCH --signal=USR1@300
-#SBATCH --output=%x-%j.log
-set -euo pipefail
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR MASTER_PORT=29500 LOCAL_WORLD_SIZE=8
-# One task per GPU, so that the signal before the time limit reaches the training processes.
-code=0
-srun bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  exec llmtrain "$@"' llmtrain {command} || code=$?
-# Preempted and saved: the same script goes on.
-if [[ $code -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$code"
-"""
+GPUS = 8  # of a node
 
 
 def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> list[Path]:
@@ -50,8 +30,7 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
             jobs[name] = _command(experiment, trial, seed, out, files)
         for name, (command, wait) in jobs.items():
             job = out / f"{name}.sbatch"
-            text = _HEAD.format(name=name, nodes=NODES[scale], command=shlex.join(command))
-            job.write_text(text, encoding="utf-8")
+            job.write_text(_text(name, NODES[scale], command), encoding="utf-8")
             files.append(job)
             variable = _variable(name)
             after = f'--dependency=afterok:"${_variable(wait)}" ' if wait else ""
@@ -62,6 +41,30 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
     last.write_text("\n".join(submit) + "\n", encoding="utf-8")
     last.chmod(0o755)
     return [*files, last]
+
+
+def _text(name: str, nodes: int, command: list[str]) -> str:
+    """The job of one run; all its paths are seen from the folder of the configs."""
+    options = [
+        f"job-name={name}",
+        f"nodes={nodes}",
+        f"ntasks-per-node={GPUS}",
+        f"gpus-per-node={GPUS}",
+        "cpus-per-task=8",
+        "time=24:00:00",
+        "signal=B:USR1@300",
+        "requeue",
+        "open-mode=append",
+        "output=%x-%j.log",
+    ]
+    settings = {
+        "run": shlex.quote(f"runs/{name}"),
+        "job": f"{name}.sbatch",
+        "words": f"({shlex.join(command)})",
+        "processes": str(GPUS),
+        "gpus": str(GPUS),
+    }
+    return script(options, settings)
 
 
 def _tasks(experiment: Experiment, scale: str, out: Path, seeds: int) -> Path:

@@ -31,7 +31,7 @@ def _trials(scale: str) -> list[Trial]:
 
 def _run(scale: str, label: str) -> dict[str, Any]:
     width, depth, heads, ff = {
-        "mini": (96, 3, 4, 256),
+        "mini": (64, 2, 4, 168),
         "small": (512, 8, 8, 1376),
         "paper": (2048, 24, 32, 5461),
     }[scale]
@@ -47,14 +47,14 @@ def _run(scale: str, label: str) -> dict[str, Any]:
     sections = {"sparsity": sparse[label]} if label in sparse else {}
     if scale == "mini":
         return mini_run(
-            200,
+            600,
             model={**shape, "tie_embeddings": True},
             data={
-                "seq_len": 128,
+                "seq_len": 64,
                 "block_size": 16,
                 "weights": dict.fromkeys(MINI_SOURCES, 1.0),
             },
-            train={"duration": "200step", "global_batch_size": 8},
+            train={"duration": "600step", "global_batch_size": 8},
             eval={"every": None, "samples": 64},
             **sections,
         )
@@ -93,7 +93,6 @@ EXPERIMENT = Experiment(
         Claim("the SVD's parts beat random ones of the same sizes", LOST, BESIDE),
     ),
     baseline=DENSE,
-    seeds=2,
     costs=costs,
     corpus=byte_corpus,
 )

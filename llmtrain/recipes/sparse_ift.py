@@ -38,7 +38,7 @@ def doped_rank(width: int, sparsity: float) -> int:
 
 
 def _trials(scale: str) -> list[Trial]:
-    width, multiple = {"mini": (96, 8), "small": (768, 64), "paper": (1024, 64)}[scale]
+    width, multiple = {"mini": (64, 8), "small": (768, 64), "paper": (1024, 64)}[scale]
     half, quarter = wide(width, 0.5, multiple), wide(width, 0.75, multiple)
     static, rigl = {"density": 0.5}, {"method": "rigl", "density": 0.5, "every": "0.02dur"}
     rank = doped_rank(width, 0.5)
@@ -62,12 +62,12 @@ def _run(scale: str, width: int, sparsity: Any, adapters: Any) -> dict[str, Any]
         shape["adapters"] = adapters
     sections = {} if sparsity is None else {"sparsity": sparsity}
     if scale == "mini":
-        data = {"seq_len": 128, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
+        data = {"seq_len": 64, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
         return mini_run(
-            200,
-            model={**shape, "n_layers": 3},
+            400,
+            model={**shape, "n_layers": 2},
             data=data,
-            train={"duration": "200step", "global_batch_size": 8},
+            train={"duration": "400step", "global_batch_size": 8},
             eval={"every": None, "samples": 64},
             **sections,
         )
@@ -114,7 +114,6 @@ EXPERIMENT = Experiment(
         Claim("doped: a low-rank part helps a sparse layer", DOPED, NARROW, decides=False),
     ),
     baseline=DENSE,
-    seeds=2,
     costs=costs,
     corpus=byte_corpus,
 )

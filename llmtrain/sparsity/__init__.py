@@ -7,15 +7,9 @@
 """
 
 from llmtrain.linear import Mask
-from llmtrain.sparsity.auto import (
-    SMALLEST_SPARSE,
-    Case,
-    Choice,
-    cases_of,
-    choice_lines,
-    pick_products,
-)
+from llmtrain.sparsity.auto import SMALLEST_SPARSE, pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
+from llmtrain.sparsity.case import Case, Choice, cases_of, choice_lines
 from llmtrain.sparsity.choose import (
     best_kept,
     block_scores,
@@ -27,6 +21,8 @@ from llmtrain.sparsity.choose import (
 )
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 from llmtrain.sparsity.masks import Masks
+from llmtrain.sparsity.on_gpu import kinds_of
+from llmtrain.sparsity.product_text import product_lines
 from llmtrain.sparsity.schedule import (
     cubic_density,
     density_of_step,
@@ -52,12 +48,14 @@ __all__ = [
     "choice_lines",
     "cubic_density",
     "density_of_step",
+    "kinds_of",
     "largest",
     "mean_density",
     "pack_bits",
     "packed_dim",
     "parse_granularity",
     "pick_products",
+    "product_lines",
     "prune_again",
     "random_kept",
     "random_keys",

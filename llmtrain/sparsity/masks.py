@@ -9,17 +9,21 @@ that every rank comes to the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
 from llmtrain.parallel import Layout, local_boxes
-from llmtrain.sparsity.auto import Case, Choice, case_of, pick_products
+from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
+from llmtrain.sparsity.case import Case, Choice, case_of, choice_lines, semi_of_mask
 from llmtrain.sparsity.choose import best_kept, block_scores, prune_again, random_kept
+from llmtrain.sparsity.on_gpu import kinds_of
 from llmtrain.sparsity.select import Sparse, packed_dim
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -112,16 +116,35 @@ class Masks:
     def install(self, seed: int = 0, names: Iterable[str] | None = None) -> None:
         """Let layers compute with their masks. seed: of the second pruning, where ``double``."""
         names = list(self.layers if names is None else names)
-        self._choose(names)
+        backs = {name: self._second(name, seed) if self.double else None for name in names}
+        self._choose(names, backs)
         for name in names:
-            back = self._second(name, seed) if self.double else None
-            chosen = self.choices.get(self.cases[name]) if name in self.cases else None
-            sparse = self.products == "sparse" if chosen is None else chosen.faster
-            self.layers[name].set_mask(self.mask(name), back, sparse=sparse)
+            sparse, kind = self._product(name)
+            self.layers[name].set_mask(self.mask(name), backs[name], sparse=sparse, kind=kind)
 
-    def _choose(self, names: Iterable[str]) -> None:
-        """Decide where sparse products are faster, if asked to. Collective."""
-        if self.products != "auto" or self.double or self.device.type != "cpu":
+    def _product(self, name: str) -> tuple[bool, str]:
+        """Whether a layer gets sparse products, and which of a GPU's. Raises ConfigError where they
+        were asked for by name and its mask has none."""
+        wanted = self.products == "sparse"
+        if name not in self.cases:
+            return wanted, ""
+        chosen = self.choices[self.cases[name]]
+        if not wanted or not chosen.reason:
+            return wanted or chosen.faster, chosen.kind
+        kinds, reason = kinds_of(self.cases[name], self.device)
+        if not kinds:
+            raise ConfigError(f"sparsity.products: sparse: {name}: {reason}; use auto")
+        return True, kinds[0]
+
+    def lines(self) -> list[str]:
+        """What was chosen, in words; nothing where there was no choice."""
+        return choice_lines(self.cases, self.choices) if self.products == "auto" else []
+
+    def _choose(self, names: Iterable[str], backs: Mapping[str, Mask | None]) -> None:
+        """Decide where sparse products are faster, if asked to, and on a GPU by which ones.
+        Collective."""
+        on_cpu = self.device.type == "cpu"
+        if self.products == "dense" or (on_cpu and (self.double or self.products == "sparse")):
             return
         for name in names:
             kept, matmul = self.kept[name], self.layers[name].matmul
@@ -129,9 +152,15 @@ class Masks:
                 continue  # FP8 and the like are always dense
             density = float(kept.double().mean()) if kept.numel() else 1.0
             box, block = self._boxes[name][1], self.sparse[name].granularity.block
-            self.cases[name] = case_of(box, block, density, matmul.dtype)
+            case = case_of(box, block, density, matmul.dtype)
+            if not on_cpu and block == (1, 1):
+                back = backs[name]
+                second = None if back is None else back.kept
+                case = replace(case, semi=semi_of_mask(kept, second))
+            self.cases[name] = case
         new = set(self.cases.values()) - self.choices.keys()
-        self.choices |= pick_products(new, self.layout.world.cpu_group)
+        gpu = None if on_cpu else self.device
+        self.choices |= pick_products(new, self.layout.world.cpu_group, gpu)
 
     def mask(self, name: str) -> Mask:
         """The mask of this rank's part of a layer."""

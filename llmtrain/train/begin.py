@@ -10,13 +10,14 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
+from llmtrain.checkpoint.remote import Mirror
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
 from llmtrain.data.loader import heldout_sets
 from llmtrain.data.plan import build_plan
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model, set_magnitudes
+from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import resolve_precision
 from llmtrain.train.clockwork import Clockwork
@@ -31,10 +32,20 @@ Warn = Callable[[str], None]
 
 
 def begins_anew(cfg: RunConfig, folder: Path, ranks: Ranks) -> bool:
-    """Whether there is nothing to resume from. folder: of the run's checkpoints; collective."""
+    """Whether there is nothing to resume from, not in the object store either; collective.
+
+    folder: of the run's checkpoints. Raises LlmtrainError when the store cannot be read.
+    """
     if cfg.checkpoint.resume != "auto":
         return cfg.checkpoint.resume == "never"
-    return ranks.on_main(lambda: not scan(folder))
+
+    def nothing() -> bool:
+        if scan(folder):
+            return False
+        place = cfg.checkpoint.remote
+        return place is None or not Mirror(place, cfg.name, cfg.checkpoint.remote_keep).steps()
+
+    return ranks.on_main(nothing)
 
 
 def find_init(setting: Setting, warn: Warn) -> Path | None:
@@ -130,7 +141,7 @@ def begin_with(module: TrainModule, path: Path, init: InitConfig, world: World) 
         raise ConfigError(f"init.path: {error}") from error
     if not any(ADAPTER in key for key in stored):
         # The frozen weights are others than those that these were first taken of.
-        set_magnitudes(module.model)
+        module.set_magnitudes()
 
 
 def apart(module: TrainModule) -> tuple[str, ...]:

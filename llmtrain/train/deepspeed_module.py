@@ -8,6 +8,7 @@ so checkpoints are the same files whichever engine wrote them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.linear import LowRank
 from llmtrain.loss import LossOutput
 from llmtrain.model import (
     Block,
     Decoder,
     apply_recompute,
     check_tensor_degree,
+    frozen_lengths,
+    hidden_layers,
     init_weights,
     keep_own_parts,
     param_roles,
@@ -29,7 +33,7 @@ from llmtrain.model import (
     tensor_placements,
 )
 from llmtrain.optim import build_groups, build_optimizer, create_state, set_learning_rate
-from llmtrain.parallel import Layout
+from llmtrain.parallel import Layout, local_boxes
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.zero import (
     ensure_group,
@@ -66,7 +70,9 @@ class DeepSpeedModule(TrainModule):
         apply_recompute(model, cfg.train.recompute)
         self.roles = param_roles(model)
         boxes = _cut(model, layout)
+        self._gathering: Any = None
         if config["zero_optimization"]["stage"] == 3:
+            self._gathering = deepspeed.zero.GatheredParameters
             partition_parameters(deepspeed, model, layout, config, precision.compute)
             _declare_gathering(deepspeed, model)
             if not model.embedding.weight.requires_grad:
@@ -83,6 +89,7 @@ class DeepSpeedModule(TrainModule):
         create_state(self.optimizer, self.zero.masters)
         init_weights(model, cfg.seed, self.zero.named(self.zero.masters) | self.frozen())
         self.zero.publish()
+        self.set_magnitudes()
 
     def _micro_batch_counts(self) -> tuple[int, int]:
         """(sequences per micro-batch, micro-batches per step) of a rank."""
@@ -130,6 +137,26 @@ class DeepSpeedModule(TrainModule):
 
     def weights_changed(self) -> None:
         """Cast the masters into the parameters of all ranks."""
+        self.zero.publish()
+
+    @torch.no_grad()
+    def set_magnitudes(self) -> None:
+        """As there, into the masters; ZeRO 3 gathers a layer at a time. Collective."""
+        masters, decoder = self.weights(), self.model.module
+        assert isinstance(decoder, nn.Module)
+        for name, layer in hidden_layers(decoder):
+            side = layer.adapter
+            if not isinstance(side, LowRank) or side.magnitude is None:
+                continue
+            # Lengths of weights that the engine fills anew are not to be remembered.
+            side.sharded = True
+            key = f"{name}.adapter.magnitude.weight"
+            box = self.zero.box(key)
+            with nullcontext() if self._gathering is None else self._gathering([layer.weight]):
+                length = frozen_lengths(layer, box.offset[0], box.part[0])
+            for values, offset in local_boxes(masters[key]):
+                start = offset[0] - box.offset[0]
+                values.copy_(length[start : start + len(values)])
         self.zero.publish()
 
     def sum_over_parts(self, values: Tensor) -> Tensor:

@@ -31,10 +31,8 @@ from llmtrain.parallel.mesh import resolve_degrees
 from llmtrain.parallel.world import pick_device
 from llmtrain.planner import Setting
 from llmtrain.sparsity import (
-    cases_of,
     check_cuts,
-    choice_lines,
-    pick_products,
+    product_lines,
     sparse_layers,
     sparsity_lines,
     training_flops,
@@ -64,7 +62,7 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     layout = layout_lines(setting)
     sections = [
         [hardware],
-        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting),
+        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting, world is not None),
         _length_lines(cfg, times, model_cfg),
         ["data:", *("  " + line for line in plan.tree().splitlines())],
         layout,
@@ -117,7 +115,7 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
     return lines
 
 
-def _sparse_lines(setting: Setting) -> list[str]:
+def _sparse_lines(setting: Setting, elsewhere: bool) -> list[str]:
     """How sparse layers are stored, and which products they get, timed where this machine has not
     done so before."""
     section, on_cpu = setting.cfg.sparsity, setting.on_cpu
@@ -125,17 +123,14 @@ def _sparse_lines(setting: Setting) -> list[str]:
         return []
     dense = why_dense(setting.cfg, setting.degrees, on_cpu)
     how = f"with their zeros ({dense})" if dense else "kept weights alone, moments for them only"
-    return [f"sparse layers are stored {how}", *_product_lines(setting, section, on_cpu)]
+    return [f"sparse layers are stored {how}", *_product_lines(setting, section, elsewhere)]
 
 
-def _product_lines(setting: Setting, section: SparsityConfig, on_cpu: bool) -> list[str]:
+def _product_lines(setting: Setting, section: SparsityConfig, elsewhere: bool) -> list[str]:
+    on_cpu = setting.on_cpu
     layers = sparse_layers(setting.model, section)
-    if section.products != "auto" or not on_cpu or setting.cfg.train.compile:
-        kind = section.products if section.products != "auto" and on_cpu else "dense"
-        return [f"products of {len(layers)} sparse layers: {kind}"]
-    cases = cases_of(layers, setting.cfg.parallel.tensor, setting.precision.compute)
-    choices = pick_products(cases.values())
-    return ["products of sparse layers:", *("  " + t for t in choice_lines(cases, choices))]
+    gpu = None if on_cpu or elsewhere else pick_device(setting.cfg.device, 0)
+    return product_lines(setting.cfg, layers, setting.precision.compute, on_cpu, gpu)
 
 
 def _scaling_lines(cfg: RunConfig, model_cfg: ModelConfig) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.batch import Batch
-from llmtrain.linear import Compact, Linear
+from llmtrain.linear import Compact, Linear, summing_gradients
 from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
@@ -23,6 +23,7 @@ from llmtrain.model import (
     packed_names,
     param_roles,
     rate_factors,
+    set_magnitudes,
 )
 from llmtrain.ops import token_keys
 from llmtrain.optim import (
@@ -256,7 +257,8 @@ class TrainModule:
         set_gradient_sync(self.model, last=last)
 
     def _backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        with summing_gradients():
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:
         if self.apart:
@@ -333,6 +335,10 @@ class TrainModule:
     def weights_changed(self) -> None:
         """Let forward see what was written to ``weights``."""
         release_gathered(self.model)
+
+    def set_magnitudes(self) -> None:
+        """Let the lengths that DoRA trains begin as those of the frozen rows. Collective."""
+        set_magnitudes(self.model)
 
     def sum_over_parts(self, values: Tensor) -> Tensor:
         """Sums over whole weights from sums over this rank's parts: float64 [weights, ...]."""

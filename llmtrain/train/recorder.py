@@ -139,12 +139,12 @@ class Recorder:
         slow = ranks.slow(self.cfg.train.watchdog.slow)
         again = [rank for rank in slow if rank in self._slow]
         if again and again != self._named:
-            middle = ranks.record()["own_median"]
-            named = ", ".join(f"rank {r} ({ranks.own[r] / middle:.2f} x)" for r in again[:8])
+            factors = ranks.factors()
+            named = ", ".join(f"rank {r} ({factors[r]:.2f} x)" for r in again[:8])
             self.event(
                 step,
-                f"slow: {named} in own work against the median of {middle:.3g} s; the others "
-                f"wait most for rank {ranks.awaited}",
+                f"slow: {named} in own work against the median; the others wait most for rank "
+                f"{ranks.awaited}",
             )
         self._slow, self._named = slow, again
 

@@ -107,6 +107,9 @@ def _train(cfg: RunConfig, world: World, signals: SignalWatch) -> None:
         evaluation = Evaluation(cfg, heldout_sets(cfg, plan.catalogue))
         if not anew:
             check_hooks(hooks, cfg, plan)
+            if resume is None:  # no copy in the object store can be used
+                begun = find_init(setting, console.warn)
+                find_needed(setting, hooks, {}, console.warn)
         if resume is not None:
             check_states(hooks, resume.extra["hooks"])
             find_needed(setting, hooks, resume.extra["hooks"], console.warn)

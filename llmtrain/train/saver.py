@@ -60,8 +60,9 @@ class Saver:
         # Read now: a file that goes away during the run must not cost the first checkpoint.
         self._tokenizer = plan.catalogue.tokenizer_files()
         self.mirror: Mirror | None = None
-        if cfg.checkpoint.remote is not None and world.is_main:
-            self.mirror = Mirror(cfg.checkpoint.remote, cfg.name, cfg.checkpoint.remote_keep)
+        if (place := cfg.checkpoint.remote) is not None:
+            ranks = Ranks(world.cpu_group)
+            self.mirror = Mirror(place, cfg.name, cfg.checkpoint.remote_keep, ranks)
         self.has_any = False
         self.snapshots: Snapshots | None = None
         if cfg.checkpoint.snapshot_every is not None:
@@ -124,7 +125,7 @@ class Saver:
         return saved
 
     def copied(self, last: bool = False) -> list[Copied]:
-        """Copies in the object store since the last call. last: wait for all. Main rank only."""
+        """Copies in the object store since the last call. last: wait for all."""
         if self.mirror is None:
             return []
         return self.mirror.finish() if last else self.mirror.poll()
@@ -152,8 +153,8 @@ class Saver:
 
         Raises CheckpointError or DataError when the run cannot go on from there.
         """
-        if self.cfg.checkpoint.remote is not None and self.cfg.checkpoint.resume != "never":
-            self._bring_home()
+        if self.mirror is not None and self.cfg.checkpoint.resume != "never":
+            self.checkpointer.with_store(self.mirror.bring_home)
         resume, chosen = self._resolve()
         if resume.path is None or chosen:
             self._life = Ranks(self.world.cpu_group).on_main(lambda: secrets.token_hex(8))
@@ -173,11 +174,6 @@ class Saver:
             return point
         self._life = point.life
         return self._newer_snapshot(point)
-
-    def _bring_home(self) -> None:
-        # Only the main rank has one, and only there it is used.
-        mirror = self.mirror
-        self.checkpointer.on_store(lambda store: mirror and mirror.bring_home(store))
 
     def _newer_snapshot(self, point: ResumePoint) -> ResumePoint:
         """``point``, or a snapshot that is further on the same course."""

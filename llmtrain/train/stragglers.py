@@ -4,7 +4,8 @@ Waiting is the time that the main thread spends in ``Work.wait``, through which 
 torch goes that a process waits for on the CPU: all of gloo's, and with NCCL the exchange over gloo
 in front of each step. Own work is the rest of the time. On a GPU most waiting happens inside the
 step's kernels and does not show; there own work is the time of a few fixed products, which finds a
-GPU that is slow (hot, throttled, shared) under any layout.
+GPU that is slow (hot, throttled, shared) under any layout. A rank whose process is late to the step
+(its data, its hooks) is found by what the others wait for it in the exchange in front of each step.
 """
 
 from __future__ import annotations
@@ -20,15 +21,21 @@ from torch._C._distributed_c10d import Work
 
 from llmtrain.parallel import World
 
-_PROBES, _SIDE = 4, 4096
+# Longer than the turns that processes take on a GPU which they share, a few milliseconds.
+_PROBES, _SIDE = 16, 4096
 
 
 @dataclass(frozen=True)
 class Stragglers:
-    """Seconds of every rank since the last log line, by rank. own: work; waited: for others."""
+    """Seconds of every rank since the last log line, by rank.
+
+    own: work, on a GPU of the fixed products; waited: for others; busy: all but waiting, on a CPU
+    the same as own.
+    """
 
     own: list[float]
     waited: list[float]
+    busy: list[float]
 
     @property
     def slowest(self) -> int:
@@ -40,16 +47,26 @@ class Stragglers:
         """The rank that waits least, and so is waited for."""
         return min(range(len(self.waited)), key=lambda rank: self.waited[rank])
 
+    def factors(self) -> list[float]:
+        """Of each rank: how many times the median its work is, or what it does but wait.
+
+        1 where that is within a twentieth of the time.
+        """
+        spent = max(busy + waited for busy, waited in zip(self.busy, self.waited, strict=True))
+        kinds = [(self.busy, 0.05 * spent)]
+        if self.own != self.busy:
+            kinds.append((self.own, 0.05 * max(self.own)))
+        found = [1.0] * len(self.own)
+        for times, least in kinds:
+            middle = statistics.median_low(times)
+            for rank, seconds in enumerate(times):
+                if seconds - middle > least:
+                    found[rank] = max(found[rank], seconds / middle)
+        return found
+
     def slow(self, factor: float) -> list[int]:
-        """Ranks whose own work takes more than ``factor`` times the median, and so much more that
-        it is a twentieth of the time."""
-        middle = statistics.median_low(self.own)
-        least = 0.05 * (self.own[self.slowest] + self.waited[self.slowest])
-        return [
-            rank
-            for rank, own in enumerate(self.own)
-            if own > factor * middle and own - middle > least
-        ]
+        """Ranks that take more than ``factor`` times the median."""
+        return [rank for rank, own in enumerate(self.factors()) if own > factor]
 
     def record(self) -> dict[str, float]:
         """As numbers for the metrics."""
@@ -113,22 +130,24 @@ class Stopwatch:
         if self._before is None:
             return None
         self.pause()
-        own = self._whole - self._waited
+        size, rank = self._world.size, self._world.rank
+        own = busy = self._whole - self._waited
         if self._world.device.type == "cuda":
-            own = _probe(self._world.device)
-        slots = [0.0] * (2 * self._world.size)
-        slots[self._world.rank], slots[self._world.size + self._world.rank] = own, self._waited
+            own = probe(self._world.device)
+        slots = [0.0] * (3 * size)
+        slots[rank::size] = own, self._waited, busy
         slots = self._world.sum(slots)
         self._whole = self._waited = 0.0
         self.resume()
-        return Stragglers(slots[: self._world.size], slots[self._world.size :])
+        return Stragglers(slots[:size], slots[size : 2 * size], slots[2 * size :])
 
 
-def _probe(device: torch.device) -> float:
+def probe(device: torch.device) -> float:
     """Seconds of a few products of 4096 x 4096 in bf16 on this GPU."""
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
     event: Any = torch.cuda.Event
     start, end = (event(enable_timing=True) for _ in range(2))
+    a @ a  # the library's start-up, once a process
     start.record()
     for _ in range(_PROBES):
         a @ a

@@ -102,14 +102,17 @@ SPLIT |= {"ZeRO-3": ["parallel.engine=deepspeed", "parallel.zero_stage=3"]}
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", SPLIT)
-def test_other_layouts_go_on(layout: str, runs: Path) -> None:
-    """Begun and saved on two ranks, of either engine, resumed on one process."""
+def test_other_layouts_go_on(layout: str, runs: Path, tmp_path: Path) -> None:
+    """Begun and saved on two ranks, of either engine, resumed on one process from the copy."""
     config = str(next(runs.parent.glob("*.yaml")))
-    words = [*ADAPTED, f"init.path={runs}/tiny", f"name={layout}"]
+    words = [*ADAPTED, f"init.path={runs}/tiny", f"name={layout}", f"checkpoint.remote={tmp_path}"]
     split = [*words, "train.stop_after=2step", *SPLIT[layout]]
     assert run_ranks(2, lambda rank: on_rank(rank, config, split)) == [0, 0]
+    before = records(runs / layout)
+    shutil.rmtree(runs / layout)
     assert main(["train", config, *words]) == 0
-    for one, other in zip(records(runs / "few"), records(runs / layout), strict=True):
+    rows = [*before, *records(runs / layout)]
+    for one, other in zip(records(runs / "few"), rows, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
 
 
@@ -238,7 +241,6 @@ ZERO = ["parallel.engine=deepspeed"]
         ([], "checkpoint.save: trainable needs model.adapters"),
         (["model.adapters.rank=2"], "checkpoint.save: trainable needs init.path"),
         (["model.adapters.rank=2", *ZERO], "keeps frozen weights in the compute dtype, needs the"),
-        (["model.adapters.kind=dora", *ZERO], "model.adapters.kind: dora reads whole rows of"),
     ],
 )
 def test_nothing_to_refer_to(
@@ -248,3 +250,42 @@ def test_nothing_to_refer_to(
     assert main(["train", str(config), *words, "checkpoint.save=trainable", "name=bad"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (runs / "bad").exists()
+
+
+def test_the_base_goes_to_the_object_store_and_comes_back(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run and base are lost: the same command goes on, with the digits of the undisturbed run."""
+    config, base, out = str(next(runs.parent.glob("*.yaml"))), tmp_path / "tiny", tmp_path / "runs"
+    shutil.copytree(runs / "tiny", base)
+    words = [*ADAPTED, f"init.path={base}", "name=sent", f"out={out}"]
+    words = ["train", config, *words, f"checkpoint.remote={tmp_path}/remote"]
+    assert main([*words, "train.stop_after=2step"]) == 0
+    wanted = json.loads((out / "sent/checkpoints/step-00000002/base.json").read_text())
+    (copied,) = (tmp_path / "remote/sent").glob("base-*")
+    assert copied.name == f"base-{wanted['content']}"
+    # What adapters do not need of their base stays where it is.
+    assert not list(copied.glob("optim-*")) and list(copied.glob("model-*"))
+    first = {p.name: p.stat().st_mtime_ns for p in copied.iterdir()}
+    shutil.rmtree(base)
+    shutil.rmtree(out)
+    assert main(words) == 0
+    few, ours = records(runs / "few"), records(out / "sent")
+    assert [r["loss"] for r in few[2:]] == [r["loss"] for r in ours]
+    last = out / "sent/checkpoints/step-00000004"
+    assert verify(last) == [] and (last.parent / copied.name).is_dir()
+    assert {p.name: p.stat().st_mtime_ns for p in copied.iterdir()} == first  # once is enough
+    # Without a copy of the base nothing begins anew in silence.
+    shutil.rmtree(out)
+    (copied / "COMPLETE").unlink()
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert wanted["content"] in said and "neither there nor at" in said and str(out) in said
+    damaged = next(copied.glob("model-*"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(bytes(data))
+    names = sorted(path.name for path in copied.iterdir())
+    (copied / "COMPLETE").write_text(json.dumps({"files": names, "permanent": True}))
+    assert main(words) == 2 and "is damaged" in capsys.readouterr().err

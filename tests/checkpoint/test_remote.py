@@ -12,12 +12,19 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers.killed import weights
+from helpers.ranks import run_ranks
+from helpers.stored import bits
 from helpers.tiny import make_corpus, records, tiny_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from llmtrain.checkpoint import Checkpointer, Store, remote, verify
-from llmtrain.checkpoint.remote import COMPLETE, Mirror
+from llmtrain.checkpoint import Checkpointer, Store, objects, verify
+from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.objects import COMPLETE
+from llmtrain.checkpoint.remote import Mirror
 from llmtrain.cli.main import main
 from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError, EnvironmentFault
@@ -68,7 +75,7 @@ def empty() -> None:
 
 
 def mirror(waits: list[float], keep: int = 2) -> Mirror:
-    return Mirror("flaky://bucket/runs", "tiny", keep, waits.append)
+    return Mirror("flaky://bucket/runs", "tiny", keep, wait=waits.append)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -97,7 +104,7 @@ def test_a_store_that_fails_now_and_then_gets_every_copy(tmp_path: Path) -> None
     store.open()
     assert copies.bring_home(store) == 4
     assert verify(tmp_path / "b" / "step-00000004") == []
-    assert weights(tmp_path / "b" / "step-00000004") == weights(tmp_path / "a" / "step-00000004")
+    assert bits(tmp_path / "b" / "step-00000004") == bits(tmp_path / "a" / "step-00000004")
     assert copies.bring_home(store) is None
     store.close()
 
@@ -130,7 +137,7 @@ def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
     name = next(n for n in Flaky.store if "step-00000002/model" in n)
     data = bytearray(Flaky.store[name].getvalue())
     data[-3] ^= 1
-    copies._fs.pipe_file(name, bytes(data))
+    copies.objects.fs.pipe_file(name, bytes(data))
     store = Store(tmp_path / "b")
     store.open()
     assert copies.bring_home(store) == 1
@@ -144,15 +151,21 @@ def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
 def test_an_address_nobody_knows() -> None:
     with pytest.raises(EnvironmentFault, match=r"checkpoint\.remote: nowhere addresses"):
         Mirror("nowhere://bucket", "tiny", 2)
-    with pytest.raises(EnvironmentFault) as refused:
-        Mirror("sftp://me:secret@host/runs", "tiny", 2)
-    assert "secret" not in str(refused.value)
+    for address in (
+        "sftp://me:secret@host/runs", "abfs://a:secret@b.host/runs", "s3://bucket/runs?sig=secret"
+    ):  # fmt: skip
+        with pytest.raises(EnvironmentFault, match="credentials by the env") as refused:
+            Mirror(address, "tiny", 2)
+        assert "secret" not in str(refused.value)
+    assert Mirror("flaky://bucket/me@home", "tiny", 2).steps() == []
+    with pytest.raises(EnvironmentFault, match="abfs addresses cannot be used"):
+        Mirror("abfs://container@account.host/runs", "tiny", 2)  # no secret; adlfs is not there
 
 
 def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(objects, "FIRST_WAIT", 0.001)
     changes: dict[str, Any] = {
         "train__duration": "6step",
         "eval__every": None,
@@ -170,7 +183,7 @@ def test_a_run_whose_folder_is_lost_comes_back_from_the_store(
     assert main(["train", str(config)]) == 0
     assert [record["step"] for record in records(run)] == [5, 6]
     last = "checkpoints/step-00000006"
-    assert weights(run / last) == weights(tmp_path / "runs" / "straight" / last)
+    assert bits(run / last) == bits(tmp_path / "runs" / "straight" / last)
     assert any("step-00000006/COMPLETE" in name for name in Flaky.store)
 
 
@@ -194,7 +207,7 @@ def test_a_disk_that_fills_up_keeps_the_newest_good_one(
 def test_a_folder_takes_copies_and_a_marker_that_is_not_ours_counts_for_nothing(
     tmp_path: Path,
 ) -> None:
-    copies = Mirror(f"{tmp_path}/remote", "tiny", 5, [].append)
+    copies = Mirror(f"{tmp_path}/remote", "tiny", 5, wait=lambda seconds: None)
     for step, path in enumerate(saved(tmp_path / "a", range(1, 4)), 1):
         copies.push(path, step)
     assert [one.problem for one in copies.finish()] == [None] * 3
@@ -224,3 +237,64 @@ def test_copies_of_a_beginning_that_was_given_up_do_not_come_home(
     run = tmp_path / "runs" / "tiny"
     (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
     assert event["text"] != "resumed from step-00000003"
+
+
+def halves(rank: int, step: int) -> dict[str, torch.Tensor]:
+    """A tensor of which each of two ranks holds, and so writes, the half."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(30.0).reshape(10, 3) * step
+    return {"model.w": distribute_tensor(whole, mesh, [Shard(0)])}
+
+
+def copying(rank: int, folder: Path) -> dict[str, Any]:
+    """Two ranks save and copy; at step 2 the store fails for the second one."""
+    put: list[str] = []
+    broken = [False]
+    real = LocalFileSystem.put_file
+
+    def put_file(self: Any, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        if broken[0] and rank == 1:
+            raise ConnectionResetError("the wire is cut")
+        put.append(rpath.rpartition("/")[2])
+        real(self, lpath, rpath, *args, **kwargs)
+
+    LocalFileSystem.put_file = put_file
+    ranks = Ranks(dist.new_group(backend="gloo"))
+    copies = Mirror(str(folder / "remote"), "tiny", 2, ranks, wait=lambda seconds: None)
+    ended = []
+    with Checkpointer(folder / "a", SAVING, ranks.group) as checkpoints:
+        for step in (1, 2, 3):
+            broken[0] = step == 2
+            checkpoints.save(step, halves(rank, step))
+            copies.push(folder / "a" / f"step-{step:08d}", step)
+            ended += copies.finish()
+            if step == 2:
+                assert copies.steps() == [1]
+    with Checkpointer(folder / "b", SAVING, ranks.group) as checkpoints:
+        brought = checkpoints.with_store(copies.bring_home)
+        again = checkpoints.with_store(copies.bring_home)
+        loaded = halves(rank, 0)
+        checkpoints.load(folder / "b" / "step-00000003", loaded)
+        same = torch.equal(
+            loaded["model.w"].full_tensor(), halves(rank, 3)["model.w"].full_tensor()
+        )
+    return {"put": put, "problems": [one.problem for one in ended], "home": [brought, again, same]}
+
+
+@pytest.mark.dist
+def test_every_rank_copies_its_own_files_and_one_that_fails_leaves_no_marker(
+    tmp_path: Path,
+) -> None:
+    first, second = run_ranks(2, copying, tmp_path)
+    for rank, found in enumerate((first, second)):
+        own = [name for name in found["put"] if name.startswith("model-")]
+        assert own == [f"model-0000{rank}-of-00002.safetensors"] * (3 - rank)
+        assert [problem is None for problem in found["problems"]] == [True, False, True]
+        assert "failed 5 times" in found["problems"][1] and "(rank 1 of 2)" in found["problems"][1]
+        assert found["home"] == [3, None, True]
+    assert "checksums.json" in first["put"] and "checksums.json" not in second["put"]
+    # The next copy clears away what the failed one left.
+    assert {path.name for path in (tmp_path / "remote/tiny").iterdir()} == {
+        "step-00000001", "step-00000003"
+    }  # fmt: skip
+    assert not list((tmp_path / "a").glob(".up-*"))

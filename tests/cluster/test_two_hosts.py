@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from helpers.hosts import Hosts, possible
-from helpers.killed import Run, weights
-from helpers.tiny import make_corpus, records, tiny_config
+from helpers.stored import bits
+from helpers.tiny import llmtrain, make_corpus, records, tiny_config
 
 pytestmark = [
     pytest.mark.cluster,
@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on two processes of one host, undisturbed; beside it the config."""
     folder = tmp_path_factory.mktemp("straight")
     config = tiny_config(folder, make_corpus(folder, documents=40), **CHANGES)
-    assert Run(config, ranks=2).wait() == [0, 0]
+    assert llmtrain("train", str(config), ranks=2).returncode == 0
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_cut_shorter_than_the_timeout_costs_nothing(straight: Path, tmp_path: 
     assert not [e for e in records(run, "event") if "resumed" in e["text"]]
     same_course(run, straight, exact=True)
     last = f"checkpoints/step-{STEPS:08d}"
-    assert weights(run / last) == weights(straight / "runs" / "tiny" / last)
+    assert bits(run / last) == bits(straight / "runs" / "tiny" / last)
 
 
 def test_a_cut_longer_than_the_timeout_is_said_and_the_run_goes_on(

@@ -70,7 +70,15 @@ ADAPTED = dataclasses.replace(
     case(2, tie_embeddings=True, adapters=AdapterConfig(rank=3, rank_pattern={"v": 2})),
     optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"])),
 )
+DORA = dataclasses.replace(
+    ADAPTED,
+    model=(
+        *case(2, adapters=AdapterConfig("dora", rank=3, targets=["k", "v", "out", "mlp"])).model,
+    ),
+)
 RUNS |= {
+    "DoRA, ZeRO-2": (DORA, 2, zero(2)),
+    "DoRA, ZeRO-3 x TP2+SP": (DORA, 4, zero(3, tensor=2)),
     "adapters, ZeRO-1": (ADAPTED, 2, zero(1)),
     "adapters, ZeRO-2": (ADAPTED, 2, zero(2)),
     "adapters, ZeRO-3 x TP2+SP": (ADAPTED, 4, zero(3, tensor=2)),
@@ -84,7 +92,7 @@ def test_a_few_steps(run: str) -> None:
         # Frozen weights are no state of the engine.
         expected = alone(what)
         kept = {name: expected.weights[name] for name in ours.weights}
-        assert ours.weights and (what is ADAPTED or kept.keys() == expected.weights.keys())
+        assert ours.weights and (what in (ADAPTED, DORA) or kept.keys() == expected.weights.keys())
         assert_same(ours, dataclasses.replace(expected, weights=kept))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.killed import Run, weights
-from helpers.tiny import records, tiny_config
+from helpers import warm
+from helpers.stored import bits
+from helpers.tiny import environment, records, tiny_config
 
 from llmtrain.checkpoint import snapshot
 from llmtrain.checkpoint.coordination import Ranks
@@ -31,27 +32,36 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.dist
 def test_killed_between_checkpoints_goes_on_from_the_last_step(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Path
 ) -> None:
     ranks, memory = 2, tmp_path / "memory"
     memory.mkdir()
-    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
+    there_instead = (
+        "from pathlib import Path; from llmtrain.checkpoint import snapshot\n"
+        f"snapshot.SHARED_MEMORY = Path({str(memory)!r})"
+    )
+
+    def begun(*words: str) -> warm.Running:
+        line = ("train", str(config), *words)
+        return warm.start(line, ranks, environment(), 120.0, there_instead)
+
     config = tiny_config(tmp_path, corpus, **CHANGES)
-    assert Run(config, ["name=straight"], ranks).wait() == [0] * ranks
+    assert begun("name=straight").wait().returncode == 0
     assert list(memory.iterdir()) == []
     run = tmp_path / "runs" / "tiny"
-    first = Run(config, ranks=ranks)
+    first = begun()
     end = time.monotonic() + 60
     while not there(memory, "rank-0-step-00000007"):
-        assert not first.over() and time.monotonic() < end, first.output.read_text()
+        assert first.runs() and time.monotonic() < end, first.said()
+        time.sleep(0.002)
     first.send()
-    assert first.wait() == [-9] * ranks
-    second = Run(config, ranks=ranks)
-    assert second.wait() == [0] * ranks, second.output.read_text()
+    assert first.wait().returncode == 1
+    second = begun().wait()
+    assert second.returncode == 0, second.stderr
     (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
     assert event["text"] == "resumed from a snapshot in memory" and event["step"] >= 6
     last = f"checkpoints/step-{STEPS:08d}"
-    assert weights(run / last) == weights(tmp_path / "runs" / "straight" / last)
+    assert bits(run / last) == bits(tmp_path / "runs" / "straight" / last)
     assert [r["step"] for r in records(run)] == list(range(1, STEPS + 1))
     assert list(memory.iterdir()) == []
 

@@ -115,6 +115,7 @@ def test_generate_takes_several_prompts_and_ends_at_the_context(
         (["generate", "{run}", "--prompt", "a", "--tokens", "0"], "--tokens"),
         (["eval", "{run}", "eval.sampels=2"], "samples"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "nan"], "--temperature must be"),
+        (["generate", "{run}", "--prompt", "a", "--merge"], "has no adapters; leave it out"),
         (["compare", "{run}", "{run}", "--out", __file__], "test_eval_commands.py is a file"),
     ],
 )

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.killed import Run, weights
-from helpers.tiny import tiny_config
+from helpers import warm
+from helpers.stored import bits
+from helpers.tiny import environment, tiny_config
 
 from llmtrain.checkpoint import scan, verify
 
@@ -53,6 +54,11 @@ def at_call(number: int, action: Callable[[Any], None], again: bool = False) -> 
 def die(_: Any) -> None:
     """As by kill -9."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pause(_: Any) -> None:
+    """As on a slow disk."""
+    time.sleep(0.02)
 
 
 def fail(code: int) -> Callable[[Any], None]:
@@ -94,18 +100,16 @@ class Trajectory:
             self._damage(kind)
             kind = "kill at call"
         number = self.draw.randrange(1, 90)
-        prepare: dict[str, Callable[[int], None]] = {
-            "kill at call": lambda rank: at_call(number, die),
-            "kill on a slow disk": lambda rank: at_call(1, lambda _: time.sleep(0.02), again=True),
-            "full": lambda rank: at_call(number, fail(errno.ENOSPC), again=True),
-            "read-only": lambda rank: at_call(number, fail(errno.EROFS), again=True),
-            "broken disk": lambda rank: at_call(number, fail(errno.EIO)),
+        before = {
+            "kill at call": f"at_call({number}, die)",
+            "kill on a slow disk": "at_call(1, pause, again=True)",
+            "full": f"at_call({number}, fail({errno.ENOSPC}), again=True)",
+            "read-only": f"at_call({number}, fail({errno.EROFS}), again=True)",
+            "broken disk": f"at_call({number}, fail({errno.EIO}))",
         }
-        run = Run(self.config, prepare=prepare.get(kind, lambda rank: None))
+        run = self._start(before.get(kind, ""))
         self._meanwhile(kind, run)
-        (code,) = run.wait()
-        self.runs += 1
-        said = run.output.read_text(errors="replace")
+        code, said = self._end(run)
         self.log.append(f"{kind} ({number}): exit code {code}")
         expected = {
             **dict.fromkeys(("kill", "kill at call", "kill on a slow disk"), (-9, 0)),
@@ -116,10 +120,21 @@ class Trajectory:
         assert code != 2 or "Traceback" not in said, f"{self.story()}\n{said}"
         self._check()
 
-    def _meanwhile(self, kind: str, run: Run) -> None:
+    def _start(self, before: str = "") -> warm.Running:
+        before = f"from faults.campaign import at_call, die, fail, pause\n{before}"
+        words = ("train", str(self.config))
+        return warm.start(words, 1, environment(), 120.0, before)
+
+    def _end(self, run: warm.Running) -> tuple[int, str]:
+        """Exit code, minus the signal for a process that was killed, and what it said."""
+        self.runs += 1
+        done = run.wait()
+        return done.returncode, done.stdout + done.stderr
+
+    def _meanwhile(self, kind: str, run: warm.Running) -> None:
         if kind in ("kill", "kill on a slow disk", "terminate", "storm"):
             end = time.monotonic() + self.draw.uniform(0.05, 1.5)
-            while time.monotonic() < end and not run.over():
+            while time.monotonic() < end and run.runs():
                 time.sleep(0.005)
         if kind in ("kill", "kill on a slow disk"):
             run.send()
@@ -158,16 +173,13 @@ class Trajectory:
     def finish(self) -> dict[str, bytes]:
         """Go on to the end undisturbed; the last weights and moments, bit for bit."""
         start = self.good
-        run = Run(self.config)
-        (code,) = run.wait()
-        self.runs += 1
-        said = run.output.read_text(errors="replace")
+        code, said = self._end(self._start())
         assert code == 0, f"{self.story()}\n{said}"
         if 0 <= start < STEPS:
             assert f"after step {start}\n" in said, f"{self.story()}\n{said}"
         rest = {p.name[:5] for p in self.checkpoints.iterdir() if p.name.startswith(".")}
         assert rest == {".lock"}, f"left: {rest}\n{self.story()}"
-        return weights(self.checkpoints / f"step-{STEPS:08d}")
+        return bits(self.checkpoints / f"step-{STEPS:08d}")
 
     def story(self) -> str:
         """What happened so far."""

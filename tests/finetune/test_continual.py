@@ -12,41 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers.tiny import begun, llmtrain, records, tiny_config
+from helpers.sequence import STEPS, TASKS, THREE, run_sequence, sequence_config
+from helpers.tiny import begun, llmtrain, records
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
-from llmtrain.errors import ConfigError
 from llmtrain.finetune import sequence as sequences
 from llmtrain.finetune.outcome import numbers
 from llmtrain.finetune.plan import mixture, plan_sequence
 
-STEPS = 12
 Weights = dict[str, Tensor]
-TASKS: list[dict[str, Any]] = [
-    {"name": "a", "weights": {"letters": 1}},
-    {"name": "b", "weights": {"digits": 1}},
-]
-THREE = [*TASKS, {"name": "c", "weights": {"letters": 1, "digits": 1}, "domains": ["letters"]}]
-
-
-def config(folder: Path, corpus: Path, tasks: list[dict[str, Any]], **method: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    file = tiny_config(folder, corpus, train__duration=f"{STEPS}step", name="seq")
-    text = yaml.safe_load(file.read_text())
-    del text["data"]["phases"]
-    text["continual"] = {"tasks": tasks, **method}
-    file.write_text(yaml.safe_dump(text))
-    return file
-
-
-def run(folder: Path, corpus: Path, tasks: list[dict[str, Any]], **method: Any) -> Path:
-    """Run a sequence in this process; returns its folder."""
-    assert main(["continual", str(config(folder, corpus, tasks, **method))]) == 0
-    return folder / "runs" / "seq"
 
 
 def tensors(folder: Path) -> Weights:
@@ -72,7 +49,7 @@ def result(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """Three tasks in sequence, nothing against forgetting."""
-    return run(tmp_path_factory.mktemp("plain"), corpus, THREE)
+    return run_sequence(tmp_path_factory.mktemp("plain"), corpus, THREE)
 
 
 def test_the_matrix_is_what_the_runs_measured(plain: Path) -> None:
@@ -112,21 +89,21 @@ def test_a_task_begins_with_the_model_of_the_one_before(plain: Path, corpus: Pat
 
 
 def test_beta_0_is_sequential_bit_for_bit(tmp_path: Path, corpus: Path, plain: Path) -> None:
-    sfa = run(tmp_path, corpus, THREE, method="sfa", beta=0.0)
+    sfa = run_sequence(tmp_path, corpus, THREE, method="sfa", beta=0.0)
     assert load_config(sfa / "2-b" / "config.yaml").average is not None
     assert same(tensors(sfa / "3-c"), tensors(plain / "3-c"))
     assert result(sfa)["matrix"] == result(plain)["matrix"]
 
 
 def test_beta_1_stays_at_the_first_task(tmp_path: Path, corpus: Path, plain: Path) -> None:
-    sfa = run(tmp_path, corpus, TASKS, method="sfa", beta=1.0)
+    sfa = run_sequence(tmp_path, corpus, TASKS, method="sfa", beta=1.0)
     assert same(tensors(sfa / "2-b"), tensors(plain / "1-a"))
     assert result(sfa)["forgetting"] == 0
 
 
 def test_p_1_is_wise_ft(tmp_path: Path, corpus: Path, plain: Path) -> None:
-    sfa = run(tmp_path / "sfa", corpus, THREE, method="sfa", p=1.0, beta=0.3)
-    wise = run(tmp_path / "wise", corpus, THREE, method="wise-ft", beta=0.3)
+    sfa = run_sequence(tmp_path / "sfa", corpus, THREE, method="sfa", p=1.0, beta=0.3)
+    wise = run_sequence(tmp_path / "wise", corpus, THREE, method="wise-ft", beta=0.3)
     for name, value in tensors(sfa / "3-c").items():
         torch.testing.assert_close(tensors(wise / "3-c-merged")[name], value, rtol=1e-5, atol=1e-7)
     assert same(tensors(wise / "2-b"), tensors(plain / "2-b"))
@@ -140,7 +117,7 @@ def test_p_1_is_wise_ft(tmp_path: Path, corpus: Path, plain: Path) -> None:
 def test_experts_leave_the_first_model_and_are_merged(
     tmp_path: Path, corpus: Path, plain: Path
 ) -> None:
-    found = run(tmp_path, corpus, THREE, method="task-arithmetic", scale=0.4)
+    found = run_sequence(tmp_path, corpus, THREE, method="task-arithmetic", scale=0.4)
     base, one = tensors(plain / "1-a"), tensors(found / "2-b")
     two, merged = tensors(found / "3-c"), tensors(found / "3-c-merged")
     assert same(one, tensors(plain / "2-b"))
@@ -167,7 +144,7 @@ def test_broken_off_anywhere_it_goes_on_to_the_same_end(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Killed after a task's training, and between a merge and its record; nothing runs twice."""
-    straight = run(tmp_path / "a", corpus, THREE, **METHODS[name])
+    straight = run_sequence(tmp_path / "a", corpus, THREE, **METHODS[name])
     trained: list[str] = []
     real = sequences.train
 
@@ -182,7 +159,7 @@ def test_broken_off_anywhere_it_goes_on_to_the_same_end(
         return code
 
     monkeypatch.setattr(sequences, "train", train)
-    file = config(tmp_path / "b", corpus, THREE, **METHODS[name])
+    file = sequence_config(tmp_path / "b", corpus, THREE, **METHODS[name])
     with pytest.raises(Kill):
         main(["continual", str(file)])
     write = sequences._write
@@ -206,8 +183,8 @@ def test_a_killed_process_goes_on_across_a_merge(tmp_path: Path, corpus: Path) -
     """SIGKILL in the middle of a task, after a merge of SFA; the end is the same, bit for bit."""
     method = {"method": "sfa", "p": 0.25, "beta": 0.4}
     slow = [dict(task, overrides={"checkpoint": {"every": "1step"}}) for task in TASKS]
-    straight = run(tmp_path / "a", corpus, slow, **method)
-    file = config(tmp_path / "b", corpus, slow, **method)
+    straight = run_sequence(tmp_path / "a", corpus, slow, **method)
+    file = sequence_config(tmp_path / "b", corpus, slow, **method)
     broken = tmp_path / "b" / "runs" / "seq"
     process = begun("continual", str(file))
     deadline = time.monotonic() + 60
@@ -226,8 +203,8 @@ def test_a_killed_process_goes_on_across_a_merge(tmp_path: Path, corpus: Path) -
 @pytest.mark.dist
 def test_two_ranks_measure_the_same(tmp_path: Path, corpus: Path) -> None:
     method = {"method": "wise-ft", "beta": 0.4}
-    alone = run(tmp_path / "a", corpus, TASKS, **method)
-    file = config(tmp_path / "b", corpus, TASKS, **method)
+    alone = run_sequence(tmp_path / "a", corpus, TASKS, **method)
+    file = sequence_config(tmp_path / "b", corpus, TASKS, **method)
     done = llmtrain("continual", str(file), ranks=2)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(
@@ -244,18 +221,18 @@ def test_two_ranks_measure_the_same(tmp_path: Path, corpus: Path) -> None:
 def test_tasks_may_be_added_and_nothing_else_changed(
     tmp_path: Path, corpus: Path, plain: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, corpus, TASKS)
-    more = run(tmp_path, corpus, THREE)
+    run_sequence(tmp_path, corpus, TASKS)
+    more = run_sequence(tmp_path, corpus, THREE)
     assert "task 2 of 3, b: done" in capfd.readouterr().out
     assert result(more)["matrix"] == result(plain)["matrix"]
-    assert main(["continual", str(config(tmp_path, corpus, THREE)), "log.every=5"]) == 0
-    assert main(["continual", str(config(tmp_path, corpus, THREE, replay=0.5))]) == 2
+    assert main(["continual", str(sequence_config(tmp_path, corpus, THREE)), "log.every=5"]) == 0
+    assert main(["continual", str(sequence_config(tmp_path, corpus, THREE, replay=0.5))]) == 2
     assert "continual.replay: 0.0 -> 0.5" in capfd.readouterr().err
 
 
 def test_replay_is_a_share_of_the_mixture(tmp_path: Path, corpus: Path) -> None:
     tasks = [*TASKS, {"name": "c", "weights": {"letters": 3, "digits": 1}}]
-    planned = plan_sequence(load_config(config(tmp_path, corpus, tasks, replay=0.2)))
+    planned = plan_sequence(load_config(sequence_config(tmp_path, corpus, tasks, replay=0.2)))
     wanted = [{"letters": 1.0}, {"digits": 0.8, "letters": 0.2}, {"letters": 0.7, "digits": 0.3}]
     for i, (stage, shares) in enumerate(zip(planned.stages, wanted, strict=True)):
         assert stage.cfg.data.weights == pytest.approx(shares)
@@ -263,7 +240,7 @@ def test_replay_is_a_share_of_the_mixture(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_ewc_carries_information_from_task_to_task(tmp_path: Path, corpus: Path) -> None:
-    planned = plan_sequence(load_config(config(tmp_path, corpus, THREE, method="ewc")))
+    planned = plan_sequence(load_config(sequence_config(tmp_path, corpus, THREE, method="ewc")))
     first, second, third = (stage.cfg.penalty for stage in planned.stages)
     assert first is None and second is not None and third is not None
     assert (second.data, second.fisher) == ({"letters": 1.0}, None)
@@ -271,7 +248,7 @@ def test_ewc_carries_information_from_task_to_task(tmp_path: Path, corpus: Path)
 
 
 def test_a_pretrained_model_is_kept_from_the_first_task_on(tmp_path: Path, corpus: Path) -> None:
-    file = config(tmp_path, corpus, TASKS, method="sfa")
+    file = sequence_config(tmp_path, corpus, TASKS, method="sfa")
     for given, acts in ((["init.path=some/run"], True), ([], False)):
         planned = plan_sequence(load_config(file, given))
         assert (planned.stages[0].cfg.average is not None) == acts
@@ -284,10 +261,10 @@ def test_the_first_task_may_be_trained_already(
 ) -> None:
     """The same matrix, without training the first task again."""
     given = [{**THREE[0], "trained": str(plain / "1-a")}, *THREE[1:]]
-    found = run(tmp_path / "a", corpus, given, method=method)
+    found = run_sequence(tmp_path / "a", corpus, given, method=method)
     whole = plain
     if method != "sequential":
-        whole = run(tmp_path / "b", corpus, THREE, method=method)
+        whole = run_sequence(tmp_path / "b", corpus, THREE, method=method)
     for ours, theirs in zip(result(found)["matrix"], result(whole)["matrix"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
     assert not (found / "1-a").exists()
@@ -295,7 +272,7 @@ def test_the_first_task_may_be_trained_already(
 
 
 def test_an_infinite_schedule_stays_constant_between_tasks(tmp_path: Path, corpus: Path) -> None:
-    file = config(tmp_path, corpus, THREE)
+    file = sequence_config(tmp_path, corpus, THREE)
     schedule = "schedule={name: infinite, warmup: 2step, cooldown: 4step, decay: 3step}"
     planned = plan_sequence(load_config(file, [schedule]))
     from llmtrain.optim import Schedule
@@ -317,11 +294,11 @@ def test_a_grown_sequence_is_one_that_was_known(
     tmp_path: Path, corpus: Path, method: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Task by task with an infinite schedule: the models of all tasks at once, bit for bit."""
-    known = config(tmp_path / "known", corpus, THREE, **method)
+    known = sequence_config(tmp_path / "known", corpus, THREE, **method)
     assert main(["continual", str(known), INFINITE]) == 0
     grown = tmp_path / "grown"
     for count in (1, 2, 3):
-        file = config(grown, corpus, THREE[:count], **method)
+        file = sequence_config(grown, corpus, THREE[:count], **method)
         assert main(["continual", str(file), INFINITE]) == 0
     one, two = (folder / "runs" / "seq" for folder in (tmp_path / "known", grown))
     assert same(tensors(one / "1-a"), tensors(two / "1-a-constant"))
@@ -341,9 +318,10 @@ def test_growth_broken_off_before_it_was_measured(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of the annealed model does not pass for the one at the constant rate."""
-    known = config(tmp_path / "known", corpus, TASKS)
+    known = sequence_config(tmp_path / "known", corpus, TASKS)
     assert main(["continual", str(known), INFINITE]) == 0
-    assert main(["continual", str(config(tmp_path / "b", corpus, TASKS[:1])), INFINITE]) == 0
+    short = sequence_config(tmp_path / "b", corpus, TASKS[:1])
+    assert main(["continual", str(short), INFINITE]) == 0
 
     class Kill(BaseException):
         pass
@@ -351,7 +329,7 @@ def test_growth_broken_off_before_it_was_measured(
     def stop(*arguments: Any) -> None:
         raise Kill
 
-    file = config(tmp_path / "b", corpus, TASKS)
+    file = sequence_config(tmp_path / "b", corpus, TASKS)
     with monkeypatch.context() as patch:
         patch.setattr(sequences, "_write", stop)
         with pytest.raises(Kill):
@@ -364,12 +342,12 @@ def test_growth_broken_off_before_it_was_measured(
 def test_without_the_checkpoint_before_the_annealing_growth_is_explained(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = config(tmp_path, corpus, TASKS[:1])
+    file = sequence_config(tmp_path, corpus, TASKS[:1])
     assert main(["continual", str(file), INFINITE]) == 0
     saved = tmp_path / "runs" / "seq" / "1-a" / "checkpoints"
     for step in (5, 9):
         shutil.rmtree(saved / f"step-{step:08d}")
-    file, trunk = config(tmp_path, corpus, TASKS), tmp_path / "runs" / "seq" / "1-a"
+    file, trunk = sequence_config(tmp_path, corpus, TASKS), tmp_path / "runs" / "seq" / "1-a"
     assert main(["continual", str(file), INFINITE]) == 2
     says = f"checkpoint of step 9, before that, is gone; delete {trunk}, and"
     assert says in capfd.readouterr().err
@@ -381,196 +359,9 @@ def test_without_the_checkpoint_before_the_annealing_growth_is_explained(
 def test_overrides_of_a_task(tmp_path: Path, corpus: Path) -> None:
     own = {"optim.lr": 1e-5, "schedule": {"name": "constant"}, "schedule.warmup": "3step"}
     tasks = [TASKS[0], {**TASKS[1], "overrides": own, "duration": "7step"}]
-    cfg = plan_sequence(load_config(config(tmp_path, corpus, tasks))).stages[1].cfg
+    cfg = plan_sequence(load_config(sequence_config(tmp_path, corpus, tasks))).stages[1].cfg
     assert (cfg.optim.lr, cfg.schedule.name) == (1e-5, "constant")
     assert str(cfg.schedule.warmup) == "3step" and str(cfg.train.duration) == "7step"
-
-
-def test_dry_run_says_everything_and_writes_nothing(
-    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file = config(tmp_path, corpus, THREE, method="wise-ft", replay=0.25)
-    assert main(["continual", str(file), "--dry-run"]) == 0
-    out = capfd.readouterr().out
-    assert "2-b: 12 steps, 4,608 tokens" in out and "digits 0.75, letters 0.25" in out
-    assert "then wise-ft, beta 0.5 of" in out and "3-c-merged" in out
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "says"),
-    [
-        ({"method": "sfa"}, "  average: sfa, every 0.25dur, beta 0.5, anchor start"),
-        ({"method": "sfa", "p": 0.5, "beta": 0.2}, "sfa, every 0.5dur, beta 0.2, anchor start"),
-        ({"method": "ema"}, "  average: ema, every 1step, decay 0.9"),
-        ({"method": "latest"}, "  average: latest, every 0.25dur, keep 4"),
-        ({"method": "l2"}, "  penalty: l2, strength 0.01, anchor start"),
-        ({"method": "ewc"}, "ewc, strength 0.01, anchor start, data letters 1, samples 64"),
-        ({"method": "ewc"}, "data digits 1, samples 64, fisher TMP/runs/seq/2-b"),
-        ({"method": "task-arithmetic"}, "then task-arithmetic, scale 0.5 of "),
-        ({"method": "ties"}, "then ties, scale 0.5, density 0.2 of "),
-        ({"optimizer": "keep"}, "1-a and the optimizer's moments"),
-    ],
-)
-def test_dry_run_names_what_the_method_does_in_each_task(
-    tmp_path: Path,
-    corpus: Path,
-    method: dict[str, Any],
-    says: str,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """Defaults too: a reader need not know them."""
-    assert main(["continual", str(config(tmp_path, corpus, THREE, **method)), "--dry-run"]) == 0
-    assert says.replace("TMP", str(tmp_path)) in capfd.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "given", ["data.weights={letters: 1}", "data.phases=[{until: 1dur, weights: {letters: 1}}]"]
-)
-def test_a_mixture_beside_the_tasks_is_refused(
-    tmp_path: Path, corpus: Path, given: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file, key = str(config(tmp_path, corpus, TASKS)), given.partition("=")[0]
-    assert main(["continual", file, given, "--dry-run"]) == 2
-    error = capfd.readouterr().err
-    assert f"{key}: stands beside continual.tasks" in error and f"set {key}=null" in error
-    assert main(["continual", file, given, f"{key}=null", "--dry-run"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("section", "says"),
-    [
-        ({"tasks": []}, "continual.tasks: is empty"),
-        ({"tasks": [TASKS[0], TASKS[0]]}, "continual.tasks.1.name: 'a' comes twice"),
-        ({"tasks": [{"name": "a/b", "weights": {"letters": 1}}]}, "cannot name a folder"),
-        ({"tasks": [{"name": "a"}]}, "continual.tasks.0.weights: is missing"),
-        ({"tasks": [{"name": "a", "weights": {"latters": 1}}]}, "latters"),
-        ({"tasks": [{**TASKS[0], "domains": ["prose"]}]}, "no held-out 'prose'"),
-        ({"tasks": [{**TASKS[0], "overrides": {"optm": {"lr": 1}}}]}, "did you mean 'optim'"),
-        ({"tasks": [{**TASKS[0], "overrides": {"init": {}}}]}, "is set by the sequence"),
-        ({"tasks": [{**TASKS[0], "overrides": {"data.weights": {}}}]}, "overrides.data.weights"),
-        ({"tasks": [TASKS[0], {**TASKS[1], "trained": "x/y"}]}, "is for the first task only"),
-        ({"tasks": [{**TASKS[0], "trained": "no/where"}, TASKS[1]]}, "no/where is not a folder"),
-        ({"tasks": TASKS, "method": "sfaa"}, "sfa"),
-        ({"tasks": TASKS, "beta": 1.5}, "continual.beta: must be at most 1"),
-        ({"tasks": TASKS, "p": 0}, "continual.p: must be more than 0"),
-        ({"tasks": TASKS, "replay": 1}, "continual.replay: must be less than 1"),
-        ({"tasks": TASKS, "method": "ties", "optimizer": "keep"}, "continual.optimizer: keep"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    tmp_path: Path,
-    corpus: Path,
-    section: dict[str, Any],
-    says: str,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["continual", str(config(tmp_path, corpus, **section))]) == 2
-    assert says in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-BAD_TASKS: list[tuple[dict[str, Any], str]] = [
-    ({"model.d_model": 64}, "overrides: model.d_model is 64 for task b and 32 for a"),
-    ({"model": {"n_heads": 2, "n_kv_heads": 1, "d_head": 16}}, "overrides: model.n_heads is 2"),
-    ({"model.rope_theta": 500.0}, "overrides: model.rope_theta is 500.0"),
-    ({"optim.name": "lion"}, "overrides: optim.name lion cannot take over the moments"),
-    ({"parallel": {"replicate": 3}}, "continual.tasks.1 (b): "),
-    ({"data.corpus": "OTHER"}, "continual.tasks.1.overrides: its data has another tokenizer"),
-    ({"data.sources": {"digits": {"max_epochs": 0.01}}}, "continual.tasks.1 (b): "),
-]
-
-
-@pytest.mark.parametrize(("own", "says"), BAD_TASKS, ids=lambda v: v if isinstance(v, str) else "")
-def test_a_later_task_that_does_not_fit_stops_the_sequence_before_it_begins(
-    tmp_path: Path,
-    corpus: Path,
-    own: dict[str, Any],
-    says: str,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    if own.get("data.corpus") == "OTHER":
-        other = shutil.copytree(corpus, tmp_path / "other")
-        with (other / "tokenizer.json").open("a") as file:
-            file.write("\n")
-        own = {"data.corpus": str(other)}
-    tasks = [TASKS[0], {**TASKS[1], "overrides": own}]
-    file = config(tmp_path, corpus, tasks, optimizer="keep")
-    assert main(["continual", str(file)]) == 2
-    assert says in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("key", ["init.path", "continual.tasks.0.trained"])
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (["model.d_model=64"], "does not fit the config's model: "),
-        (["model.n_layers=3"], "is missing there and"),
-        (["model.d_head=4", "model.n_heads=8", "model.n_kv_heads=4"], "model.n_heads 4 and"),
-        (
-            ["model.adapters.rank=2", "continual.method=wise-ft"],
-            "has no adapters, and continual.method",
-        ),
-        ([], "was trained with another tokenizer"),
-    ],
-    ids=["width", "depth", "heads", "adapters", "tokenizer"],
-)
-def test_a_refused_beginning_leaves_the_folder_free(
-    tmp_path: Path,
-    corpus: Path,
-    plain: Path,
-    key: str,
-    changes: list[str],
-    says: str,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """Nothing is written, so that the mended command is taken."""
-    wrong = list(changes)
-    if not changes:
-        other = shutil.copytree(corpus, tmp_path / "other")
-        with (other / "tokenizer.json").open("a") as file:
-            file.write("\n")
-        wrong = [f"data.corpus={other}"]
-    file = str(config(tmp_path, corpus, TASKS))
-    assert main(["continual", file, f"{key}={plain / '1-a'}", *wrong]) == 2
-    error = capfd.readouterr().err
-    assert f"{key}: " in error and says in error
-    assert not (tmp_path / "runs").exists()
-    assert main(["continual", file, f"{key}={plain / '1-a'}", "--dry-run"]) == 0
-
-
-def test_a_model_without_a_checkpoint_is_refused(
-    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    model = tmp_path / "hf"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"")
-    file = str(config(tmp_path, corpus, TASKS))
-    assert main(["continual", file, f"init.path={model}"]) == 2
-    assert "llmtrain convert from-hf" in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_config_without_tasks_is_refused(tmp_path: Path, corpus: Path) -> None:
-    plain = load_config(tiny_config(tmp_path, corpus))
-    with pytest.raises(ConfigError, match="continual: is missing"):
-        plan_sequence(plain)
-
-
-def test_a_sequence_is_not_a_run(
-    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    file = str(config(tmp_path, corpus, TASKS))
-    assert main(["train", file]) == 2
-    assert "llmtrain continual" in capfd.readouterr().err
-    for given, says in (
-        (["average={beta: 0.5}"], "average: stands beside continual.method"),
-        (["checkpoint.resume=never"], "checkpoint.resume: never does not go"),
-        (["init.path=nowhere/x"], "init.path: nowhere"),
-    ):
-        assert main(["continual", file, *given]) == 2
-        assert says in capfd.readouterr().err
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("continual*.yaml"))

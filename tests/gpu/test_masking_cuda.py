@@ -14,6 +14,7 @@ from llmtrain.ops.masking import (
     transposable_mask_reference,
 )
 from llmtrain.ops.sparse_update import Rule
+from llmtrain.sparsity import best_kept, parse_granularity
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +41,8 @@ def test_mask_is_applied(block: tuple[int, int], dtype: torch.dtype) -> None:
 def test_the_search_finds_the_best_pattern() -> None:
     scores = torch.rand(256, 516, generator=torch.Generator().manual_seed(4))
     assert torch.equal(transposable_mask(scores.cuda()).cpu(), transposable_mask_reference(scores))
+    ties, both = scores.mul(3).round(), parse_granularity("2:4t")
+    assert torch.equal(best_kept(both, ties.cuda(), 0.5).cpu(), best_kept(both, ties, 0.5))
 
 
 @BLOCKS

@@ -29,6 +29,14 @@ class Slow(Hook):
             time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
 
 
+class Late(Hook):
+    """Lets the second rank come late to every step."""
+
+    def after_step(self, trainer: object, result: object) -> None:
+        if os.environ.get("RANK") == "1":
+            time.sleep(0.15)
+
+
 class KeepStart(Hook):
     """Writes the weights that a run begins with to ``start.bin`` in its folder."""
 

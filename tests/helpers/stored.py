@@ -20,8 +20,16 @@ def stored(run: Path, step: int = LAST) -> dict[str, Tensor]:
 
 def stored_bits(run: Path, step: int = LAST) -> dict[str, bytes]:
     """The same, to be compared bit for bit; with the state of the optimizer."""
-    out = {key: value.numpy().tobytes() for key, value in stored(run, step).items()}
+    out = bits(run / "checkpoints" / f"step-{step:08d}")
     assert any(key.startswith("optim.") for key in out)
+    return out
+
+
+def bits(checkpoint: Path) -> dict[str, bytes]:
+    """All tensors of a checkpoint, bit for bit."""
+    out: dict[str, bytes] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        out.update({key: value.numpy().tobytes() for key, value in load_file(file).items()})
     return out
 
 

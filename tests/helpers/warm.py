@@ -14,6 +14,7 @@ the process does not execute itself again. Tests that are about these start real
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -58,6 +59,16 @@ class Running:
         """Whether it has not ended yet."""
         return not self._server.has_answered()
 
+    def said(self) -> str:
+        """What it has printed so far, and then its errors."""
+        return "".join(file.read_text(errors="replace") for file in self._said)
+
+    def send(self, number: int = signal.SIGKILL) -> None:
+        """A signal to every rank that is still there."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Its end, with what it said."""
         code: int | None = self._server.answer()
@@ -69,15 +80,23 @@ class Running:
 
 
 def start(
-    arguments: tuple[str, ...], ranks: int, environment: dict[str, str], timeout: float
+    arguments: tuple[str, ...],
+    ranks: int,
+    environment: dict[str, str],
+    timeout: float,
+    before: str = "",
 ) -> Running:
     """``llmtrain *arguments`` on ``ranks`` processes. One command at a time.
 
-    With several ranks the exit code is torchrun's: 0, or 1 once one of them has failed.
+    With several ranks the exit code is torchrun's: 0, or 1 once one of them has failed. before:
+    Python that each process runs first, to have something happen to the command.
     """
     from torch.distributed import TCPStore
 
-    job = {"words": ["llmtrain", *arguments], "ranks": ranks, "environment": environment}
+    job = {
+        "words": ["llmtrain", *arguments], "ranks": ranks, "environment": environment,
+        "before": before,
+    }  # fmt: skip
     store = None
     if ranks > 1:
         # Kept by the launcher, as torchrun's is: it outlives a rank that fails.
@@ -223,6 +242,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     job = serve()
+    exec(job.get("before", ""), {})
     if "code" in job:
         exec(compile(job["code"], "<code>", "exec"), {"__name__": "__main__"})
     else:

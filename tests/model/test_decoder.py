@@ -21,6 +21,7 @@ from llmtrain.model import (
     flops_per_token,
 )
 from llmtrain.model.decoder import Head
+from llmtrain.ops import native_loaded
 
 VOCAB = 101
 LLAMA: dict[str, Any] = {"n_kv_heads": 2, "d_ff": 96}
@@ -183,14 +184,19 @@ def test_flops_equal_torchs_counter() -> None:
     def linear_flops(a_shape: tuple, b_shape: tuple, *_: object, **__: object) -> int:
         return 2 * math.prod(a_shape) * b_shape[0]
 
-    # The product that float32 takes on AMD processors; torch's counter does not know it.
-    onednn = torch.ops.mkldnn._linear_pointwise
+    def product_flops(out: tuple, a_shape: tuple, b_shape: tuple, *_: object, **__: object) -> int:
+        return linear_flops(a_shape, b_shape)
+
+    # The products that float32 takes on AMD processors; torch's counter does not know them.
+    known = {torch.ops.mkldnn._linear_pointwise: linear_flops}
+    if native_loaded():
+        known[torch.ops.llmtrain.product_] = product_flops
     for shape in ("llama", "gpt2"):
         model, tokens = _model(shape), _tokens(2, 64)
-        with FlopCounterMode(display=False, custom_mapping={onednn: linear_flops}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
             model(tokens).sum().backward()
         counted = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
-        kinds = ("aten.mm", "aten.addmm", "mkldnn._linear_pointwise")
+        kinds = ("aten.mm", "aten.addmm", *(str(op) for op in known))
         products = sum(v for k, v in counted.items() if k in kinds)
         cfg = model.cfg
         assert cfg.d_head is not None

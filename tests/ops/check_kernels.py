@@ -1,6 +1,7 @@
-"""``make check-kernels``: CPU kernels under sanitizers, and CUDA's kernels emulated on the CPU.
+"""``make check-kernels``: CPU kernels under sanitizers, and those that this processor cannot run
+(AVX-512, CUDA) emulated.
 
-Not part of the test suite (a minute, and CUDA's headers for the second half). The emulation runs
+Not part of the test suite (minutes, SIMDe's headers and CUDA's). The emulation of CUDA runs
 csrc/cuda's own source, a thread for each CUDA thread, and compares bytes with the CPU's operators,
 which have tests against float64. It is no substitute for `make test-gpu`.
 """
@@ -14,9 +15,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import check_avx512
 import torch
+from check_sparse_kernels import check_sparse
 from torch import Tensor
 
 from llmtrain import ops
@@ -47,15 +51,27 @@ def run(*command: str) -> None:
 
 
 def sanitize(folder: Path) -> None:
-    """The kernels of rows, casts and fused passes under the address and undefined sanitizers."""
+    """The kernels of rows, casts and fused passes, on two threads, under the sanitizers of
+    addresses, undefined behaviour and data races."""
     program = folder / "sanitize"
     units = [ROOT / "cpu" / f"{name}.cpp" for name in ("rows", "fp8", "fused")]
-    flags = "-std=c++20 -O1 -g -fopenmp-simd -march=native -DKERNEL_SET=checked"
-    checks = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    flags = "-std=c++20 -O1 -g -pthread -fopenmp-simd -march=native -DKERNEL_SET=checked"
     sources = [*map(str, units), str(ROOT / "check/sanitize.cpp"), f"-I{ROOT / 'cpu'}"]
-    run("g++", *flags.split(), *checks.split(), *sources, "-o", str(program))
-    run(str(program))
-    print("CPU kernels: clean under the address and undefined-behaviour sanitizers")
+    for checks in check_avx512.SANITIZERS:
+        found = f"-fsanitize={checks} -fno-sanitize-recover=all"
+        run("g++", *flags.split(), *found.split(), *sources, "-o", str(program))
+        run(str(program))
+    print("CPU kernels: clean under the sanitizers", flush=True)
+
+
+def avx512(folder: Path) -> None:
+    """Kernels of processors with AVX-512, emulated; says so where that cannot be built."""
+    missing = check_avx512.missing()
+    if missing is not None:
+        print(f"AVX-512, AVX512-BF16 and AMX kernels: NOT CHECKED ({missing})")
+        return
+    check_avx512.sanitize(folder)
+    check_avx512.check(folder)
 
 
 def rewritten(text: str) -> str:
@@ -70,16 +86,17 @@ def rewritten(text: str) -> str:
     return text
 
 
-def emulated(folder: Path, name: str, *flags: str) -> ctypes.CDLL:
-    """csrc/cuda/NAME.cu as a library of the CPU."""
+def emulated(folder: Path, name: str, *flags: str, source: str = "cuda_on_cpu.cpp") -> ctypes.CDLL:
+    """csrc/cuda/NAME.cu as a library of the CPU; source: of csrc/check, what ctypes calls."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     if not (home / "include/cuda_fp8.h").exists():
         sys.exit(f"{home}/include has no cuda_fp8.h; set CUDA_HOME to check CUDA's kernels")
     unit, library = folder / f"{name}_on_cpu.h", folder / f"{name}.so"
     unit.write_text(rewritten((ROOT / f"cuda/{name}.cu").read_text()))
     includes = [f"-I{path}" for path in (ROOT / "cuda", ROOT / "check", home / "include")]
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f'-DUNIT="{unit}"', *flags]
-    run("g++", *options, *includes, str(ROOT / "check/cuda_on_cpu.cpp"), "-o", str(library))
+    shared = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-DLLMTRAIN_ON_CPU"]
+    options = [*shared, f'-DUNIT="{unit}"', *flags]
+    run("g++", *options, *includes, str(ROOT / "check" / source), "-o", str(library))
     return ctypes.CDLL(str(library))
 
 
@@ -182,11 +199,13 @@ def check_activations(library: ctypes.CDLL, dtype: torch.dtype, rows: int, colum
 
 
 def main() -> None:
-    """Both checks."""
+    """All checks."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sanitize(folder)
+        avx512(folder)
+        check_sparse(partial(emulated, folder))
         check_casts(emulated(folder, "fp8", "-DCASTS"))
         fused = emulated(folder, "fused")
         for dtype, shape in itertools.product((torch.float32, torch.bfloat16), SHAPES):

@@ -11,7 +11,8 @@
 
 namespace KERNEL_SET {
 extern const llmtrain::SparseSet sparse;
-}
+extern const llmtrain::SparsePairs sparse_pairs;  // where AVX512-BF16 is emulated
+}  // namespace KERNEL_SET
 
 using namespace llmtrain;
 using Floats = std::vector<float>;
@@ -19,9 +20,10 @@ using Floats = std::vector<float>;
 namespace {
 
 uint32_t state = 1;
+// Multiples of 1 / 256 in [-0.5, 0.5), which bfloat16 holds as well.
 float number() {
   state = state * 1664525u + 1013904223u;
-  return static_cast<float>(state >> 8) / (1 << 24) - 0.5f;
+  return static_cast<float>(state >> 24) / 256 - 0.5f;
 }
 
 Floats numbers(int64_t n) {
@@ -87,7 +89,7 @@ void run(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t 
   const Floats x = numbers(tokens * columns), dy = numbers(tokens * rows);
 
   Floats y(tokens * rows);
-  const SparseProduct<float> product{m.side, x.data(), y.data(), tokens, 2};
+  const SparseProduct<float> product{m.side, x.data(), y.data(), tokens, columns, 2};
   const int64_t group = 2 * kernels.f32.panel(height), groups = (tokens + group - 1) / group;
   halves(groups, [&](int64_t begin, int64_t end) {
     Floats scratch(kernels.f32.scratch(product));
@@ -109,7 +111,7 @@ void run(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t 
     }
   });
   Floats grad(m.values.size(), NAN);
-  const SparseGradient gradient{m.side, dy_turned.data(), x_turned.data(), grad.data(), tokens};
+  const SparseGradient<float> gradient{m.side, dy_turned.data(), x_turned.data(), grad.data(), tokens};
   for (int64_t c = 0; c < m.side.chunks(); ++c)
     halves(m.side.bands(), [&](int64_t begin, int64_t end) { kernels.gradient(gradient, c, begin, end); });
 
@@ -144,14 +146,108 @@ void run(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t 
         }
 }
 
+#ifdef LLMTRAIN_EMULATED
+using Halves = std::vector<bf16>;
+
+Halves rounded(const Floats& x) {
+  Halves out(x.size());
+  for (size_t i = 0; i < x.size(); ++i)
+    out[i].bits = static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x[i]) >> 16);
+  return out;
+}
+
+float widened(bf16 x) { return __builtin_bit_cast(float, uint32_t{x.bits} << 16); }
+
+// The same of bfloat16 pairs: the words of a side, both products and the gradient.
+void run_pairs(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t width) {
+  const SparsePairs& kernels = KERNEL_SET::sparse_pairs;
+  const int64_t chunk = 64 * height, down = (rows + height - 1) / height;
+  const int64_t across = (columns + width - 1) / width;
+  Floats weight = numbers(rows * columns);
+  std::vector<bool> kept(down * across);
+  for (size_t i = 0; i < kept.size(); ++i) kept[i] = number() < 0.0f;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      if (!kept[r / height * across + c / width]) weight[r * columns + c] = 0.0f;
+  Matrix m = matrix(weight, kept, rows, columns, height, width, chunk);
+  const Floats x = numbers(tokens * columns), dy = numbers(tokens * rows);
+  const Halves x16 = rounded(x), dy16 = rounded(dy);
+
+  const int64_t runs = m.side.chunks() * m.side.bands();
+  SparseSide side = m.side;
+  side.columns = (columns + 1) / 2;
+  side.chunk = chunk / 2;
+  std::vector<int32_t> starts(runs + 1);
+  if (width == 1) {
+    halves(runs, [&](int64_t begin, int64_t end) { kernels.count(m.side, starts.data() + 1, begin, end); });
+    for (int64_t i = 0; i < runs; ++i) starts[i + 1] += starts[i];
+    side.starts = starts.data();
+  } else {
+    side.width = width / 2;
+  }
+  const int64_t tiles = side.starts[runs];
+  std::vector<int32_t> columns_of(tiles);
+  std::vector<uint32_t> words(tiles * side.width * height);
+  const SparseWords packed{side.starts, columns_of.data(), words.data()};
+  halves(runs, [&](int64_t begin, int64_t end) { kernels.pack(m.side, packed, begin, end); });
+  side.columns_of = columns_of.data();
+  side.values = reinterpret_cast<const float*>(words.data());
+
+  Halves y(tokens * rows);
+  const SparseProduct<bf16> product{side, x16.data(), y.data(), tokens, columns, 2};
+  const int64_t group = 2 * kernels.panel(height), groups = (tokens + group - 1) / group;
+  halves(groups, [&](int64_t begin, int64_t end) {
+    Floats scratch(kernels.scratch(product));
+    for (int64_t i = begin; i < end; ++i) kernels.group(product, i, scratch.data());
+  });
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0;
+      for (int64_t c = 0; c < columns; ++c) sum += double{x[t * columns + c]} * weight[r * columns + c];
+      expect((widened(y[t * rows + r]) - sum) / (1 + 40 * std::fabs(sum)), 0, "product of pairs");
+    }
+
+  const int64_t chunks = (tokens + kTokens - 1) / kTokens;
+  Halves dy_turned(chunks * down * height * kTokens), x_turned(chunks * across * width * kTokens);
+  halves(chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.turn(dy16.data(), tokens, rows, height, dy_turned.data(), i);
+      kernels.turn(x16.data(), tokens, columns, width, x_turned.data(), i);
+    }
+  });
+  Floats grad(m.values.size(), NAN);
+  const SparseGradient<bf16> gradient{m.side, dy_turned.data(), x_turned.data(), grad.data(), tokens};
+  for (int64_t c = 0; c < m.side.chunks(); ++c)
+    halves(m.side.bands(), [&](int64_t begin, int64_t end) { kernels.gradient(gradient, c, begin, end); });
+  for (int64_t i = 0, tile = 0; i < runs; ++i)
+    for (; tile < m.starts[i + 1]; ++tile)
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t h = 0; h < height; ++h) {
+          const int64_t r = i % m.side.bands() * height + h;
+          const int64_t c = i / m.side.bands() * chunk + m.columns_of[tile] + j;
+          double sum = 0;
+          for (int64_t t = 0; t < tokens && r < rows && c < columns; ++t)
+            sum += double{dy[t * rows + r]} * x[t * columns + c];
+          expect(grad[(tile * width + j) * height + h], sum, "gradient of pairs");
+        }
+}
+#endif
+
+void run_all(int64_t rows, int64_t columns, int64_t tokens, int64_t height, int64_t width) {
+  run(rows, columns, tokens, height, width);
+#ifdef LLMTRAIN_EMULATED
+  run_pairs(rows, columns, tokens, height, width);
+#endif
+}
+
 }  // namespace
 
 int main() {
   for (const int64_t height : {1, 2, 4})
     for (const int64_t width : {1, 2, 4}) {
-      run(37, 301, 83, height, width);
-      run(6, 9, 2 * kTokens + 5, height, width);
-      run(3, 2, 1, height, width);
+      run_all(37, 301, 83, height, width);
+      run_all(6, 9, 2 * kTokens + 5, height, width);
+      run_all(3, 2, 1, height, width);
     }
   std::printf("clean\n");
   return 0;

@@ -10,6 +10,7 @@ import torch
 from llmtrain import ops
 from llmtrain.errors import EnvironmentFault
 from llmtrain.ops import build_cuda, cuda
+from llmtrain.ops.fakes import CUDA_FAKES, SWIGLU
 
 
 def test_without_a_device_it_is_not_loaded() -> None:
@@ -22,10 +23,10 @@ def test_fake_kernels_have_the_shapes_of_the_references() -> None:
     x = torch.randn(5, 7)
     for e5m2, dtype in ((False, ops.E4M3), (True, ops.E5M2)):
         y, t = ops.fp8_cast_transpose(x, dtype)
-        pair = cuda.FAKES["fp8_cast_transpose"](x.to("meta"), e5m2, 1.0)
+        pair = CUDA_FAKES["fp8_cast_transpose"](x.to("meta"), e5m2, 1.0)
         assert isinstance(pair, tuple)
-        single = cuda.FAKES["fp8_cast"](x.to("meta"), e5m2, 1.0)
-        turned = cuda.FAKES["fp8_transpose"](y.to("meta"))
+        single = CUDA_FAKES["fp8_cast"](x.to("meta"), e5m2, 1.0)
+        turned = CUDA_FAKES["fp8_transpose"](y.to("meta"))
         for fake, real in ((pair[0], y), (pair[1], t), (single, y), (turned, t)):
             assert isinstance(fake, torch.Tensor) and fake.dtype == real.dtype
             assert (fake.shape, fake.stride()) == (real.shape, real.stride())
@@ -47,22 +48,22 @@ def test_fake_kernels_of_norms_and_activations_have_the_shapes_of_the_cpus() -> 
     for layer, turned, branch in ((True, True, x), (False, False, None)):
         there = None if branch is None else far
         real = kernels.add_norm_cast(x, branch, w, None, 1e-5, layer, turned)
-        fake = cuda.FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, True)
+        fake = CUDA_FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, True)
         _alike(fake, real)
-        lost = cuda.FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, False)
+        lost = CUDA_FAKES["add_norm_cast"](far, there, w0, None, 1e-5, layer, turned, False)
         assert isinstance(lost, tuple) and lost[1].numel() == 0
         _alike(lost[2:], real[2:])
         real = kernels.norm_join_cast(x, x, w, None, 1e-5, layer, 0.5, turned)
-        _alike(cuda.FAKES["norm_join_cast"](far, far, w0, None, 1e-5, layer, 0.5, turned), real)
-        for number in (0, cuda.SWIGLU):
+        _alike(CUDA_FAKES["norm_join_cast"](far, far, w0, None, 1e-5, layer, 0.5, turned), real)
+        for number in (0, SWIGLU):
             real = kernels.activation_cast(x, number, turned)
-            _alike(cuda.FAKES["activation_cast"](far, number, turned, True), real)
+            _alike(CUDA_FAKES["activation_cast"](far, number, turned, True), real)
             dy = real[0]
             back = kernels.activation_backward_cast(dy, x, number, 2.0, turned)
-            fake = cuda.FAKES["activation_backward_cast"](dy.to("meta"), far, number, 2.0, turned)
+            fake = CUDA_FAKES["activation_backward_cast"](dy.to("meta"), far, number, 2.0, turned)
             _alike(fake, back)
     pair = ops.fp8_weight(torch.randn(5, 7), torch.bfloat16)
-    _alike(cuda.FAKES["fp8_weight"](torch.empty(5, 7, device="meta")), pair)
+    _alike(CUDA_FAKES["fp8_weight"](torch.empty(5, 7, device="meta")), pair)
 
 
 def test_asking_for_the_library_breaks_no_graph() -> None:
@@ -82,6 +83,44 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_what_was_built_is_read_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     found = cuda.built_for()
-    assert found is None or found.split() == [f"sm_{name}" for name in build_cuda.ARCHITECTURES]
+    assert found is None or {*found.split()} <= {f"sm_{name}" for name in build_cuda.ARCHITECTURES}
     monkeypatch.setattr(cuda, "LIBRARY", Path("absent.so"))
     assert cuda.built_for() is None
+    assert cuda.built_with_cublaslt() is None
+
+
+def test_cublaslts_headers_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("CUBLAS_INCLUDE", str(tmp_path / "named"))
+    for name in ("toolkit/include", "named"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "toolkit/include/cublasLt.h").touch()
+    found = build_cuda.find_cublaslt()
+    # A CUDA build of torch brings its own, which come before the toolkit's.
+    assert found is not None and found != tmp_path / "named"
+    (tmp_path / "named/cublasLt.h").touch()
+    assert build_cuda.find_cublaslt() == tmp_path / "named"
+
+
+def test_fewer_architectures_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build_cuda.architectures() == build_cuda.ARCHITECTURES
+    monkeypatch.setenv("LLMTRAIN_CUDA_ARCHITECTURES", "90a, 89")
+    assert build_cuda.architectures() == ("90a", "89")
+    monkeypatch.setenv("LLMTRAIN_CUDA_ARCHITECTURES", "70")
+    with pytest.raises(EnvironmentFault, match="70 is none of 80, 89, 90a, 100"):
+        build_cuda.architectures()
+
+
+def test_the_doctor_says_who_sums_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtrain.cli import diagnosis
+
+    monkeypatch.setattr(cuda, "built_for", lambda: "sm_90a")
+    monkeypatch.setattr(cuda, "load_fault", lambda: None)
+    for version, fault, told in (
+        ("13.1", None, "summed in the product (cuBLASLt 13.1)"),
+        ("13.1", "libcublasLt.so.13 does not load", "the product: libcublasLt.so.13 does not load"),
+        (None, None, "by torch after the product: built without cuBLASLt's headers"),
+    ):
+        monkeypatch.setattr(cuda, "built_with_cublaslt", lambda version=version: version)
+        monkeypatch.setattr(cuda, "cublaslt_fault", lambda fault=fault: fault)
+        assert told in diagnosis._cuda_kernels()

@@ -117,7 +117,8 @@ def test_cast_back_is_exact(dtype: torch.dtype, to: torch.dtype) -> None:
 @FORMATS
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("n", "m"), [(1, 1), (0, 5), (5, 0), (3, 130), (64, 64), (67, 61), (129, 2065), (16, 48)]
+    ("n", "m"),
+    [(1, 1), (0, 5), (5, 0), (3, 130), (64, 64), (67, 61), (129, 2065), (16, 48), (300, 530)],
 )
 def test_cast_transpose(dtype: torch.dtype, to: torch.dtype, n: int, m: int) -> None:
     x = (torch.randn(n, m, generator=torch.Generator().manual_seed(n + m)) * 300).to(to)
@@ -127,6 +128,16 @@ def test_cast_transpose(dtype: torch.dtype, to: torch.dtype, n: int, m: int) -> 
     same_bytes(t, by_search(x.t(), dtype))
     same_bytes(ops.fp8_transpose(y), t)
     same_bytes(fp8_transpose_reference(y), t)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2112, 2048), (2049, 2080)], ids=["lines", "odd"])
+def test_large_results_which_bypass_the_caches(n: int, m: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    x = torch.randn(n, m, generator=draw, dtype=torch.bfloat16).mul_(300)
+    y, t = ops.fp8_cast_transpose(x, E4M3)
+    same_bytes(y, ops.fp8_cast(x, E4M3))
+    same_bytes(t, y.view(torch.uint8).t().contiguous().view(E4M3))
+    same_bytes(ops.fp8_transpose(y), t)
 
 
 @FORMATS

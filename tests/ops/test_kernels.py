@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ DTYPES = [
 EPS = 1e-5
 
 
-def _randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+def _randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -199,6 +200,37 @@ def test_weight_gradient(
         into = torch.full((rows, columns), 3.0)
         assert run(grad, x, into) is into
         assert (into - 3 - exact).norm() <= tolerance * (exact.norm() + 3)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (7, 17, 5), (100, 33, 1100), (13, 1601, 70)])
+def test_product(m: int, n: int, k: int) -> None:
+    for turned_a, turned_b in itertools.product((False, True), repeat=2):
+        a = _randn(k, m, seed=1).t() if turned_a else _randn(m, k, seed=1)
+        b = _randn(k, n, seed=2).t() if turned_b else _randn(n, k, seed=2)
+        exact = a.double() @ b.double().t()
+        for run in (ops.product, ops.product_reference):
+            assert (run(a, b) - exact).norm() <= 1e-6 * exact.norm()
+            wide = torch.full((m, n + 3), 3.0)
+            into = wide[:, :n]
+            assert run(a, b, -0.5, into) is into
+            assert (into - 3 + 0.5 * exact).norm() <= 1e-6 * (exact.norm() + 3 * (m * n) ** 0.5)
+            assert (wide[:, n:] == 3).all()
+    assert not ops.product(torch.empty(3, 0), torch.empty(5, 0)).any()
+
+
+@NATIVE
+def test_elements_of_a_product_do_not_depend_on_the_others_nor_on_threads() -> None:
+    a, b = _randn(200, 1100, seed=1), _randn(90, 1100, seed=2)
+    if not ops.gemm_usable(a):
+        pytest.skip("not this processor's products")
+    whole, before = ops.product(a, b), torch.get_num_threads()
+    assert torch.equal(ops.product(a[37:60], b[11:12]), whole[37:60, 11:12])
+    assert torch.equal(ops.product(b.t().contiguous().t(), a), whole.t())
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(ops.product(a, b), whole)
+    finally:
+        torch.set_num_threads(before)
 
 
 @NATIVE

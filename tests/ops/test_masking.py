@@ -23,6 +23,10 @@ def test_the_search_finds_what_brute_force_finds() -> None:
     scores = torch.rand(12, 20, generator=torch.Generator().manual_seed(1))
     kept = transposable_mask(scores)
     assert torch.equal(kept, best_kept(parse_granularity("2:4t"), scores, 0.5))
+    ties = torch.randint(0, 3, (16, 32), generator=torch.Generator().manual_seed(2)).float()
+    assert torch.equal(
+        transposable_mask(ties), best_kept(parse_granularity("2:4t"), ties, 0.5)
+    )  # of equal sums the same
     tile = scores[4:8, 8:12]
     best = 0.0
     for cells in combinations(range(16), 8):

@@ -107,6 +107,7 @@ def test_the_fullest_moment_moves_with_the_run() -> None:
         return max(moments, key=lambda m: moments[m])
 
     assert fullest(DEEP | MICRO, world=2) == "at the start of backward"
-    assert fullest(WIDE | TIED) == "in the loss"
+    many = {"data__seq_len": 96, "loss__chunk_tokens": 256}
+    assert fullest(WIDE | TIED | many) == "in the loss"
     assert fullest(DEEP | FULL, world=2) == "at the end of backward"
     assert fullest(DEEP | {"optim__name": "lion"}) == "in the optimizer's step"

@@ -12,9 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
+from helpers.tiny import records, tiny_config
 
+from llmtrain.config import load_config
 from llmtrain.config.watch import WatchdogConfig
-from llmtrain.parallel import World
+from llmtrain.parallel import World, init_world
+from llmtrain.train import stragglers
+from llmtrain.train.run import train
 from llmtrain.train.stragglers import Stopwatch, Stragglers
 from llmtrain.train.watchdog import PHASES, Heartbeat, Watchdog, verdict
 
@@ -125,9 +129,10 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
             assert dog.before == expected
 
 
-def lag(rank: int) -> list[tuple[list[float], list[float]]]:
-    world = World(rank, 3, rank, torch.device("cpu"), dist.new_group(backend="gloo"))
+def lag(rank: int, device: str) -> list[tuple[list[float], list[float], list[float]]]:
+    world = World(rank, 3, rank, torch.device(device), dist.new_group(backend="gloo"))
     stopwatch, found = Stopwatch(world), []
+    stragglers.probe = lambda device: 0.005 if rank == 2 else 0.001  # type: ignore[assignment]
     stopwatch.begin()
     for factor in (1.0, 3.0):
         for _ in range(3):
@@ -138,17 +143,45 @@ def lag(rank: int) -> list[tuple[list[float], list[float]]]:
         stopwatch.resume()
         read = stopwatch.read()
         assert read is not None
-        found.append((read.own, read.waited))
+        found.append((read.own, read.waited, read.busy))
     stopwatch.end()
     return found
 
 
 @pytest.mark.dist
 def test_own_work_and_waiting_of_every_rank() -> None:
-    results = run_ranks(3, lag)
+    results = run_ranks(3, lag, "cpu")
     assert results[0] == results[1] == results[2]
-    even, uneven = (Stragglers(own, waited) for own, waited in results[0])
+    even, uneven = (Stragglers(*times) for times in results[0])
     assert uneven.slowest == uneven.awaited == 1
     assert uneven.slow(1.5) == [1] and even.slow(4.0) == []
     assert uneven.own[1] > 0.18 and min(uneven.waited[0], uneven.waited[2]) > 0.06
     assert max(*even.own, *uneven.own) < 0.3
+
+
+@pytest.mark.dist
+def test_on_gpus_own_work_is_the_probe_and_waiting_shows_a_late_host() -> None:
+    """Rank 2 has the slow GPU, rank 1 is late to the step."""
+    results = run_ranks(3, lag, "cuda:0")
+    uneven = Stragglers(*results[0][1])
+    assert uneven.own == [0.001, 0.001, 0.005]
+    assert (uneven.slowest, uneven.awaited) == (2, 1)
+    assert uneven.slow(1.5) == [1, 2]
+    slow_gpu = uneven.factors()[2]
+    assert slow_gpu == pytest.approx(5.0) and Stragglers(*results[0][0]).slow(4.0) == [2]
+
+
+def train_late(rank: int, config: str) -> int:
+    return train(load_config(config), init_world("cpu"))
+
+
+@pytest.mark.dist
+def test_a_rank_that_is_late_is_named_by_the_run(tmp_path: Path, corpus: Path) -> None:
+    changes = {"train__duration": "5step", "eval__every": None, "log__every": 1}
+    changes |= {"hooks": [{"use": "helpers.hooks:Late"}]}
+    config = str(tiny_config(tmp_path, corpus, **changes))
+    assert run_ranks(2, train_late, config) == [0, 0]
+    run = tmp_path / "runs" / "tiny"
+    (event,) = [e["text"] for e in records(run, "event") if e["text"].startswith("slow:")]
+    assert event.startswith("slow: rank 1 (") and event.endswith("wait most for rank 1")
+    assert [r["ranks"]["slowest"] for r in records(run)][2:] == [1, 1, 1]

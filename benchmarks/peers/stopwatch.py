@@ -1,0 +1,19 @@
+"""The stopwatch of every contender; nothing but the standard library."""
+
+from __future__ import annotations
+
+import time
+
+
+class Stopwatch:
+    """When each optimizer step ended, by the clock and by the processor, and its loss in nats."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+        self.cpu: list[float] = []
+        self.losses: list[float] = []
+
+    def stamp(self) -> None:
+        """An optimizer step has ended."""
+        self.stamps.append(time.time())
+        self.cpu.append(time.process_time())

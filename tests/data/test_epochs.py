@@ -1,0 +1,85 @@
+"""Runs whose length is given in epochs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from llmtrain.cli.main import main
+from llmtrain.config import load_config
+from llmtrain.data.epochs import epochs_in_tokens
+from llmtrain.errors import ConfigError
+
+TOKENS, LENGTH, BATCH = 1000, 16, 4
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    np.random.default_rng(0).integers(0, 50, TOKENS, dtype=np.uint16).tofile(tmp_path / "a.npy")
+    source = {"path": str(tmp_path / "a.npy"), "format": "npy", "dtype": "uint16"}
+    model = {"vocab_size": 50, "d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_multiple": 2}
+    run: dict[str, Any] = {
+        "name": "run",
+        "out": str(tmp_path / "runs"),
+        "device": "cpu",
+        "model": model,
+        "data": {"sources": {"a": source, "b": source}, "weights": {"a": 1}, "seq_len": LENGTH},
+        "train": {"duration": "2epoch", "global_batch_size": BATCH},
+        "log": {"tensorboard": False},
+        "eval": {"every": None},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "samples"), [("1epoch", 63), ("3epochs", 189), ("0.5epoch", 31), ("1/63epoch", 4)]
+)
+def test_whole_steps_that_see_no_sample_too_often(config: Path, words: str, samples: int) -> None:
+    cfg = load_config(config, [f"train.duration={words}"], epochs=epochs_in_tokens)
+    # 999 predictions are 63 samples, the last one padded.
+    assert cfg.train.duration.unit == "tok"
+    assert cfg.train.duration.value == samples // BATCH * BATCH * LENGTH
+
+
+def test_it_is_stored_in_tokens_and_resumes(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "train.stop_after=3step"]) == 0
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 0
+    assert "duration" not in capsys.readouterr().out.split("step ")[0]  # no change of the config
+    run = config.parent / "runs/run"
+    stored = load_config(run / "config.yaml")
+    assert stored.train.duration.value == 31 * BATCH * LENGTH
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in steps) == 31
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["data.weights={a: 1, b: 2}"], "has a mixture (a, b)"),
+        (["data.weights={}", "data.phases=[{until: 1dur, weights: {a: 1}}]"], "data.phases"),
+        (["data.weights={c: 1}"], "there is no source of this name"),
+        (["schedule.warmup=1epoch"], "only train.duration counts epochs"),
+        (["train.duration=2Kepoch"], "epochs take no suffix 'K'"),
+        (["data.sources.a.path=/nowhere.npy"], "/nowhere.npy"),
+    ],
+)
+def test_what_has_no_epochs(config: Path, changes: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config, changes, for_training=True, epochs=epochs_in_tokens)
+    assert says in str(caught.value)
+    assert "run.yaml" in str(caught.value) or "command line" in str(caught.value)
+
+
+def test_commands_without_data_say_so(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml:.*train.duration: 2epoch counts epochs"):
+        load_config(config)
