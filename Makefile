@@ -18,7 +18,7 @@ LOG := $(VENV)/install.log
 KERNELS := llmtrain/ops/_cpu.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install build quickstart test test-gpu bench-gpu sanitize-gpu test-cluster test-faults test-docker audit check-kernels check format docs clean
+.PHONY: help install build quickstart test test-gpu bench-gpu sanitize-gpu test-cluster test-faults test-docker audit check-kernels check-cuda check format docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -86,6 +86,9 @@ test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, sl
 
 check-kernels: $(KERNELS)  ## CPU kernels under sanitizers; AVX-512 and CUDA kernels emulated (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
+
+check-cuda: $(KERNELS)  ## which CUDA operators FP8 training calls, traced without a device (after build_cuda)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_cuda.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)
 	@OMP_NUM_THREADS=1 LLMTRAIN_FAULTS=110 $(BIN)/python -m pytest tests/faults -s -o timeout=1800 $(PYTEST_ARGS)

@@ -13,8 +13,8 @@ the Trainer pads each batch to its longest, as it does by default, or takes conv
 length together (``group_by_length``), which gives up a random order.
 
 Measured: useful tokens (those that count in the loss) per second of wall time and of processor
-time over the steps after the warmup, peak resident memory of the process, what it takes beyond the
-imports of its libraries.
+time, of rows by the median over the steps after the warmup, of talks over all steps, since no two
+are alike; peak resident memory of the process, what it takes beyond the imports of its libraries.
 
     python benchmarks/finetune.py             # needs transformers, peft and accelerate
 """
@@ -234,13 +234,14 @@ def one_run(
     memory = spawn(command, variables, folder / "log.txt")
     raw = json.loads(out.read_text())
     rates = {}
-    useful = raw["useful"][args.warmup : args.steps]
-    for key, clock in (("tokens_per_second", "stamps"), ("tokens_per_cpu_second", "cpu")):
-        spent = [b - a for a, b in itertools.pairwise(raw[clock])][args.warmup - 1 :]
-        if scene == "talks":  # no two steps are alike
-            rates[key] = sum(useful) / sum(spent)
-        else:
-            rates[key] = useful[0] / statistics.median(spent)
+    # No two steps of talks are alike, and short ones may come last: all of them count.
+    skipped = 0 if scene == "talks" else args.warmup
+    useful = raw["useful"][skipped : len(raw["stamps"])]
+    clocks = (("tokens_per_second", "stamps"), ("tokens_per_cpu_second", "cpu"))
+    for (key, clock), begun in zip(clocks, raw["begun"], strict=True):
+        spent = [b - a for a, b in itertools.pairwise([begun, *raw[clock]])][skipped:]
+        whole = sum(spent) if scene == "talks" else len(spent) * statistics.median(spent)
+        rates[key] = sum(useful) / whole
     return {
         **rates,
         "useful_tokens": sum(useful),

@@ -14,6 +14,9 @@ class Stamps(Hook):
     def __init__(self) -> None:
         self.job = FinetuneJob()
 
+    def on_run_start(self, trainer: Trainer) -> None:
+        self.job.begin()
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         self.job.losses.append(result.loss)
         self.job.useful.append(round(result.weight))

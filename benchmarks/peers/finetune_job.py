@@ -37,6 +37,7 @@ class FinetuneJob(Stopwatch):
     def finish(self, trained: int) -> None:
         """Write what was measured. trained: parameters that were updated."""
         found = {
+            "begun": self.begun,
             "stamps": self.stamps,
             "cpu": self.cpu,
             "losses": self.losses,

@@ -36,6 +36,9 @@ class Stamp(TrainerCallback):  # type: ignore[misc]
     def __init__(self, watch: Stopwatch) -> None:
         self.watch = watch
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.watch.begin()
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.watch.stamp()
 

@@ -5,6 +5,7 @@ a run's model section complete, ``init_weights`` fills a model on any device and
 """
 
 from llmtrain.model.activations import ActivationSplit, activation_bytes, block_activation_bytes
+from llmtrain.model.adapter_activations import adapter_activation_bytes
 from llmtrain.model.adapters import (
     ADAPTER,
     PARTS,
@@ -66,6 +67,7 @@ __all__ = [
     "Trainable",
     "activation_bytes",
     "adapted_parts",
+    "adapter_activation_bytes",
     "apply_formats",
     "apply_recompute",
     "assign_formats",

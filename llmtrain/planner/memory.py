@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.linear import FP32_NATIVE, matmul_for
-from llmtrain.model import ActivationSplit, activation_bytes, block_activation_bytes, padded_vocab
+from llmtrain.model import (
+    ActivationSplit,
+    activation_bytes,
+    adapter_activation_bytes,
+    block_activation_bytes,
+    padded_vocab,
+)
 from llmtrain.model.flops import widths
 from llmtrain.ops import attention_usable
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
@@ -59,6 +65,13 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     recompute, compute = setting.cfg.train.recompute, setting.precision.compute
     held = blocks * _in_flight(setting, stage)
     kept = activation_bytes(setting.model, tokens, compute, recompute, split, math.ceil(held))
+    if setting.model.adapters is not None and blocks:
+        numbers = [number for part in stages for number in part.blocks]
+        changes = sum(
+            adapter_activation_bytes(setting.model, number, tokens, compute, recompute, split)
+            for number in numbers
+        )
+        kept += math.ceil(changes * held / blocks)
     kept += math.ceil(_masks(setting, held) + _shared_rows(setting, held))
     running = _running_block(setting, tokens, split) + spread_memory(setting, parts)
     head = _Head.of(setting, stages[-1].last)

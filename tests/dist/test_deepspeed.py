@@ -30,9 +30,13 @@ pytestmark = pytest.mark.dist
 
 TIED = case(tie_embeddings=True, n_kv_heads=1, position="learned")
 # All kinds of vectors and placements: biases of either side, norms with biases, head norms.
-RICH = case(
-    micro=2, norm="layernorm", norm_bias=True, activation="gelu", attention_bias=True,
-    attention_out_bias=True, mlp_bias=True, qk_norm="head",
+# eps: where a gradient is round-off alone, Adam would make a whole step of it.
+RICH = dataclasses.replace(
+    case(
+        micro=2, norm="layernorm", norm_bias=True, activation="gelu", attention_bias=True,
+        attention_out_bias=True, mlp_bias=True, qk_norm="head",
+    ),
+    optim=(("eps", 1e-6),),
 )  # fmt: skip
 LION = dataclasses.replace(
     case(qk_norm="full", norm_placement="post_branch"),
@@ -65,7 +69,6 @@ RUNS: dict[str, tuple[Case, int, dict[str, Any]]] = {
     "ZeRO-3 x TP2+SP": (RICH, 4, zero(3, tensor=2)),
 }
 
-# eps: where a gradient is round-off alone, Adam would make a whole step of it.
 ADAPTED = dataclasses.replace(
     case(2, tie_embeddings=True, adapters=AdapterConfig(rank=3, rank_pattern={"v": 2})),
     optim=(("lr", 1e-2), ("eps", 1e-5), ("decay_roles", ["adapter"])),

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from llmtrain import ops
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model import ActivationSplit, block_activation_bytes, complete
+from llmtrain.model import (
+    ActivationSplit,
+    adapter_activation_bytes,
+    block_activation_bytes,
+    complete,
+)
 from llmtrain.parallel.tensor import local
 from llmtrain.planner import Setting, fake_world
 from llmtrain.planner.memory import activation_split
@@ -79,6 +84,52 @@ def test_a_block_keeps_what_the_formula_says(shape: str, split: str, mode: str) 
         chunk = setting.cfg.data.seq_len // 4
         extra = 4 * chunk * (chunk + 4 * chunk)
     assert kept[1] - kept[0] == formula(setting) + extra
+
+
+ADAPTED: dict[str, tuple[dict[str, Any], str]] = {
+    "all": ({"rank": 3}, "none"),
+    "q, v, sequence": ({"rank": 3, "targets": ["q", "v"], "alpha_pattern": {"v": 1.0}}, "sequence"),
+    "attention, down, tensor": ({"rank": 2, "targets": ["attention", "down"]}, "tensor"),
+    "mlp, selective": ({"rank": 3, "targets": ["mlp"]}, "selective"),
+    "above": ({"rank": 3, "targets": ["blocks.2.*"]}, "none"),
+    "DoRA": ({"rank": 3, "kind": "dora"}, "none"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_and_frozen_weights_keep_what_the_formula_says(name: str) -> None:
+    section, how = ADAPTED[name]
+    changes = SHAPES["llama"] | SPLITS.get(how, {})
+    changes |= {"model__adapters": section}
+    changes |= {"train__recompute": how} if how == "selective" else {}
+    world = 2 if how in SPLITS else 1
+    kept = []
+    for n in (3, 4):
+        setting = setting_of(small_run(model__n_layers=n, **changes), world)
+        with fake_world(0, world):
+            kept.append(kept_after_forward(0, setting))
+    tokens = setting.padded_tokens if setting.sequence else setting.tokens
+    mode, split = setting.cfg.train.recompute, activation_split(setting)
+    adds = [
+        adapter_activation_bytes(setting.model, i, tokens, torch.float32, mode, split)
+        for i in range(4)
+    ]
+    if name == "above":
+        # A block of which nothing trains, below the others, keeps nothing.
+        assert adds[0] == adds[1] == -formula(setting) and adds[2] > -formula(setting)
+        changes["model__adapters"] = section | {"targets": ["blocks.3.*"]}
+        higher = setting_of(small_run(model__n_layers=4, **changes), world)
+        with fake_world(0, world):
+            alone = kept_after_forward(0, higher)
+        changes["model__n_layers"] = 5
+        changes["model__adapters"] = section | {"targets": ["blocks.4.*"]}
+        highest = setting_of(small_run(**changes), world)
+        with fake_world(0, world):
+            assert kept_after_forward(0, highest) == alone
+        return
+    # DoRA remembers lengths of rows from step to step, in memory of either.
+    near = 2e-3 if name == "DoRA" else 0
+    assert kept[1] - kept[0] == pytest.approx(formula(setting) + adds[3], rel=near, abs=0)
 
 
 def saved_by_blocks(rank: int, setting: Setting) -> int:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from llmtrain.ops import build
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +58,15 @@ sys.exit(pytest.main([*"-x -n 0 -p no:cacheprovider".split(), *sys.argv[3:]]))
 """
 
 
+def has_avx2() -> bool:
+    """Whether this processor has AVX2, for which the emulation is compiled."""
+    return torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
 def missing() -> str | None:
     """Why the emulation cannot be built here; None where it can."""
+    if not has_avx2():
+        return "this processor has no AVX2"
     if SIMDE.exists():
         return None
     return f"{SIMDE} is missing; on Debian and Ubuntu: apt install libsimde-dev"

@@ -51,15 +51,18 @@ def run(*command: str) -> None:
 
 
 def sanitize(folder: Path) -> None:
-    """The kernels of rows, casts and fused passes, on two threads, under the sanitizers of
-    addresses, undefined behaviour and data races."""
-    program = folder / "sanitize"
-    units = [ROOT / "cpu" / f"{name}.cpp" for name in ("rows", "fp8", "fused")]
-    flags = "-std=c++20 -O1 -g -pthread -fopenmp-simd -march=native -DKERNEL_SET=checked"
-    sources = [*map(str, units), str(ROOT / "check/sanitize.cpp"), f"-I{ROOT / 'cpu'}"]
-    for checks in check_avx512.SANITIZERS:
-        found = f"-fsanitize={checks} -fno-sanitize-recover=all"
-        run("g++", *flags.split(), *found.split(), *sources, "-o", str(program))
+    """The kernels alone, on two threads, under the sanitizers of addresses, undefined behaviour
+    and data races."""
+    programs = {"sanitize": ("rows", "fp8", "fused")}
+    if check_avx512.has_avx2():
+        programs["sanitize_gemm"] = ("gemm", "attention_f32")
+    flags = "-std=c++20 -O1 -g -w -pthread -fopenmp-simd -march=native -DKERNEL_SET=checked"
+    for checks, (name, units) in itertools.product(check_avx512.SANITIZERS, programs.items()):
+        program = folder / name
+        sources = [str(ROOT / f"cpu/{unit}.cpp") for unit in units]
+        found = f"-fsanitize={checks} -fno-sanitize-recover=all -I{ROOT / 'cpu'}"
+        main_file = str(ROOT / f"check/{name}.cpp")
+        run("g++", *flags.split(), *found.split(), *sources, main_file, "-o", str(program))
         run(str(program))
     print("CPU kernels: clean under the sanitizers", flush=True)
 
