@@ -191,6 +191,11 @@ def test_attention_of_very_wide_and_very_narrow_heads(s: int, d: int) -> None:
         return (score.softmax(-1) @ v).transpose(1, 2)
 
     _compare(ops.causal_attention, exact, [q, k, v], 1e-6)
+    # The gradient of a sum has no memory of its own.
+    q.requires_grad_()
+    (ours,) = torch.autograd.grad(ops.causal_attention(q, k, v).sum(), q)
+    (theirs,) = torch.autograd.grad(exact(q.double(), k.double(), v.double()).sum(), q)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_hides_no_nan() -> None:
