@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
+from llmtrain.eval.loading import load_trained
 from llmtrain.methods.movement import score_gradient
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
@@ -130,6 +131,27 @@ def test_movement_scores_are_summed_products_and_the_largest_stay(movement: Path
     outside = ~kept(movement, 5)["blocks.0.mlp.up"]
     assert not tensors(movement, 5)["model.blocks.0.mlp.up.weight"][outside].any()
     assert tensors(movement, 4)["model.blocks.0.mlp.up.weight"].abs().min() > 0
+
+
+@pytest.mark.parametrize("which", ["srste", "movement"])
+def test_a_checkpoint_is_read_and_exported_as_the_run_computed(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    made: Path = request.getfixturevalue(which)
+    point = made / "checkpoints" / "step-00000003"
+    stored = tensors(made, 3)
+    weights = load_trained(point, torch.device("cpu")).model.state_dict()
+    assert main(["convert", "to-hf", str(point), str(tmp_path / "hf")]) == 0
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, mask in kept(made, 3).items():
+        weight = stored[f"model.{name}.weight"]
+        assert 0.2 < mask.float().mean() < 0.9 and weight[~mask].abs().min() > 0
+        assert torch.equal(weights[f"{name}.weight"], weight * mask)
+        if name.endswith("mlp.down"):
+            layer = name.split(".")[1]
+            assert torch.equal(
+                exported[f"model.layers.{layer}.mlp.down_proj.weight"], weight * mask
+            )
 
 
 def test_soft_movement_keeps_what_is_above_the_threshold(tmp_path: Path, corpus: Path) -> None:
