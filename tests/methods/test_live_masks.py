@@ -229,7 +229,7 @@ def test_layouts_train_the_same(
         ("method: movement, granularity: '2:4'", "cannot follow method: movement"),
         ("method: movement, density: 0.5, start: 0.8dur", "is not before sparsity.end"),
         ("method: movement, density: 0.5, score_decay: 1", "set sparsity.threshold"),
-        ("method: movement, density: 0.5, products: sparse", "need whole gradients"),
+        ("method: movement, density: 0.5, products: sparse", "movement needs whole gradients"),
         ("method: srste, granularity: '4:8t'", "cannot be chosen by magnitude"),
     ],
 )

@@ -169,3 +169,28 @@ def test_dry_run_says_how_they_are_stored(
     file = tiny_config(tmp_path, corpus, **SHORT)
     assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}"]) == 0
     assert f"sparse layers {told}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "told"),
+    [
+        ("method: srste, granularity: '2:4'", [], "dense (srste needs whole gradients)"),
+        ("density: 0.25", ["train.compile=true"], "dense (train.compile does not know"),
+        ("density: 0.25", ["quantization={}"], "layers in another number format, as long as"),
+    ],
+)
+def test_dry_run_knows_where_products_are_dense_whatever_is_faster(
+    tmp_path: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    words: list[str],
+    told: str,
+) -> None:
+    file = tiny_config(tmp_path, corpus, **SHORT)
+    assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}", *words]) == 0
+    assert told in capsys.readouterr().out
+    asked = f"sparsity={{{section}, products: sparse}}"
+    for more in ([], ["--dry-run"]):
+        assert main(["train", str(file), *more, asked, *words]) == 2
+        assert "sparsity.products: sparse: " in capsys.readouterr().err
