@@ -155,7 +155,15 @@ def test_a_checkpoint_is_read_and_exported_as_the_run_computed(
 
 
 def test_soft_movement_keeps_what_is_above_the_threshold(tmp_path: Path, corpus: Path) -> None:
-    soft = run(tmp_path, corpus, SOFT)
+    soft = run(tmp_path, corpus, SOFT, KEEP)
+    seen, old = load_file(soft / "gradients-2.bin"), tensors(soft, 1)
+    for name in kept(soft, 2):  # the penalty of update 2 has come a quarter of its way
+        product = seen[f"whole.{name}.weight"].double() * seen[f"before.{name}.weight"].double()
+        before = old[f"hook.sparsity.scores.{name}"].double()
+        share = before.sigmoid()
+        pull = (1 - 0.75**3) * share * (1 - share) / share.numel()
+        found = tensors(soft, 2)[f"hook.sparsity.scores.{name}"].double()
+        torch.testing.assert_close(found, before - 40 * (product + pull), rtol=1e-4, atol=1e-7)
     for step in (2, 4):
         stored = tensors(soft, step)
         for name, mask in kept(soft, step).items():
@@ -177,12 +185,26 @@ def test_the_gradient_of_a_score_is_that_of_its_penalty_too() -> None:
     torch.testing.assert_close(found, sums + scores.grad.float())
 
 
-@pytest.mark.parametrize("words", [SRSTE, MOVEMENT], ids=["srste", "movement"])
+def test_a_step_that_is_skipped_teaches_the_scores_nothing(tmp_path: Path, corpus: Path) -> None:
+    fault = "hooks=[{use: 'helpers.hooks:LossNotFinite', args: {steps: [3]}}]"
+    made = run(tmp_path, corpus, MOVEMENT, fault, "guard.nonfinite=skip", "train.stop_after=4step")
+    one, two, three = (tensors(made, step) for step in (2, 3, 4))
+    for name in kept(made, 2):
+        key = f"hook.sparsity.scores.{name}"
+        assert torch.equal(one[key], two[key]) and not torch.equal(two[key], three[key])
+        assert torch.isfinite(three[key]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [(SRSTE, 3), (MOVEMENT, 3), (MOVEMENT, 5)],
+    ids=["srste", "movement", "movement, settled"],
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    tmp_path: Path, corpus: Path, words: str, srste: Path, movement: Path
+    tmp_path: Path, corpus: Path, words: str, stop: int, srste: Path, movement: Path
 ) -> None:
     whole = srste if words == SRSTE else movement
-    run(tmp_path, corpus, words, "train.stop_after=3step")
+    run(tmp_path, corpus, words, f"train.stop_after={stop}step")
     parts = run(tmp_path, corpus, words)
     assert losses(parts) == losses(whole)
     ours, reference = tensors(parts), tensors(whole)

@@ -68,10 +68,11 @@ ADAPTERS = "model.adapters={rank: 2, freeze: false, targets: [mlp]}"
         ("granularity: '2:4t'", ["optim.name=lion", "optim.lr=3e-4", "optim.clip_norm=0.1"]),
         ("method: slope, granularity: '2:4', adapters_at: 3step", [ADAPTERS]),
         ("density: 0.25", ["quantization={format: mus_fp8, until: 3step}"]),
+        ("density: 0.25, products: sparse", ["model.scaling={parametrization: mus}"]),
         ("density: 0.5", ["model.adapters={rank: 2, kind: dora}", "train.recompute=full"]),
         ("density: 0.5, products: sparse", ["model.adapters={rank: 2, kind: dora}"]),
     ],
-    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "dora", "dora, tiles"],
+    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "scaled", "dora", "dora, tiles"],
 )
 def test_the_run_is_the_one_of_weights_with_zeros(
     tmp_path: Path, corpus: Path, section: str, words: list[str]
