@@ -68,7 +68,10 @@ ADAPTERS = "model.adapters={rank: 2, freeze: false, targets: [mlp]}"
         ("granularity: '2:4t'", ["optim.name=lion", "optim.lr=3e-4", "optim.clip_norm=0.1"]),
         ("method: slope, granularity: '2:4', adapters_at: 3step", [ADAPTERS]),
         ("density: 0.25", ["quantization={format: mus_fp8, until: 3step}"]),
-        ("density: 0.25, products: sparse", ["model.scaling={parametrization: mus}"]),
+        (
+            "density: 0.25, products: sparse",
+            ["model.scaling={parametrization: mus, residual: sum}"],
+        ),
         ("density: 0.5", ["model.adapters={rank: 2, kind: dora}", "train.recompute=full"]),
         ("density: 0.5, products: sparse", ["model.adapters={rank: 2, kind: dora}"]),
     ],
