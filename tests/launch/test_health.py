@@ -46,6 +46,7 @@ def test_a_fit_node(
         (GOOD.replace("420", "41000"), "GPU 1: 41000 of 81559 MiB are in use by someone else"),
         (GOOD.replace("0, 0\n", "97, 0\n", 1), "GPU 0: 97% busy with someone else's work"),
         (GOOD.replace("0, 0\n", "0, 4\n", 1), "GPU 0: 4 uncorrected memory errors"),
+        ("Unable to say\nmore\n", "GPUs: nvidia-smi says 'Unable to say'"),
     ],
 )
 def test_a_gpu_that_is_not_fit_is_named(
@@ -58,6 +59,17 @@ def test_a_gpu_that_is_not_fit_is_named(
     node_with(tmp_path, monkeypatch, rows)
     assert main(["doctor", "--health", "--gpus", "2", "--folder", str(tmp_path)]) == 2
     assert f"NOT FIT: {fault}" in capsys.readouterr().out
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node_with(tmp_path, monkeypatch, "0, [N/A], [N/A], 0, [N/A]\n")
+    report = health.check_node(1, tmp_path)
+    assert report.faults == []
+    assert report.lines[0] == "1 GPUs, idle, memory not told"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert health.check_node(1, tmp_path).faults == ["GPUs: 0 of 1 are visible"]
 
 
 def test_a_full_disk_and_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
