@@ -7,8 +7,10 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.ranks import run_ranks
 
 from llmtrain.cli.main import main
@@ -112,6 +114,28 @@ def test_two_ranks_agree(fit: bool, least: float | None, fault: str | None) -> N
         assert first[0][0].startswith("all-reduce of 8 MiB over 2 ranks: ")
     else:
         assert fault in first[1][0]
+
+
+def spoiled(rank: int, port: int) -> tuple[list[str], list[str]]:
+    """As ``world``, with one number of the sum wrong on rank 1."""
+    real = health.dist.all_reduce
+
+    def all_reduce(value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        real(value, *args, **kwargs)
+        if rank == 1 and value.numel() > 1000:
+            value[77] += 1
+
+    health.dist.all_reduce = all_reduce
+    return world(rank, port, True, None)
+
+
+def test_a_sum_that_is_wrong_on_one_rank_is_told_on_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for lines, faults in run_ranks(2, spoiled, port, init=False):
+        assert lines == []
+        assert faults == ["all-reduce: 6 numbers summed over 2 ranks are wrong"]
 
 
 def test_the_bandwidth_is_that_of_the_bus() -> None:

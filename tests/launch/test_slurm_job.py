@@ -40,6 +40,7 @@ while [[ $1 != bash ]]; do shift; done
 exec "$@"
 """,
     "llmtrain": """
+if [[ $1 == doctor && -n ${RANK:-} ]]; then exit "${ACROSS:-0}"; fi
 if [[ $1 == doctor ]]; then exit "${HEALTH:-0}"; fi
 echo "llmtrain $* rank=$RANK/$WORLD_SIZE at=$MASTER_ADDR" >> "$TOLD"
 eval "$TRAIN"
@@ -135,6 +136,53 @@ def test_a_node_that_fails_is_left_out(tmp_path: Path) -> None:
     (line,) = [line for line in told if line.startswith("sbatch")]
     assert "--exclude=n4,n9" in line and "--dependency=afterany:42" in line
     assert (job.run / "launch" / "jobs").read_text() == "43\n"
+
+
+def test_nodes_that_all_fail_are_not_at_fault(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    two = STANDS_IN["scontrol"].replace("echo n4;", "echo n4; echo n5;")
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/usr/bin/env bash\n{two}")
+    code, said, told = job.start("exit 0", HEALTH="2", SLURM_NNODES="2")
+    assert code == 2 and "so it is not the nodes" in said
+    assert not any(line.startswith("sbatch") for line in told)
+
+
+def test_nothing_trains_while_the_nodes_do_not_reach_each_other(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--processes-per-node", "2")
+    code, said, told = job.start("exit 0", ACROSS="2")
+    assert (code, trained(told)) == (1, []), said
+    assert said.count("the health check across the nodes failed") == 3
+    assert len(trained(job.start("exit 0")[2])) == 1
+
+
+def test_the_code_of_a_rank_that_knows_why_counts(tmp_path: Path) -> None:
+    """The first one was left waiting; and what an earlier start left does not count."""
+    job = Job(tmp_path)
+    other = '"$(dirname "$LLMTRAIN_EXIT_FILE")/1"'
+    code, said, told = job.start(f'echo 1 > "$LLMTRAIN_EXIT_FILE"; echo 75 > {other}; exit 1')
+    assert code == 75 and told[-1] == "scontrol requeue 42", said
+    (job.run / "launch" / "exit" / "7").write_text("2\n")
+    code, said, told = job.start('[[ $(grep -c "^llmtrain t" "$TOLD") -gt 2 ]]')
+    assert (code, len(trained(told))) == (0, 3), said
+
+
+def test_the_signal_before_the_limit_is_passed_on_and_requeues(tmp_path: Path) -> None:
+    wait = "kill -USR1 $PPID; for i in {1..999999}; do :; done"
+    train = f"trap 'echo saves >> \"$TOLD\"; exit 1' USR1; {wait}"
+    code, said, told = Job(tmp_path).start(train)
+    assert code == 75 and "the time limit is near" in said
+    assert told[-2:] == ["saves", "scontrol requeue 42"]
+
+
+def test_what_is_cancelled_does_not_come_back(tmp_path: Path) -> None:
+    code, said, told = Job(tmp_path).start("kill -TERM $PPID; exit 1")
+    assert (code, len(trained(told))) == (143, 1), said
+    assert not any("requeue" in line or "sbatch" in line for line in told)
+
+
+def test_a_task_uses_the_cores_that_slurm_gives_it(tmp_path: Path) -> None:
+    _, _, told = Job(tmp_path).start('echo "$LLMTRAIN_THREADS" >> "$TOLD"', SLURM_CPUS_PER_TASK="6")
+    assert told[-1] == "6"
 
 
 def test_where_requeueing_is_forbidden_excluded_nodes_stay_out(tmp_path: Path) -> None:
