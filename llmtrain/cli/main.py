@@ -233,6 +233,11 @@ def _explain(error: Exception) -> tuple[str | None, int]:
         package = error.name.partition(".")[0]
         if package in _EXTRAS:
             return f"this needs the package {package}: run {_EXTRAS[package]}", EXIT_BAD_INPUT
+    if isinstance(error, ImportError | AttributeError):
+        from llmtrain.cli.process import torch_fault
+
+        if fault := torch_fault():
+            return fault, EXIT_BAD_INPUT
     if isinstance(error, RuntimeError) and _LOST.search(str(error)) and _several():
         return "another process of this run has ended; its own message says why", EXIT_LOST
     cause: BaseException | None = error

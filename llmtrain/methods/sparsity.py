@@ -117,7 +117,9 @@ class StaticMask(Hook):
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg, self._sparse)
         # Refused here where it cannot be; the number of processes is known later.
-        why_dense(cfg, Degrees(), pick_device(cfg.device, 0).type == "cpu")
+        own = cfg.parallel
+        degrees = Degrees(own.pipeline, own.replicate, own.shard or 1, own.context, own.tensor)
+        why_dense(cfg, degrees, pick_device(cfg.device, 0).type == "cpu")
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""

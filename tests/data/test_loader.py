@@ -1,6 +1,7 @@
 """Global batches are the same whatever the ranks, the micro-batch and the prefetching."""
 
 import threading
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from helpers.streams import MemorySource, documents
 
+from llmtrain.config.data_methods import DietConfig
+from llmtrain.config.fields import dur
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.catalogue import Catalogue
 from llmtrain.data.loader import HeldoutSet, Loader
@@ -54,6 +57,21 @@ def test_another_batch_size_sees_the_same_samples_in_the_same_order(size: int) -
     for key in vars(whole).keys() - {"first"}:
         value = getattr(whole, key)
         assert torch.equal(torch.cat([getattr(part, key) for part in parts]), value), key
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_diet_repeats_the_first_batches_and_then_goes_on_as_any_run(world: int) -> None:
+    plan = make_plan()
+    data = replace(plan.cfg.data, diet=DietConfig(48, dur("5step")))
+    train = replace(plan.cfg.train, global_batch_size=24, duration=dur("40step"))
+    cfg = replace(plan.cfg, data=data, train=train)
+    rank = world - 1
+    plain, diet = Loader(plan, 24, rank, world), Loader.from_config(plan, cfg, rank, world)
+    for step, source in enumerate((0, 1, 0, 1, 0, 5, 6, 7)):
+        found, wanted = diet.batch(step), plain.batch(source)
+        assert torch.equal(found.tokens, wanted.tokens)
+        assert torch.equal(found.source_ids, wanted.source_ids)
+        assert torch.equal(found.sample_ids, plain.batch(step).sample_ids)
 
 
 def test_a_run_reads_every_sample_of_a_source_once_per_epoch() -> None:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.ranks import run_ranks
 from helpers.tiny import records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
+from llmtrain.config import load_config
+from llmtrain.parallel import World
+from llmtrain.train.run import train
 
 SHORT = {
     "train__duration": "6step",
@@ -103,6 +108,25 @@ def test_a_checkpoint_goes_on_packed_or_dense_and_the_same_bit_for_bit(
     words = [f"checkpoint.resume={point}"]
     zeros = run(tmp_path / "zeros", corpus, f"{section}, storage: dense", *words)
     torch.testing.assert_close(losses(zeros), losses(whole)[4:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_replicas_hold_kept_weights_alone_and_train_the_same(tmp_path: Path, corpus: Path) -> None:
+    """Four steps on two replicas, masks dropped in between, then two on one process."""
+    section = "sparsity={density: 0.25, granularity: 4x4, products: sparse, until: 3step"
+    alone = run(tmp_path / "alone", corpus, section.removeprefix("sparsity={"))
+    file = tiny_config(tmp_path, corpus, **SHORT)
+    words = [f"{section}, storage: packed}}", "parallel.replicate=2", "train.stop_after=4step"]
+    cfg = load_config(file, [*words, "train.verify_replicas=1step"])
+
+    def body(rank: int) -> int:
+        return train(cfg, World(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
+
+    assert run_ranks(2, body) == [0, 0]
+    assert main(["train", str(file), f"{section}}}"]) == 0
+    parts = tmp_path / "runs" / "tiny"
+    torch.testing.assert_close(losses(parts), losses(alone), rtol=1e-5, atol=1e-6)
+    same(parts, alone, 2)
 
 
 def test_saving_at_once_writes_what_saving_behind_does(tmp_path: Path, corpus: Path) -> None:
