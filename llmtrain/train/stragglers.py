@@ -136,9 +136,10 @@ class Stopwatch:
             own = probe(self._world.device)
         slots = [0.0] * (3 * size)
         slots[rank::size] = own, self._waited, busy
-        slots = self._world.sum(slots)
         self._whole = self._waited = 0.0
+        # Who comes late to this exchange is waited for as well: that counts for the next reading.
         self.resume()
+        slots = self._world.sum(slots)
         return Stragglers(slots[:size], slots[size : 2 * size], slots[2 * size :])
 
 
