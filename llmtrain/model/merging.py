@@ -42,6 +42,9 @@ def merge_adapters(model: nn.Module, *, keep: bool = True, dequantise: bool = Fa
     packed without ``dequantise``, sharded by FSDP2 and packed, masked, multiplied in FP8 or fake
     numbers, cut by ZeRO 3.
     """
+    # Where blocks are gathered still, from a forward pass without backward, what is written here
+    # would go with their gathered weights.
+    release_gathered(model)
     found = [(n, layer, side) for n, layer, side in _adapted(model) if side.awake]
     for name, layer, side in found:
         if not side.merged:
@@ -62,7 +65,6 @@ def merge_adapters(model: nn.Module, *, keep: bool = True, dequantise: bool = Fa
             values.copy_(whole[own])
         side.merged = True
         count += 1
-    release_gathered(model)
     return count
 
 
@@ -70,6 +72,7 @@ def merge_adapters(model: nn.Module, *, keep: bool = True, dequantise: bool = Fa
 def unmerge_adapters(model: nn.Module) -> int:
     """Put the weights back to the very bits that they had before ``merge_adapters``; returns of how
     many layers. Raises ConfigError where they were not kept."""
+    release_gathered(model)
     merged = [(name, layer, side) for name, layer, side in _adapted(model) if side.merged]
     for name, layer, side in merged:
         if side.kept is None and not layer.thawed:
@@ -84,7 +87,6 @@ def unmerge_adapters(model: nn.Module) -> int:
             for (values, _), before in zip(local_boxes(layer.weight), side.kept, strict=True):
                 values.copy_(before)
         side.kept, side.merged = None, False
-    release_gathered(model)
     return len(merged)
 
 

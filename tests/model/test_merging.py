@@ -153,7 +153,9 @@ def merged_in_layout(rank: int, world: int, parallel: dict[str, Any]) -> dict[st
 @pytest.mark.dist
 def test_tensor_parallelism_and_fsdp2_merge_to_the_bits_of_one_process() -> None:
     alone = merged_in_layout(0, 1, {})
-    for ours in run_ranks(4, lambda rank: merged_in_layout(rank, 4, {"tensor": 2})):
+    # Blocks that stay gathered after a forward pass without backward, too.
+    kept = {"tensor": 2, "reshard_after_forward": False}
+    for ours in run_ranks(4, lambda rank: merged_in_layout(rank, 4, kept)):
         assert same(ours["merged"], alone["merged"])
         assert ours["losses"] == pytest.approx(alone["losses"], rel=2e-6)
         assert ours["then"] == pytest.approx(alone["then"], rel=1e-5)
