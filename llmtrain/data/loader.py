@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
+from llmtrain.data.diet import Diet
 from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
@@ -47,8 +48,7 @@ class Loader:
         assert batch_size % world == 0
         self.plan, self.batch_size, self.rank, self.world = plan, batch_size, rank, world
         self.wait_seconds = 0.0
-        # Steps before the first are those of the diet, which has so many batches.
-        self._diet = (0, 1)
+        self._diet = Diet()
         self._packing = packing_of(plan.cfg.data)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,19 +56,15 @@ class Loader:
     @classmethod
     def from_config(cls, plan: DataPlan, cfg: RunConfig, rank: int, world: int) -> Loader:
         """The loader of a training run, with its ``data.diet``."""
-        loader, diet = cls(plan, cfg.train.global_batch_size, rank, world), cfg.data.diet
-        if diet is not None:
-            tokens = cfg.train.global_batch_size * cfg.data.seq_len
-            end = diet.until.steps(tokens, cfg.train.duration.steps(tokens))
-            loader._diet = (end, diet.samples // cfg.train.global_batch_size)
+        loader = cls(plan, cfg.train.global_batch_size, rank, world)
+        loader._diet = Diet.of(cfg)
         return loader
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of global batch ``step`` (0 is the first). Under a diet the tokens may
         be those of an earlier one; ``sample_ids`` are always the step's own."""
-        end, repeated = self._diet
-        drawn = step % repeated if step < end else step
-        return self.batch_at(step * self.batch_size, drawn * self.batch_size)
+        first = step * self.batch_size
+        return self.batch_at(first, self._diet.drawn(first))
 
     def batch_at(self, first_sample: int, drawn: int | None = None) -> Batch:
         """This rank's rows of the global batch that begins with global sample ``first_sample``.

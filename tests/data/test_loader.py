@@ -1,5 +1,6 @@
 """Global batches are the same whatever the ranks, the micro-batch and the prefetching."""
 
+import json
 import threading
 from dataclasses import replace
 from fractions import Fraction
@@ -72,6 +73,56 @@ def test_a_diet_repeats_the_first_batches_and_then_goes_on_as_any_run(world: int
         assert torch.equal(found.tokens, wanted.tokens)
         assert torch.equal(found.source_ids, wanted.source_ids)
         assert torch.equal(found.sample_ids, plain.batch(step).sample_ids)
+
+
+def fed(diet: DietConfig | None, steps: int = 40) -> DataPlan:
+    plan = make_plan()
+    data = replace(plan.cfg.data, diet=diet)
+    train = replace(plan.cfg.train, global_batch_size=24, duration=dur(f"{steps}step"))
+    return replace(plan, cfg=replace(plan.cfg, data=data, train=train))
+
+
+def test_what_a_plan_counts_is_what_a_diet_draws() -> None:
+    plan = fed(DietConfig(48, dur("5step")))
+    loader, counts = Loader.from_config(plan, plan.cfg, 0, 1), np.zeros(2, np.int64)
+    for step in range(8):
+        assert plan.counts(step * 24).tolist() == counts.tolist()
+        counts += np.bincount(loader.batch(step).source_ids.numpy(), minlength=2)
+    assert counts.tolist() != plan.mixture.counts(8 * 24).tolist()
+    assert "diet: the first 48 samples again and again up to 120" in plan.tree()
+    row = next(line.split() for line in plan.tree().splitlines() if line.split()[0] == "a")
+    assert row[3] == f"{plan.counts(960)[0] / plan.sizes[0]:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("now", "consumed", "then"),
+    [
+        (None, 72, "{samples: 48, until: 5step}"),
+        (DietConfig(24, dur("5step")), 72, "{samples: 48, until: 5step}"),
+        (DietConfig(48, dur("4step")), 120, "{samples: 48, until: 5step}"),
+        (DietConfig(48, dur("7step")), 144, "{samples: 48, until: 5step}"),
+        (None, 48, None),  # nothing was repeated yet
+        (DietConfig(48, dur("7step")), 96, None),
+        (DietConfig(48, dur("0.125dur")), 960, None),
+    ],
+)
+def test_a_resumed_run_may_not_change_the_diet_it_had(
+    now: DietConfig | None, consumed: int, then: str | None
+) -> None:
+    state = json.loads(json.dumps(fed(DietConfig(48, dur("5step"))).state()))
+    if then is None:
+        fed(now).check_resume(state, consumed)
+        return
+    with pytest.raises(DataError, match=r"data\.diet: the checkpoint's samples") as caught:
+        fed(now).check_resume(state, consumed)
+    assert f"data.diet={then}" in str(caught.value)
+
+
+def test_a_run_without_a_diet_may_not_get_one_over_its_past() -> None:
+    state = json.loads(json.dumps(fed(None).state()))
+    fed(DietConfig(48, dur("5step"))).check_resume(state, 48)
+    with pytest.raises(DataError, match=r"resume with data.diet=null"):
+        fed(DietConfig(48, dur("5step"))).check_resume(state, 72)
 
 
 def test_a_run_reads_every_sample_of_a_source_once_per_epoch() -> None:

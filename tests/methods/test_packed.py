@@ -68,10 +68,14 @@ ADAPTERS = "model.adapters={rank: 2, freeze: false, targets: [mlp]}"
         ("granularity: '2:4t'", ["optim.name=lion", "optim.lr=3e-4", "optim.clip_norm=0.1"]),
         ("method: slope, granularity: '2:4', adapters_at: 3step", [ADAPTERS]),
         ("density: 0.25", ["quantization={format: mus_fp8, until: 3step}"]),
+        (
+            "density: 0.25, products: sparse",
+            ["model.scaling={parametrization: mus, residual: sum}"],
+        ),
         ("density: 0.5", ["model.adapters={rank: 2, kind: dora}", "train.recompute=full"]),
         ("density: 0.5, products: sparse", ["model.adapters={rank: 2, kind: dora}"]),
     ],
-    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "dora", "dora, tiles"],
+    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "scaled", "dora", "dora, tiles"],
 )
 def test_the_run_is_the_one_of_weights_with_zeros(
     tmp_path: Path, corpus: Path, section: str, words: list[str]
@@ -169,3 +173,28 @@ def test_dry_run_says_how_they_are_stored(
     file = tiny_config(tmp_path, corpus, **SHORT)
     assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}"]) == 0
     assert f"sparse layers {told}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "told"),
+    [
+        ("method: srste, granularity: '2:4'", [], "dense (srste needs whole gradients)"),
+        ("density: 0.25", ["train.compile=true"], "dense (train.compile does not know"),
+        ("density: 0.25", ["quantization={}"], "layers in another number format, as long as"),
+    ],
+)
+def test_dry_run_knows_where_products_are_dense_whatever_is_faster(
+    tmp_path: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    words: list[str],
+    told: str,
+) -> None:
+    file = tiny_config(tmp_path, corpus, **SHORT)
+    assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}", *words]) == 0
+    assert told in capsys.readouterr().out
+    asked = f"sparsity={{{section}, products: sparse}}"
+    for more in ([], ["--dry-run"]):
+        assert main(["train", str(file), *more, asked, *words]) == 2
+        assert "sparsity.products: sparse: " in capsys.readouterr().err
