@@ -169,9 +169,11 @@ def test_the_code_of_a_rank_that_knows_why_counts(tmp_path: Path) -> None:
 def test_the_signal_before_the_limit_is_passed_on_and_requeues(tmp_path: Path) -> None:
     wait = "kill -USR1 $PPID; for i in {1..999999}; do :; done"
     train = f"trap 'echo saves >> \"$TOLD\"; exit 1' USR1; {wait}"
-    code, said, told = Job(tmp_path).start(train)
+    job = Job(tmp_path)
+    code, said, told = job.start(train)
     assert code == 75 and "the time limit is near" in said
     assert told[-2:] == ["saves", "scontrol requeue 42"]
+    assert (job.run / "launch" / "progress").read_text() == "-1 1\n"  # counted once
 
 
 def test_what_is_cancelled_does_not_come_back(tmp_path: Path) -> None:
