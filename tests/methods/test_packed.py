@@ -148,6 +148,7 @@ def test_saving_at_once_writes_what_saving_behind_does(tmp_path: Path, corpus: P
         (["sparsity={density: 0.5, storage: packed}", "average={}"], "average keeps copies"),
         (["sparsity={density: 0.5, storage: packed}", "penalty={}"], "penalty keeps an anchor"),
         (["sparsity={density: 0.5, storage: packed}", "train.compile=true"], "train.compile"),
+        (["sparsity={density: 0.5, storage: packed}", "parallel.tensor=2"], "ranks share each"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(
