@@ -14,6 +14,11 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 BUDGET=${BUDGET:-780}
 export PYTHONPATH="$PWD:$PWD/tests:$PWD/benchmarks" PYTHONUNBUFFERED=1
+"$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
+  echo "gpu_all.sh: torch of $PYTHON finds no CUDA device, and all of this needs one;" \
+    "llmtrain doctor says what is missing" >&2
+  exit 2
+}
 mkdir -p "$OUT"
 LOG="$OUT/gpu_all.log" SUMMARY="$OUT/summary.txt"
 : >"$LOG"

@@ -7,6 +7,10 @@ set -u
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH="$PWD:$PWD/tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1
 [ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck
+command -v compute-sanitizer >/dev/null || {
+  echo "sanitize_gpu.sh: no compute-sanitizer on the path; it comes with NVIDIA's CUDA toolkit" >&2
+  exit 2
+}
 failed=0
 for tool in "$@"; do
   echo "== $tool"

@@ -51,18 +51,25 @@ def wanted_environment(environ: Mapping[str, str]) -> dict[str, str]:
 OLDEST_TORCH = (2, 11)
 
 
-def check_torch() -> None:
-    """Raise EnvironmentFault where the installed torch is missing or too old; torch itself stays
-    unimported, which takes a second and fails in odd places in an old one."""
+def torch_fault() -> str | None:
+    """What is wrong where the installed torch is missing or too old, and the remedy; else None.
+    torch itself stays unimported, which takes a second and fails in odd places in an old one."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     remedy = f"install a newer one: pip install 'torch>={oldest}' (see llmtrain doctor)"
     try:
         found = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        raise EnvironmentFault(f"torch is not installed; {remedy}") from None
+        return f"torch is not installed; {remedy}"
     match = re.match(r"(\d+)\.(\d+)", found)
     if match is not None and (int(match[1]), int(match[2])) < OLDEST_TORCH:
-        raise EnvironmentFault(f"torch {found} is too old for llmtrain; {remedy}")
+        return f"torch {found} is too old for llmtrain; {remedy}"
+    return None
+
+
+def check_torch() -> None:
+    """Raise EnvironmentFault where ``torch_fault`` finds one."""
+    if fault := torch_fault():
+        raise EnvironmentFault(fault)
 
 
 _is_command = False

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.errors import EnvironmentFault
 from llmtrain.ops.fakes import CUDA_FAKES, register_fakes
 from llmtrain.ops.native import sources_stamp
 
@@ -79,12 +80,17 @@ def cublaslt_fault() -> str | None:
 
 def _told(question: str) -> str | None:
     """What the library says of itself; None where it is not built or does not know the question.
+    Raises EnvironmentFault where it is no library of this machine.
 
     Works without CUDA: undefined symbols stay so until they are called.
     """
     if not LIBRARY.exists():
         return None
-    ask = getattr(ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY), question, None)
+    try:
+        library = ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY)
+    except OSError as error:
+        raise EnvironmentFault(f"damaged or of another machine ({error}); {HELP}") from None
+    ask = getattr(library, question, None)
     if ask is None:
         return None
     ask.restype = ctypes.c_char_p

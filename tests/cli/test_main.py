@@ -180,6 +180,16 @@ def test_errors_become_one_sentence_and_a_code(
     assert capsys.readouterr().err == message
 
 
+def test_an_old_torch_is_told_by_commands_that_import_it_late(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmtrain.cli.process.metadata.version", lambda name: "2.4.0")
+    fake(ImportError("cannot import name 'nn' from 'torch'"))
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("llmtrain: error: torch 2.4.0 is too old") and told.count("\n") == 1
+
+
 def test_a_full_disk_is_found_behind_another_error(
     fake: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

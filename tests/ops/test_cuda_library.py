@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,39 @@ def test_the_doctor_says_who_sums_weight_gradients(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(cuda, "built_with_cublaslt", lambda version=version: version)
         monkeypatch.setattr(cuda, "cublaslt_fault", lambda fault=fault: fault)
         assert told in diagnosis._cuda_kernels()
+
+
+def test_a_damaged_library_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llmtrain.cli import diagnosis
+
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    cuda.LIBRARY.touch()
+    with pytest.raises(EnvironmentFault, match=r"^damaged .*file too short.*run: .*build_cuda$"):
+        diagnosis._cuda_kernels()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [("gpu_all", "finds no CUDA device"), ("sanitize_gpu", "no compute-sanitizer on the path")],
+)
+def test_scripts_for_a_gpu_say_at_once_what_is_missing(
+    script: str, says: str, tmp_path: Path
+) -> None:
+    """And neither build nor write anything."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/dirname").symlink_to("/usr/bin/dirname")
+    path = os.environ["PATH"] if script == "gpu_all" else str(tmp_path / "bin")
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    told = subprocess.run(
+        ["/bin/bash", f"benchmarks/{script}.sh"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **hidden, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert told.returncode == 2 and says in told.stderr
+    assert told.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
