@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
-from llmtrain.parallel import World
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.errors import ConfigError
+from llmtrain.parallel import Degrees, World
+from llmtrain.sparsity import why_dense
 from llmtrain.train.run import train
 
 SHORT = {
@@ -198,3 +203,14 @@ def test_dry_run_knows_where_products_are_dense_whatever_is_faster(
     for more in ([], ["--dry-run"]):
         assert main(["train", str(file), *more, asked, *words]) == 2
         assert "sparsity.products: sparse: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared", ["pipeline", "shard", "context", "tensor"])
+def test_ranks_that_share_matrices_hold_zeros(shared: str) -> None:
+    cfg = RunConfig(sparsity=SparsityConfig(density=0.5))
+    degrees = replace(Degrees(replicate=2), **{shared: 2})
+    assert "ranks share each matrix" in str(why_dense(cfg, degrees, True))
+    assert why_dense(cfg, Degrees(replicate=2), True) is None
+    asked = replace(cfg, sparsity=SparsityConfig(density=0.5, storage="packed"))
+    with pytest.raises(ConfigError, match="ranks share each matrix"):
+        why_dense(asked, degrees, True)

@@ -296,6 +296,10 @@ def test_layouts_train_the_same_and_read_each_others_checkpoints(
             "sparsity.density: the checkpoint's masks were made with 0.25",
         ),
         (["sparsity={granularity: '2:4'}"], "sparsity.granularity: the checkpoint's masks"),
+        (
+            ["sparsity={density: 0.25, rules: [{layers: ['*.mlp.up'], density: 0.5}]}"],
+            "sparsity.rules: the checkpoint's masks",
+        ),
     ],
 )
 def test_a_resumed_run_cannot_ask_for_other_masks(
