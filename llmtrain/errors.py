@@ -7,9 +7,11 @@ Everything a user can cause (a wrong key, a missing file, a full disk) raises a 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
+from urllib.parse import quote
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
@@ -26,10 +28,16 @@ _SECRET_LENGTH = 8
 
 
 def secrets_in(text: str) -> Iterator[tuple[str, str]]:
-    """Environment variables that hold a secret which stands in ``text``: name, value."""
+    """Environment variables that hold a secret which stands in ``text``: name, and how it stands.
+
+    As it is, as in an URL or as in JSON; the longest first, since one may be a part of another.
+    """
+    found = []
     for name, value in os.environ.items():
-        if len(value) >= _SECRET_LENGTH and value in text and _SECRET.search(name):
-            yield name, value
+        if len(value) >= _SECRET_LENGTH and _SECRET.search(name):
+            forms = {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1]}
+            found += [(name, form) for form in forms if form in text]
+    yield from sorted(found, key=lambda one: len(one[1]), reverse=True)
 
 
 def without_secrets(text: str) -> str:

@@ -78,11 +78,17 @@ int main() {
       multiply(1, 1, 1, turned, add);
       multiply(37, 19, 300, turned, add);
       multiply(150, 130, 65, turned, add);
+      multiply(0, 3, 2, turned, add);
+      multiply(3, 2, 0, turned, add);
+      multiply(7, 1550, 515, turned, add);
     }
   for (const int64_t s : {1, 33, 70})
     for (const int64_t d : {8, 20, 64}) {
       attend(s, d, false);
       attend(s, d, true);
     }
+  // Heads so wide that fewer keys take deeper steps than all of them.
+  attend(520, 520, false);
+  attend(200, 1, true);
   std::puts("clean");
 }

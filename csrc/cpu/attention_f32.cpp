@@ -19,14 +19,11 @@ namespace {
 
 constexpr int64_t kQueries = 96;
 
-int64_t rounded(int64_t n) { return (n + 15) / 16 * 16; }
-
-// Room of b packed, whatever product of a head it belongs to.
+// Room of b packed, whatever product of a head it belongs to: up to s keys of d values, or d columns
+// of up to s keys or queries.
 int64_t packed(const FloatAttention& job) {
-  const int64_t widest = rounded(std::max(job.s, job.d));
-  return std::max(gemm.packed({{}, {}, nullptr, 0, widest, std::max(job.d, kQueries), 0, 1, false}),
-                  gemm.packed({{}, {}, nullptr, 0, rounded(job.d), widest, 0, 1, false})) +
-         16 * widest;
+  return std::max(gemm.packed({{}, {}, nullptr, 0, job.s, job.d, 0, 1, false}),
+                  gemm.packed({{}, {}, nullptr, 0, job.d, job.s, 0, 1, false}));
 }
 
 // out (+)= alpha a b^T in this thread.

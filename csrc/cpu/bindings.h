@@ -59,7 +59,7 @@ struct Heads {
   explicit Heads(const Tensor& x)
       : data(const_cast<T*>(in<T>(x))), batch(x.stride(0)), head(x.stride(1)),
         position(x.stride(2)) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1, "heads must be contiguous");
+    STD_TORCH_CHECK(x.dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1), "heads must be contiguous");
   }
 
   T* at(int64_t b, int64_t h, int64_t s) const {

@@ -23,7 +23,8 @@ struct Gemm {
 // A product is a sequence of parts (see `part`), in each of which b is packed by panels and rows
 // of out follow by blocks. Each element is summed in an order that depends on k alone.
 struct GemmKernels {
-  // Parts of a product, and the float32 scratch that holds b packed.
+  // Parts of a product, and the float32 scratch that holds b packed: enough for all products of no
+  // larger n and k.
   int64_t (*parts)(const Gemm& job);
   int64_t (*packed)(const Gemm& job);
   int64_t (*panels)(const Gemm& job, int64_t part);

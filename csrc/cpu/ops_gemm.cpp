@@ -16,7 +16,7 @@ void product_(Tensor result, const Tensor& a, const Tensor& b, double alpha, boo
                  b.size(0),   a.size(1),        result.stride(0),   static_cast<float>(alpha),
                  add};
   STD_TORCH_CHECK(result.scalar_type() == ScalarType::Float && result.dim() == 2 &&
-                      result.stride(1) == 1,
+                      (result.stride(1) == 1 || job.n == 1),
                   "out: not a float32 matrix of contiguous rows");
   STD_TORCH_CHECK(b.size(1) == job.k && result.size(0) == job.m && result.size(1) == job.n,
                   "wrong shapes");

@@ -126,4 +126,4 @@ class Ranks:
         where = f" (rank {value.rank} of {self.size})" if self.size > 1 else ""
         if value.user:
             raise CheckpointError(f"{value.text}{where}")
-        raise RuntimeError(f"checkpointing failed{where}\n{value.text}")
+        raise RuntimeError(f"a process failed{where}\n{value.text}")

@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it is not a JSON object")
@@ -142,7 +142,7 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
             name: FileSum(name, int(entry["bytes"]), str(entry[ALGORITHM]))
             for name, entry in files.items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{path / CHECKSUMS} is damaged, or of another version than {VERSION}"
         ) from error
@@ -150,7 +150,7 @@ def read_checksums(path: Path) -> dict[str, FileSum]:
 
 def leads_out(name: str) -> bool:
     """Whether a file name of a checkpoint is a path: to another folder, or no name at all."""
-    return name in ("", "..") or Path(name).name != name
+    return name in ("", "..") or "\0" in name or Path(name).name != name
 
 
 def _digest(files: dict[str, Any]) -> str:
@@ -249,9 +249,9 @@ def read_own_layout(path: Path) -> dict[str, TensorLayout]:
         return {
             key: TensorLayout(
                 value["dtype"],
-                tuple(value["shape"]),
+                _numbers(value["shape"]),
                 tuple(
-                    Chunk(tuple(c["offset"]), tuple(c["shape"]), files[c["file"]])
+                    Chunk(_numbers(c["offset"]), _numbers(c["shape"]), files[c["file"]])
                     for c in value["chunks"]
                 ),
             )
@@ -259,6 +259,13 @@ def read_own_layout(path: Path) -> dict[str, TensorLayout]:
         }
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / TENSORS} is damaged") from error
+
+
+def _numbers(found: Any) -> tuple[int, ...]:
+    """A list of whole numbers; TypeError for anything else."""
+    if not isinstance(found, list) or not all(type(n) is int for n in found):
+        raise TypeError(found)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

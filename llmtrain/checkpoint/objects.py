@@ -152,7 +152,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         marker = json.loads(text)
         files, permanent = marker["files"], marker["permanent"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     base, life = marker.get("base"), marker.get("life")
     good = isinstance(files, list) and all(isinstance(name, str) for name in files)

@@ -177,7 +177,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header") from error
     entries = {}
     try:
@@ -190,7 +190,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             if end - begin != math.prod(shape) * ITEMSIZE[entry.dtype]:
                 raise ValueError(name)
             entries[name] = entry
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header") from error
     last = max((entry.end for entry in entries.values()), default=8 + length)
     if last != size:

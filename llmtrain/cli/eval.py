@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -38,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=16, help="tasks: texts computed together (default 16)"
     )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks, under torchrun: processes that share one model's matrices (default 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
@@ -47,11 +53,13 @@ def run(args: argparse.Namespace) -> int:
     prepare_process()
     if args.tasks is not None:
         return _tasks(args)
-    from llmtrain.errors import ConfigError
+    from llmtrain.errors import ConfigError, LlmtrainError
     from llmtrain.eval.checkpoint import evaluate_checkpoint
     from llmtrain.parallel import close_world, init_world
     from llmtrain.train.console import table
 
+    if args.tensor != 1:
+        raise LlmtrainError("--tensor is for --tasks; held-out loss takes the whole model")
     world = init_world(args.device)
     try:
         result = evaluate_checkpoint(Path(args.checkpoint), args.overrides, args.device, world)
@@ -81,27 +89,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    """Tasks on this process; under torchrun the first process works alone."""
+    """Tasks; under torchrun the processes share the requests, and the first one prints."""
     from llmtrain.errors import LlmtrainError
     from llmtrain.eval.harness import TaskRequest, evaluate_tasks
-    from llmtrain.eval.loading import load_trained
-    from llmtrain.parallel.world import pick_device
+    from llmtrain.eval.sharing import PATIENCE_MINUTES, load_together
+    from llmtrain.parallel import close_world, init_world
     from llmtrain.train.console import table
 
     tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
-    if not tasks or args.batch < 1:
-        raise LlmtrainError("--tasks needs a name, and --batch must be at least 1")
-    if os.environ.get("RANK", "0") != "0":
+    if not tasks or args.batch < 1 or args.tensor < 1:
+        raise LlmtrainError("--tasks needs a name, and --batch and --tensor must be at least 1")
+    world = init_world(args.device, PATIENCE_MINUTES)
+    try:
+        path = Path(args.checkpoint)
+        trained, layout = load_together(path, world, args.tensor, args.overrides)
+        for fault in trained.warnings if world.is_main else ():
+            print(f"llmtrain: warning: {fault}", file=sys.stderr)
+        request = TaskRequest(tasks, args.few_shot, args.limit, args.task_folder, args.batch)
+        found = evaluate_tasks(trained, request, layout)
+        where, step = str(trained.path), trained.step
+        del trained, layout
+    finally:
+        close_world()
+    if found is None:
         return 0
-    trained = load_trained(Path(args.checkpoint), pick_device(args.device, 0), args.overrides)
-    for fault in trained.warnings:
-        print(f"llmtrain: warning: {fault}", file=sys.stderr)
-    request = TaskRequest(tasks, args.few_shot, args.limit, args.task_folder, args.batch)
-    found = evaluate_tasks(trained, request)
     if args.json:
-        print(json.dumps({"checkpoint": str(trained.path), "tasks": found}, indent=1))
+        print(json.dumps({"checkpoint": where, "tasks": found}, indent=1))
         return 0
-    print(f"{trained.path} (step {trained.step})")
+    print(f"{where} (step {step})")
     rows = [("task", "metric", "value")]
     for task, numbers in found.items():
         rows += [(task, name, f"{value:.4f}") for name, value in numbers.items()]

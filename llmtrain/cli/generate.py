@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtrain.cli.process import prepare_process
+
+if TYPE_CHECKING:
+    from llmtrain.parallel import World
 
 HELP = "continue texts with a trained model"
 
@@ -46,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute with the adapters merged into the weights: faster, rounded otherwise",
     )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="under torchrun: processes that share one model's matrices (default 1: each holds "
+        "the whole model, and they share the prompts)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -53,26 +64,38 @@ def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
     from llmtrain.errors import LlmtrainError
 
-    if args.tokens < 1 or args.batch < 1 or args.temperature < 0 or args.top_k < 0:
+    if min(args.tokens, args.batch, args.tensor) < 1 or args.temperature < 0 or args.top_k < 0:
         raise LlmtrainError(
-            "--tokens and --batch must be at least 1; --temperature and --top-k at least 0"
+            "--tokens, --batch and --tensor must be at least 1; --temperature and --top-k at "
+            "least 0"
         )
     if not math.isfinite(args.temperature):
         raise LlmtrainError(f"--temperature must be a finite number, not {args.temperature:g}")
     if not 0 < args.top_p <= 1:
         raise LlmtrainError(f"--top-p must be above 0 and at most 1, not {args.top_p:g}")
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # under torchrun the first process answers
     prepare_process()
-    from llmtrain.errors import CheckpointError
-    from llmtrain.eval.generation import Sampling, generate
-    from llmtrain.eval.loading import load_trained
-    from llmtrain.model import merge_adapters
-    from llmtrain.parallel.world import pick_device
+    from llmtrain.eval.sharing import PATIENCE_MINUTES
+    from llmtrain.parallel import close_world, init_world
 
-    device = pick_device(args.device, 0)
-    trained = load_trained(Path(args.checkpoint), device)
-    for fault in trained.warnings:
+    world = init_world(args.device, PATIENCE_MINUTES)
+    try:
+        said = _continue(args, world)
+    finally:
+        close_world()
+    for text in said:
+        print(text)
+    return 0
+
+
+def _continue(args: argparse.Namespace, world: World) -> list[str]:
+    """The texts, prompts included, on the main process; none on the others."""
+    from llmtrain.errors import CheckpointError, LlmtrainError
+    from llmtrain.eval.generation import Sampling
+    from llmtrain.eval.sharing import generate_shared, load_together
+    from llmtrain.model import merge_adapters
+
+    trained, layout = load_together(Path(args.checkpoint), world, args.tensor)
+    for fault in trained.warnings if world.is_main else ():
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
     if args.merge and not merge_adapters(trained.model, keep=False):
         raise LlmtrainError(f"--merge: {trained.path} has no adapters; leave it out")
@@ -84,23 +107,16 @@ def run(args: argparse.Namespace) -> int:
         )
     if not all(args.prompt):
         raise LlmtrainError("--prompt is empty; give some text to continue")
-    context = trained.model_cfg.max_seq_len
-    assert context is not None
-    found = generate(
-        trained.model,
-        [tokenizer.encode(prompt) for prompt in args.prompt],
-        args.tokens,
-        context,
-        Sampling(args.temperature, args.top_k, args.top_p, args.seed),
-        eos_id=tokenizer.eos_id,
-        batch=args.batch,
-    )
-    for prompt, new in zip(args.prompt, found, strict=True):
-        print(prompt + tokenizer.decode(new.tokens))
+    prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    found = generate_shared(trained, layout, prompts, args.tokens, sampling, args.batch)
+    if not world.is_main:
+        return []
     if any(new.ended == "context" for new in found):
         print(
-            f"llmtrain: warning: a text of this model has at most {context} tokens "
-            "(model.max_seq_len), so it ended before --tokens",
+            f"llmtrain: warning: a text of this model has at most {trained.model_cfg.max_seq_len} "
+            "tokens (model.max_seq_len), so it ended before --tokens",
             file=sys.stderr,
         )
-    return 0
+    texts = zip(args.prompt, found, strict=True)
+    return [prompt + tokenizer.decode(new.tokens) for prompt, new in texts]

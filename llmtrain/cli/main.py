@@ -8,9 +8,10 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import llmtrain
@@ -21,6 +22,7 @@ from llmtrain.errors import (
     EXIT_PREEMPTED,
     ConfigError,
     LlmtrainError,
+    without_secrets,
 )
 from llmtrain.machine import EXIT_LOST, tell_launcher
 
@@ -105,6 +107,7 @@ def entry() -> NoReturn:
     from llmtrain.cli.process import this_is_the_command
 
     this_is_the_command()
+    sys.excepthook = _traceback
     code = main()
     if _several():
         # A gloo worker thread that still holds a tensor owned by Python would abort the
@@ -114,6 +117,12 @@ def entry() -> NoReturn:
         tell_launcher(code)
         os._exit(code)
     sys.exit(code)
+
+
+def _traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """A traceback as Python prints it, without the secrets that an error may quote."""
+    text = "".join(traceback.format_exception(kind, error, at))
+    print(without_secrets(text), end="", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

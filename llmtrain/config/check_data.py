@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from llmtrain.config.data_methods import DietConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.faults import Collector, did_you_mean, listing
+from llmtrain.config.length import part_of_run
 from llmtrain.config.phase_ends import end_text, phase_end
 from llmtrain.config.schema import PhaseConfig, PrepareConfig, RunConfig, TextSourceConfig
 
@@ -39,6 +41,8 @@ def check_data(cfg: RunConfig, faults: Collector, for_training: bool) -> None:
         _check_weights(cfg, f"data.phases.{i}.weights", phase.weights, faults)
     if data.phases:
         _check_phases(cfg, data.phases, faults)
+    if data.diet is not None:
+        _check_diet(cfg, data.diet, faults)
     if data.replay is not None and not data.replay.run.strip():
         faults.add("data.replay.run", "is missing; name the folder of the earlier run")
     if data.replay is not None and cfg.online is not None:
@@ -51,6 +55,19 @@ def check_data(cfg: RunConfig, faults: Collector, for_training: bool) -> None:
             "data.tokenizer",
             "data.corpus",
         )
+
+
+def _check_diet(cfg: RunConfig, diet: DietConfig, faults: Collector) -> None:
+    batch = cfg.train.global_batch_size
+    if diet.samples % batch or not diet.samples:
+        message = f"{diet.samples} is no multiple of the global batch of {batch}; round it up"
+        faults.add("data.diet.samples", message, "train.global_batch_size")
+    if part_of_run(cfg, diet.until) > 1:
+        message = f"{diet.until} is after the end of the run; make it earlier"
+        faults.add("data.diet.until", message, *_RUN_LENGTH)
+    if cfg.online is not None:
+        message = "repeats samples of an order that online makes as it goes; keep one"
+        faults.add("data.diet", message, "online")
 
 
 def _check_sources(cfg: RunConfig, faults: Collector) -> None:

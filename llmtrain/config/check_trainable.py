@@ -29,6 +29,8 @@ def check_trainable(cfg: RunConfig, faults: Collector) -> None:
             )
         if rule.redraw is not None and not rule.half:
             faults.add(f"{where}.redraw", "is not read without half: true", f"{where}.half")
+        if rule.half_by == "matrix":
+            _check_matrices(cfg, f"{where}.half_by", rule.half, faults)
         if not rule.parameters:
             faults.add(f"{where}.parameters", "is empty; write all, roles or patterns")
     if cfg.trainable and cfg.parallel.engine == "deepspeed":
@@ -38,3 +40,17 @@ def check_trainable(cfg: RunConfig, faults: Collector) -> None:
             "native",
             "parallel.engine",
         )
+
+
+def _check_matrices(cfg: RunConfig, where: str, half: bool, faults: Collector) -> None:
+    """Halves by matrix freeze rows of fused weights."""
+    if not half:
+        faults.add(where, "is not read without half: true", where.replace("half_by", "half"))
+    for key, section in (("model.adapters", cfg.model.adapters), ("sparsity", cfg.sparsity)):
+        if section is not None:
+            faults.add(
+                where,
+                f"matrix freezes rows of the model's own weights, which {key} does not allow; "
+                "write layer",
+                key,
+            )

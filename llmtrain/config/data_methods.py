@@ -9,6 +9,18 @@ from llmtrain.config.fields import dur, key
 
 
 @dataclass(frozen=True)
+class DietConfig:
+    """A small subset that is repeated at first (lottery tickets on a data diet, 2206.01278)."""
+
+    samples: int = key(
+        0, "the run's first so many samples are repeated; a multiple of the global batch", ge=1
+    )
+    until: Duration = key(
+        lambda: dur("0.05dur"), "from here on samples are those of any run; lottery.rewind, say"
+    )
+
+
+@dataclass(frozen=True)
 class ReweightConfig:
     """Loss weights of samples and of tokens, from their losses in every step."""
 

@@ -181,7 +181,11 @@ def _put(
 
 
 def interpolate(root: Node, defaults: dict[str, Any], faults: list[Fault]) -> Node:
-    """Replace ``${...}`` through OmegaConf; references to unset keys see the defaults."""
+    """Replace ``${...}`` through OmegaConf; references to unset keys see the defaults.
+
+    A value that holds a secret of the environment is a fault, whoever put it there: the shell too.
+    """
+    root = _without_secrets(root, (), faults)
     if not _has_interpolation(root):
         return root
     from omegaconf import OmegaConf
@@ -253,15 +257,25 @@ def _resolve(node: Node, tree: Any, path: Path, faults: list[Fault]) -> Node:
             found = OmegaConf.to_container(found, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         return _unresolved(node, path, error, faults)
-    secret = next(secrets_in(str(found)), None)
-    if secret is not None:
-        message = (
-            f"{node.value!r} is the secret in ${secret[0]}, and configs are written into runs and "
-            "checkpoints; let what needs it read the environment itself"
-        )
-        faults.append(Fault(path, message, node.mark))
-        return replace(node, value=None)
-    return wrap(found, node.mark, loose=True)
+    return _without_secrets(wrap(found, node.mark, loose=True), path, faults)
+
+
+def _without_secrets(node: Node, path: Path, faults: list[Fault]) -> Node:
+    if isinstance(node.value, dict):
+        children = {k: _without_secrets(v, (*path, k), faults) for k, v in node.value.items()}
+        return replace(node, value=children)
+    if isinstance(node.value, list):
+        items = [_without_secrets(v, (*path, str(i)), faults) for i, v in enumerate(node.value)]
+        return replace(node, value=items)
+    secret = next(secrets_in(node.value), None) if isinstance(node.value, str) else None
+    if secret is None:
+        return node
+    message = (
+        f"holds the secret in ${secret[0]}, and configs are written into runs and checkpoints; let "
+        "what needs it read the environment itself"
+    )
+    faults.append(Fault(path, message, node.mark))
+    return replace(node, value=None)
 
 
 def escape(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.chat import ChatConfig
 from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
-from llmtrain.config.data_methods import ReweightConfig
+from llmtrain.config.data_methods import DietConfig, ReweightConfig
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 from llmtrain.config.filters import FilterConfig
@@ -193,6 +193,7 @@ class DataConfig:
     tokenizer: str | None = key(None, "tokenizer file or folder; null: the corpus's")
     prefetch: int = key(4, "batches read ahead", ge=0)
     select: SelectConfig | None = key(None, "train on some of the samples only, by their scores")
+    diet: DietConfig | None = key(None, "repeat a small subset in the first part of the run")
 
 
 @dataclass(frozen=True)

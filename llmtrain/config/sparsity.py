@@ -95,7 +95,7 @@ class SparsityConfig:
     storage: str = key(
         "auto",
         "packed: kept weights alone, with gradients and moments for them only; dense: with zeros; "
-        "auto: packed on a CPU where masks stay and one process holds them",
+        "auto: packed on a CPU where masks stay and ranks do not share matrices",
         choices=("auto", "packed", "dense"),
     )
 

@@ -24,6 +24,12 @@ class TrainableConfig:
         "of every block a seeded half of its attention, MLP and norm layers (HFT, 2404.18466); "
         "what lies outside of blocks trains",
     )
+    half_by: str = key(
+        "layer",
+        "half: draw among layers, or among the matrices in them: q, k, v and out; gate, up and "
+        "down; each norm",
+        choices=("layer", "matrix"),
+    )
     redraw: Duration | None = key(None, "half: draw again after each such time; null: once", gt=0)
     start: Duration = key(lambda: dur("0step"), "when they begin to train")
     until: Duration = key(lambda: dur("1dur"), "when they freeze again", gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
-from llmtrain.convert.masks import MASKS, export_masks
+from llmtrain.convert.masks import MASKS, export_masks, live_masks, pruned
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -37,7 +37,7 @@ from llmtrain.convert.writing import (
 )
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import CheckpointError, DataError
-from llmtrain.linear import Change, Frozen, adapted_weight
+from llmtrain.linear import Change, Frozen, Mask, adapted_weight
 from llmtrain.model import ADAPTER, complete, packed_weights, whole_change
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -110,7 +110,7 @@ def to_huggingface(
     origin = opened.origin
     step = int(json.loads(opened.files[META])["step"])
     casts = fp8_weights(opened.run, cfg, step, kind.name) if fp8 else None
-    writer = _Writer(found, layout, opened.rules, cfg, casts)
+    writer = _Writer(found, layout, opened.rules, cfg, casts, live_masks(found, opened.run, cfg))
     target = dtype or _stored_dtype(layout, origin)
     with new_folder(Path(dst)) as temporary:
         size = writer.write(temporary, target, shard_bytes)
@@ -161,10 +161,11 @@ class _Writer:
         layout: dict[str, TensorLayout],
         rules: list[Rule],
         cfg: ModelConfig,
-        fp8: Fp8Weights | None = None,
+        fp8: Fp8Weights | None,
+        live: Mapping[str, Mask],
     ) -> None:
         self._found, self._layout, self._cfg = found, layout, cfg
-        self._rules, self._fp8 = rules, fp8
+        self._rules, self._fp8, self._live = rules, fp8, live
         section = cfg.adapters
         form = Frozen("" if section is None or section.base is None else section.base)
         self._packed = dict.fromkeys(packed_weights(cfg), form)
@@ -226,6 +227,9 @@ class _Writer:
         for rule in rules:
             key = MODEL_PREFIX + rule.ours
             whole = read_tensor(self._found, key, self._layout[rule.ours])
+            layer, _, leaf = rule.ours.rpartition(".")
+            if leaf == "weight" and layer in self._live:
+                whole = pruned(whole, self._live[layer])
             if self._fp8 is not None and rule.ours in self._fp8.names:
                 numbers, scale = self._fp8.cast(rule.ours, whole)
                 for part in rule.split(numbers, self._cfg):
@@ -238,7 +242,6 @@ class _Writer:
             factor = fold_factor(self._cfg, rule.ours)
             if factor != 1.0:
                 whole = whole.float().mul_(factor)
-            layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and f"{layer}{ADAPTER}a.weight" in self._layout:
                 change = self._change(layer)
                 assert change is not None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
+from llmtrain.data.diet import Diet
 from llmtrain.data.packing import Packing, Pick, Rows, samples_in
 from llmtrain.data.plan import DataPlan
 from llmtrain.data.source import TokenSource
@@ -47,24 +48,33 @@ class Loader:
         assert batch_size % world == 0
         self.plan, self.batch_size, self.rank, self.world = plan, batch_size, rank, world
         self.wait_seconds = 0.0
+        self._diet = Diet()
         self._packing = packing_of(plan.cfg.data)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
     def from_config(cls, plan: DataPlan, cfg: RunConfig, rank: int, world: int) -> Loader:
-        """The loader of a training run."""
-        return cls(plan, cfg.train.global_batch_size, rank, world)
+        """The loader of a training run, with its ``data.diet``."""
+        loader = cls(plan, cfg.train.global_batch_size, rank, world)
+        loader._diet = Diet.of(cfg)
+        return loader
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of global batch ``step`` (0 is the first)."""
-        return self.batch_at(step * self.batch_size)
+        """This rank's rows of global batch ``step`` (0 is the first). Under a diet the tokens may
+        be those of an earlier one; ``sample_ids`` are always the step's own."""
+        first = step * self.batch_size
+        return self.batch_at(first, self._diet.drawn(first))
 
-    def batch_at(self, first_sample: int) -> Batch:
-        """This rank's rows of the global batch that begins with global sample ``first_sample``."""
+    def batch_at(self, first_sample: int, drawn: int | None = None) -> Batch:
+        """This rank's rows of the global batch that begins with global sample ``first_sample``.
+
+        drawn: the sample whose tokens stand there instead, and so on.
+        """
         n = self.batch_size // self.world
         low = first_sample + self.rank * n
-        labels, numbers, weights = self.plan.samples(low, low + n)
+        begin = low if drawn is None else drawn + self.rank * n
+        labels, numbers, weights = self.plan.samples(begin, begin + n)
         picks = zip(labels.tolist(), numbers.tolist(), weights.tolist(), strict=True)
         rows = self._packing.rows(
             [Pick(self.plan.sources[label], number, weight) for label, number, weight in picks]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.catalogue import Catalogue, open_catalogue
+from llmtrain.data.diet import Diet
 from llmtrain.data.mixture import Mixture, cut
 from llmtrain.data.online import known_until
 from llmtrain.data.order import sample_numbers
@@ -64,8 +65,8 @@ class DataPlan:
         return self.catalogue.tokenizer_path
 
     def counts(self, i: int) -> NDArray[np.int64]:
-        """Samples of each source among the first ``i`` of the run: [sources] int64."""
-        return self.mixture.counts(i)
+        """Samples of each source among the first ``i`` that the run draws: [sources] int64."""
+        return Diet.of(self.cfg).counts(self.mixture, i)
 
     def samples(
         self, low: int, high: int
@@ -126,8 +127,9 @@ class DataPlan:
 
     def state(self) -> dict[str, Any]:
         """JSON values for checkpoints: what ``check_resume`` compares."""
-        data = self.cfg.data
+        data, diet = self.cfg.data, Diet.of(self.cfg).state()
         return {
+            **({} if diet is None else {"diet": diet}),
             "version": VERSION,
             "seed": self.cfg.seed,
             "seq_len": data.seq_len,
@@ -169,6 +171,8 @@ class DataPlan:
                     f"{where} is {ours[key]} but the checkpoint was made with {old[key]}, which "
                     f"would change samples already seen; resume with {where}={old[key]}"
                 )
+        batch = self.cfg.train.global_batch_size
+        Diet.of(self.cfg).check_resume(old.get("diet"), consumed, batch)
         *earlier, current = [from_json(schedule) for schedule in old["schedules"]]
         used = Mixture(list(old["sources"]), current, old["block_size"], old["seed"], earlier)
         counts = used.counts(consumed)
@@ -190,7 +194,6 @@ class DataPlan:
         self.mixture = Mixture(
             self.names, current, self.cfg.data.block_size, self.cfg.seed, earlier
         )
-        batch = self.cfg.train.global_batch_size
         self.known = known_until(self.cfg, self.mixture.total // batch, consumed // batch)
 
     def _check_source(self, name: str, old: dict[str, Any]) -> None:

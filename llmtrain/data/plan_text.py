@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmtrain.config.phase_ends import phase_end
+from llmtrain.data.diet import Diet
 from llmtrain.data.online import update_steps
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ def plan_tree(plan: DataPlan) -> str:
         part = plan.cfg.data.replay.fraction
         shares = ", ".join(f"{name} {float(w):.1%}" for name, w in replay.weights.items())
         lines.append(f"|- replay of {replay.run}: {part:.4g} of the tokens, as {shares}")
+    if (diet := Diet.of(plan.cfg)).state() is not None:
+        lines.append(
+            f"|- diet: the first {diet.samples:,} samples again and again up to {diet.until:,}"
+        )
     parts = [*itertools.pairwise(edges)]
     if len(parts) > 1:
         parts.append((0, mixture.total))
@@ -36,7 +41,7 @@ def plan_tree(plan: DataPlan) -> str:
         title = "whole run" if low == 0 and high == mixture.total else f"phase {i + 1}"
         until = _until(plan, i) if title.startswith("phase") and len(parts) > 1 else ""
         lines.append(f"{'`-' if last else '|-'} {title}: samples {low:,} to {high:,}{until}")
-        taken = mixture.counts(high) - mixture.counts(low)
+        taken = plan.counts(high) - plan.counts(low)
         rows = [("source", "tokens", "share", "epochs", "of tokens")]
         tokens = [_own_tokens(plan, label) for label in range(len(plan.names))]
         for name, own, size, count in zip(plan.names, tokens, plan.sizes, taken, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.config import Duration, RunConfig, load_config
+from llmtrain.data.diet import Diet
 from llmtrain.data.mixture import Mixture
 from llmtrain.data.order import sample_numbers
 from llmtrain.data.packing import samples_in
@@ -37,6 +38,7 @@ class Seen:
     low: int
     high: int
     known: int | None = None
+    diet: Diet = Diet()
 
     @classmethod
     def of_run(cls, run: Path, start: Duration, stop: Duration) -> Seen:
@@ -63,11 +65,12 @@ class Seen:
             samples_in(source["tokens"], seq_len) if selection is None else selection.size
             for source, selection in zip(state["sources"].values(), selections, strict=True)
         ]
-        return cls(mixture, sizes, selections, seq_len, batch, low, high, state.get("known"))
+        known, diet = state.get("known"), Diet(**state.get("diet", {}))
+        return cls(mixture, sizes, selections, seq_len, batch, low, high, known, diet)
 
     def lines(self) -> list[str]:
         """Samples, tokens, share and epochs of every source."""
-        before, after = self.mixture.counts(self.low), self.mixture.counts(self.high)
+        before, after = (self.diet.counts(self.mixture, i) for i in (self.low, self.high))
         number = self.high - self.low
         rows = [("source", "samples", "tokens", "share", "epochs")]
         for name, size, a, b in zip(self.mixture.names, self.sizes, before, after, strict=True):
@@ -87,9 +90,11 @@ class Seen:
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """sample, step, source, number and epoch of each, in the order of training."""
-        for start in range(self.low, self.high, _PIECE):
-            stop = min(start + _PIECE, self.high)
-            labels, before = self.mixture.locate_range(start, stop)
+        stop = self.low
+        while stop < self.high:
+            start, stop = stop, self.diet.turn(stop, min(stop + _PIECE, self.high))
+            first = self.diet.drawn(start)
+            labels, before = self.mixture.locate_range(first, first + stop - start)
             epochs, numbers = np.empty_like(before), np.empty_like(before)
             for label in np.unique(labels):
                 mine = labels == label

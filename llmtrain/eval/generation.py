@@ -82,6 +82,19 @@ class _Rules:
         return "length" if len(row.new) == self.new_tokens else "context"
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Raise LlmtrainError for a prompt that is empty or leaves no room for a token of ``context``,
+    by its number."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise LlmtrainError(f"prompt {i + 1} is empty; give some text to continue")
+        if len(prompt) >= context:
+            raise LlmtrainError(
+                f"prompt {i + 1} has {len(prompt)} tokens, and a text of this model has at most "
+                f"{context} (model.max_seq_len), prompt and continuation together; shorten it"
+            )
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -106,14 +119,7 @@ def generate(
 
     Raises LlmtrainError for a prompt that is empty or leaves no room for a token.
     """
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise LlmtrainError(f"prompt {i + 1} is empty; give some text to continue")
-        if len(prompt) >= context:
-            raise LlmtrainError(
-                f"prompt {i + 1} has {len(prompt)} tokens, and a text of this model has at most "
-                f"{context} (model.max_seq_len), prompt and continuation together; shorten it"
-            )
+    check_prompts(prompts, context)
     rules = _Rules(new_tokens, context, eos_id, stop)
     drawn = sampling if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
     size = 1 if reads_whole_input(model) else batch

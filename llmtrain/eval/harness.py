@@ -9,6 +9,8 @@ from typing import Any
 from llmtrain.errors import ConfigError, EnvironmentFault
 from llmtrain.eval.likelihood import TextModel
 from llmtrain.eval.loading import Trained
+from llmtrain.eval.sharing import SharedTextModel, main_asks
+from llmtrain.parallel import Layout
 
 MISSING = (
     "tasks need the package lm_eval, which is not installed: run pip install 'llmtrain[lm-eval]'"
@@ -27,7 +29,7 @@ class TaskRequest:
     batch: int = 16
 
 
-def harness_model(model: TextModel) -> Any:
+def harness_model(model: TextModel | SharedTextModel) -> Any:
     """``model`` as the harness's ``LM``. Raises EnvironmentFault where it is not installed."""
     try:
         from lm_eval.api.model import LM
@@ -51,13 +53,22 @@ def harness_model(model: TextModel) -> Any:
     return Adapter()
 
 
-def evaluate_tasks(trained: Trained, request: TaskRequest) -> dict[str, dict[str, float]]:
-    """Task -> metric (``acc``, ``acc_stderr`` ...) -> value, by the harness.
+def evaluate_tasks(
+    trained: Trained, request: TaskRequest, layout: Layout
+) -> dict[str, dict[str, float]] | None:
+    """Task -> metric (``acc``, ``acc_stderr`` ...) -> value, by the harness; None on all ranks but
+    the main one. Collective.
 
+    layout: the main rank runs the harness as if alone, and the data ranks share the requests.
     Raises EnvironmentFault where the harness is not installed, ConfigError for a task that it does
     not know.
     """
-    adapter = harness_model(TextModel(trained, request.batch))
+    model = TextModel(trained, request.batch)
+    return main_asks(model, layout, lambda shared: _run(shared, request))
+
+
+def _run(model: SharedTextModel, request: TaskRequest) -> dict[str, dict[str, float]]:
+    adapter = harness_model(model)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -107,11 +107,14 @@ class TextModel:
         for own, hit in zip(chances.split(counts), best.split(counts), strict=True):
             yield float(own.sum()), bool(hit.all())
 
-    def continue_texts(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    def continue_texts(
+        self, asked: Sequence[tuple[str, dict[str, Any]]], numbers: Sequence[int] | None = None
+    ) -> list[str]:
         """Continuations of contexts. Each comes with settings as task suites write them: until
         (text or list), max_gen_toks, do_sample, temperature, top_k, top_p. They end before the
-        first text of ``until``; drawn ones by their number as seed. Contexts lose their
-        beginning where the model has no room."""
+        first text of ``until``; drawn ones by their number as seed (numbers: of each, when these
+        are a part of what is asked). Contexts lose their beginning where the model has no room."""
+        seeds = range(len(asked)) if numbers is None else numbers
         done = [""] * len(asked)
         groups: dict[int, list[int]] = {}
         for i, (_, settings) in enumerate(asked):
@@ -123,7 +126,7 @@ class TextModel:
                 tokens = self.tokenizer.encode(context) or [self._prefix]
                 prompts.append(tokens[new - self.context :])
                 until.append(_ends(settings.get("until")))
-                rules.append(_sampling(settings, seed=i))
+                rules.append(_sampling(settings, seed=seeds[i]))
 
             def stop(number: int, tokens: list[int], until: list[list[str]] = until) -> bool:
                 text = self.tokenizer.decode(tokens) if until[number] else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
@@ -15,8 +16,10 @@ from llmtrain.checkpoint.loading import find, load_into
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.convert.masks import live_masks
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
+from llmtrain.linear import Mask
 from llmtrain.model import (
     Decoder,
     apply_formats,
@@ -28,7 +31,7 @@ from llmtrain.model import (
     shard_over_tensor,
 )
 from llmtrain.ops import kernels_warning
-from llmtrain.parallel import Layout
+from llmtrain.parallel import Layout, local_boxes
 from llmtrain.parallel.hardware import resolve_precision
 
 
@@ -58,7 +61,8 @@ def load_trained(
     """Load the model of a checkpoint folder, or of a run's newest good checkpoint.
 
     overrides: changes to the stored config, whose ``precision`` says the dtype of the matmuls;
-    the weights stay float32. Layers compute in the number formats of the run at that step.
+    the weights stay float32. Layers compute in the number formats of the run at that step, and with
+    its masks.
     layout: its tensor ranks, if any, share the matrices, each reading its own part. Optimizer
     state is neither read nor verified. Raises CheckpointError naming what is missing or damaged,
     ConfigError where the tensor ranks do not fit the model.
@@ -86,6 +90,7 @@ def load_trained(
     tensors = {f"model.{n}": p for n, p in model.named_parameters() if n not in packed}
     apart = tuple(f"model.{name}" for name in packed_weights(model_cfg))
     load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX, *apart), False)
+    _prune(tensors, live_masks(found, cfg, model_cfg))
     if packed:
         fill_packed(model, RowReader(found))
     tokenizer_file = found / "tokenizer.json"
@@ -93,6 +98,16 @@ def load_trained(
     step = int(json.loads(files["meta.json"])["step"])
     apply_formats(model, model_cfg, cfg, device, step)
     return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)
+
+
+@torch.no_grad()
+def _prune(tensors: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> None:
+    """+0.0 outside the masks, by layer, in what this rank has of the weights."""
+    for name, mask in masks.items():
+        for local, (top, left) in local_boxes(tensors[f"model.{name}.weight"]):
+            rows, columns = local.shape
+            own = mask.box((top, left), (rows, columns))
+            local.masked_fill_(~own.to(local.device), 0.0)
 
 
 def require_plain(trained: Trained, what: str) -> Trained:

@@ -15,7 +15,6 @@ import torch
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.loading import find
 from llmtrain.config import load_config
-from llmtrain.config.parallel import ParallelConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
@@ -26,7 +25,8 @@ from llmtrain.data.source import TokenSource
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.eval.loading import Trained, load_trained, require_plain
 from llmtrain.eval.probes import FORWARD, INFLUENCE, Scorer, scorer
-from llmtrain.parallel import World, build_layout, close_world, init_world
+from llmtrain.eval.sharing import answer_layout
+from llmtrain.parallel import World, close_world, init_world
 
 Say = Callable[[str], None]
 _LINE_SECONDS = 10.0
@@ -89,11 +89,7 @@ class _Scoring:
         self.paths = [find(alone, path, "model.")[0] for path in paths]
         self.catalogue = open_catalogue(self.cfg)
         self.sources = _sources(self.cfg, self.catalogue)
-        # Degrees of data and tensor ranks only: whatever layout the model was trained under.
-        replicas = max(world.size // request.tensor, 1)
-        parallel = ParallelConfig(tensor=request.tensor, replicate=replicas)
-        heads = load_heads(self.paths[0])
-        self.layout = build_layout(parallel, world, heads)
+        self.layout = answer_layout(world, request.tensor, self.paths[0])
 
     def run(self) -> None:
         """All pieces that are missing, then the file."""
@@ -173,12 +169,6 @@ class _Scoring:
                 batches = held.batches(self._rows, 0, 1)
                 target += [batch.to(self.world.device) for batch in batches]
         return scorer(self.request.method, trained, self.cfg.data, target, self.request.lr)
-
-
-def load_heads(checkpoint: Path) -> int:
-    """Key/value heads of a checkpoint's model, which a layout over tensor ranks goes by."""
-    model = load_config(checkpoint / "config.yaml").model
-    return model.n_kv_heads or model.n_heads
 
 
 def _sources(cfg: RunConfig, catalogue: Catalogue) -> list[TokenSource]:

@@ -81,20 +81,26 @@ def _gpus(wanted: int) -> str:
         raise Unfit(f"GPUs: nvidia-smi fails: {' '.join((done.stderr or done.stdout).split())}")
     rows = [[cell.strip() for cell in row.split(",")] for row in done.stdout.splitlines() if row]
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None and all(part.isdecimal() for part in allowed.split(",")):
+    if allowed is not None and all(part.isdecimal() for part in allowed.split(",") if part):
         rows = [row for row in rows if row[0] in allowed.split(",")]
     if len(rows) < wanted:
         raise Unfit(f"GPUs: {len(rows)} of {wanted} are visible")
+    if odd := [row for row in rows if len(row) != len(_QUERY.split(","))]:
+        raise Unfit(f"GPUs: nvidia-smi says {', '.join(odd[0])!r}")
     free = []
     for index, used, total, busy, errors in rows:
-        if float(used) > BUSY_MEMORY * float(total):
+        # A GPU that shares the processor's memory says [N/A]: _memory looks at that one.
+        known = used.isdecimal() and total.isdecimal()
+        if known and int(used) > BUSY_MEMORY * int(total):
             raise Unfit(f"GPU {index}: {used} of {total} MiB are in use by someone else")
         if busy.isdecimal() and int(busy) > BUSY_PERCENT:
             raise Unfit(f"GPU {index}: {busy}% busy with someone else's work")
         if errors.isdecimal() and int(errors) > 0:
             raise Unfit(f"GPU {index}: {errors} uncorrected memory errors since it was reset")
-        free.append((float(total) - float(used)) / 1024)
-    return f"{len(rows)} GPUs, idle, {min(free):.1f} GiB free on the fullest"
+        if known:
+            free.append((int(total) - int(used)) / 1024)
+    room = f"{min(free):.1f} GiB free on the fullest" if free else "memory not told"
+    return f"{len(rows)} GPUs, idle, {room}"
 
 
 def _memory() -> str:

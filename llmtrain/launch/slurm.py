@@ -14,13 +14,24 @@ from pathlib import Path
 
 from llmtrain.checkpoint.layout import parse_step
 from llmtrain.config import RunConfig, check_world, to_yaml
-from llmtrain.errors import ConfigError, EnvironmentFault
+from llmtrain.errors import ConfigError, EnvironmentFault, secrets_in
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
 FOLDER, JOB, JOBS = "launch", "job.sbatch", "jobs"
 # So long before the time limit SLURM signals the job: one step and one checkpoint.
 WARNING_SECONDS = 300
 _BEGIN, _END = "# -- filled in\n", "# -- end\n"
+# Options of sbatch that the job counts on: what sets them instead.
+_OWN = {
+    "nodes": "--nodes",
+    "ntasks": "--processes-per-node",
+    "ntasks-per-node": "--processes-per-node",
+    "time": "--time",
+    "signal": "--warning",
+    "partition": "--partition",
+    "exclude": "--exclude",
+    "array": "one job for each run",
+}
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -81,6 +92,9 @@ def check_job(cfg: RunConfig, job: SlurmJob) -> None:
                 f"--sbatch {option!r}: write an option of sbatch without dashes, such as "
                 "account=physics"
             )
+        key = option.partition("=")[0]
+        if key in _OWN:
+            raise ConfigError(f"--sbatch {key}: use {_OWN[key]}, which the job counts on")
     check_world(cfg, job.nodes * job.processes)
 
 
@@ -104,17 +118,43 @@ def prepare_job(cfg: RunConfig, job: SlurmJob) -> Path:
     """Write the job and the run's resolved config to ``RUN/launch``; returns the job's file.
 
     Nothing is submitted. Files of an earlier submission that only the job itself reads (its count
-    of failures, the nodes it excluded) begin anew. Raises ConfigError, OSError.
+    of failures, the nodes it excluded) begin anew. Raises ConfigError, also where a job of this run
+    is still in the queue, and OSError.
     """
     check_job(cfg, job)
     folder = (Path(cfg.out) / cfg.name / FOLDER).resolve()
+    text = job_text(cfg, job, folder)
+    if secret := next(secrets_in(text), None):
+        raise ConfigError(
+            f"the job would hold the secret of ${secret[0]}; leave it out: a job inherits the "
+            "environment of who submits it"
+        )
+    _refuse_while_queued(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     (folder / "progress").unlink(missing_ok=True)
     (folder / "excluded").write_text("".join(f"{n}\n" for n in job.exclude), encoding="utf-8")
     file = folder / JOB
-    file.write_text(job_text(cfg, job, folder), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     return file
+
+
+def _refuse_while_queued(folder: Path) -> None:
+    """A job that runs or waits reads these files again whenever it begins anew."""
+    if not (folder / JOBS).is_file() or shutil.which("squeue") is None:
+        return
+    mine = _ask(["squeue", "--me", "--noheader", "--format=%i|%T|"], must=True)
+    for number in _jobs(folder):
+        if number in mine:
+            raise ConfigError(
+                f"job {number} of this run is {mine[number][0]}; wait for it or end it "
+                f"(scancel {number}), or give the new run another name"
+            )
+
+
+def _jobs(folder: Path) -> list[str]:
+    """Ids of the jobs that were submitted for a run, oldest first."""
+    return list(dict.fromkeys((folder / JOBS).read_text(encoding="utf-8").split()))
 
 
 def job_text(cfg: RunConfig, job: SlurmJob, folder: Path) -> str:
@@ -207,15 +247,17 @@ class JobState:
 def status(run: Path) -> tuple[list[JobState], int | None]:
     """The jobs submitted for a run, oldest first, and the step of its newest checkpoint.
 
-    Raises ConfigError where none was submitted, EnvironmentFault without squeue.
+    Raises ConfigError where none was submitted, EnvironmentFault where squeue is not there or
+    gives no answer.
     """
     file = run / FOLDER / JOBS
     if not file.is_file():
         raise ConfigError(f"{run}: no job was submitted for it; see llmtrain launch slurm --help")
     _need("squeue", "")
-    ids = list(dict.fromkeys(file.read_text(encoding="utf-8").split()))
+    ids = _jobs(file.parent)
     known = _ask(
-        ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%M of %l on %D nodes, %R"]
+        ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%M of %l on %D nodes, %R"],
+        must=True,
     )
     if shutil.which("sacct"):
         form = "--format=JobID,State,Elapsed"
@@ -228,9 +270,15 @@ def status(run: Path) -> tuple[list[JobState], int | None]:
     return states, max((step for step in steps if step is not None), default=None)
 
 
-def _ask(command: list[str]) -> dict[str, tuple[str, str]]:
-    """Job id to (state, detail), from lines ``id|state|detail``; empty when refused."""
+def _ask(command: list[str], must: bool = False) -> dict[str, tuple[str, str]]:
+    """Job id to (state, detail), from lines ``id|state|detail``.
+
+    When refused: empty, or EnvironmentFault where there ``must`` be an answer.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if must and done.returncode != 0:
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise EnvironmentFault(f"{command[0]} gives no answer: {reason}; ask again later")
     rows = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2]
     return {job.strip(): (state.strip(), detail.strip()) for job, state, detail in rows}
 

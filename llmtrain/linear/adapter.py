@@ -200,7 +200,8 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def lengths(self, weight: Tensor, plan: Plan) -> Tensor:
-        """|V| of each row [out], float32. Collective over the ranks of a row-parallel layer."""
+        """|V| of each row [out], float32; infinite for a row of zeros, which has no direction and
+        stays zero. Collective over the ranks of a row-parallel layer."""
         a, b = local(self.a.weight).float(), local(self.b.weight).float()
         weight = weight.float()
         own = _rows_of(self.pattern, len(weight), weight.device)
@@ -215,7 +216,8 @@ class LowRank(nn.Module):
         square += scales * (2 * plan.scale * mixed.sum(1) + scales * gram.sum(1))
         if plan.row is not None:
             square = all_reduce(square, plan.row.group)
-        return square.sqrt()
+        # Rounding may leave a sum of squares that cancel below zero.
+        return torch.where(square > 0, square, torch.inf).sqrt()
 
     # torch.compile cannot trace collectives on groups of its own.
     _lengths_in_group = uncompiled(lengths)
@@ -270,6 +272,8 @@ def adapted_weight(weight: Tensor, change: Change) -> Tensor:
         a = change.a[part * rank : (part + 1) * rank].double()
         new = weight[own].double() + change.scales[part] * (change.b[own].double() @ a)
         if change.magnitude is not None:
-            new *= (change.magnitude[own].double() / new.norm(dim=1))[:, None]
+            length = new.norm(dim=1)
+            length[length == 0] = torch.inf  # as ``LowRank.lengths`` has it
+            new *= (change.magnitude[own].double() / length)[:, None]
         out[own] = new.float()
     return out

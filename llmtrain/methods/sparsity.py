@@ -29,6 +29,7 @@ from llmtrain.parallel.world import pick_device
 from llmtrain.sparsity import (
     Masks,
     Sparse,
+    always_dense,
     cases_of,
     check_cuts,
     density_of_step,
@@ -76,11 +77,9 @@ def check_products(cfg: RunConfig, section: SparsityConfig, sparse: Mapping[str,
         return
     device = pick_device(cfg.device, 0)
     on_cpu = device.type == "cpu"
+    always_dense(cfg, on_cpu)
     reasons = [
         (on_cpu and not native_loaded(), "the compiled kernels are not in use (make build)"),
-        (cfg.train.compile, "train.compile does not know them"),
-        (on_cpu and section.method == "slope", "a CPU's have no second mask, as slope needs"),
-        (section.method in ("movement", "srste"), "these methods need whole gradients"),
     ]
     if not on_cpu:
         dtype = resolve_precision(cfg.precision, device).compute
@@ -117,7 +116,9 @@ class StaticMask(Hook):
         check_cuts(self._sparse, model_cfg, cfg.parallel.tensor, self.double)
         check_products(cfg, self.cfg, self._sparse)
         # Refused here where it cannot be; the number of processes is known later.
-        why_dense(cfg, Degrees(), pick_device(cfg.device, 0).type == "cpu")
+        own = cfg.parallel
+        degrees = Degrees(own.pipeline, own.replicate, own.shard or 1, own.context, own.tensor)
+        why_dense(cfg, degrees, pick_device(cfg.device, 0).type == "cpu")
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""
@@ -174,9 +175,8 @@ class StaticMask(Hook):
             module = trainer.module
             sparse = sparse_layers(module.model_cfg, self.cfg)
             self.masks = Masks(module.model, module.params, module.layout, sparse, self.double)
-            # Compiled blocks fuse dense products, and know no others; whole gradients are dense.
-            dense = trainer.cfg.train.compile or self.cfg.method in ("movement", "srste")
-            self.masks.products = "dense" if dense else self.cfg.products
+            dense = always_dense(trainer.cfg, module.device.type == "cpu")
+            self.masks.products = self.cfg.products if dense is None else "dense"
         return self.masks
 
     def settle(self, trainer: Trainer, masks: Masks) -> None:

@@ -81,17 +81,23 @@ def _adapted(section: AdapterConfig, layer: str, part: str) -> AdaptedPart:
     return AdaptedPart(part, rank, alpha, alpha / (math.sqrt(rank) if root else rank))
 
 
+def row_parts(cfg: ModelConfig, layer: str) -> list[str]:
+    """Which matrix each row of a fused layer belongs to (q, k, v; gate, up), repeated over the
+    rows; nothing for a layer of one matrix."""
+    if layer.endswith("attention.qkv"):
+        assert cfg.n_kv_heads is not None and cfg.d_head is not None
+        slots = ["q"] * (cfg.n_heads // cfg.n_kv_heads) + ["k", "v"]
+        return [slot for slot in slots for _ in range(cfg.d_head)]
+    if layer.endswith("mlp.up") and cfg.activation == "swiglu":
+        return ["gate", "up"]
+    return []
+
+
 def row_pattern(cfg: ModelConfig, layer: str) -> list[int]:
     """Which adapted matrix each row of a fused layer belongs to, see ``linear.adapter.Spread``."""
     chosen = [part.name for part in adapted_parts(cfg, layer)]
-    if layer.endswith("attention.qkv"):
-        assert cfg.n_kv_heads is not None and cfg.d_head is not None
-        queries = cfg.n_heads // cfg.n_kv_heads
-        slots = ["q"] * queries + ["k", "v"]
-        return [chosen.index(s) if s in chosen else -1 for s in slots for _ in range(cfg.d_head)]
-    if layer.endswith("mlp.up") and cfg.activation == "swiglu":
-        return [chosen.index(s) if s in chosen else -1 for s in ("gate", "up")]
-    return [0]
+    rows = row_parts(cfg, layer)
+    return [chosen.index(part) if part in chosen else -1 for part in rows] or [0]
 
 
 def add_adapters(model: nn.Module, cfg: ModelConfig) -> None:

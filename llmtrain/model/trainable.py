@@ -1,8 +1,9 @@
 """Which parameters of a model train at which step: parts, last blocks, seeded halves.
 
 BitFit (Ben Zaken et al. 2021, 2106.10199) trains the biases; half finetuning (HFT, Hui et al. 2024,
-2404.18466) freezes a random half of every block and draws again in each round. Everything is a
-function of the config and the step, so that a resumed run and every rank say the same.
+2404.18466) freezes a random half of every block and draws again in each round. What is drawn are
+units: parameters by name, or ``NAME/PART``, the rows of one matrix of a fused parameter. Everything
+is a function of the config and the step, so that a resumed run and every rank say the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from llmtrain.config.schema import ROLES, ModelConfig, RunConfig
 from llmtrain.config.trainable import TrainableConfig
 from llmtrain.errors import ConfigError
+from llmtrain.model.adapters import row_parts
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.init import param_roles
 from llmtrain.parallel.pipeline import Part
@@ -75,18 +77,33 @@ class Trainable:
 
     def at(self, step: int) -> frozenset[str]:
         """Names of the parameters that update number ``step`` (from 0) changes."""
+        return _names_of(self._units(step))
+
+    def frozen_rows(self, step: int) -> dict[str, tuple[bool, ...]]:
+        """Of parameters that update number ``step`` changes in part: which rows stay as they are,
+        a pattern that repeats over the rows."""
+        units = self._units(step)
+        found = {}
+        for name in _names_of(units) - units:
+            rows = row_parts(self.model_cfg, name.rpartition(".")[0])
+            frozen = tuple(f"{name}/{part}" not in units for part in rows)
+            if any(frozen):
+                found[name] = frozen
+        return found
+
+    def _units(self, step: int) -> set[str]:
         found: set[str] = set()
         for i, rule in enumerate(self.rules):
             if rule.first <= step < rule.last:
                 found |= self._drawn(i, rule, rule.round(step))
-        return frozenset(found)
+        return found
 
     def ever(self) -> frozenset[str]:
         """Names of all that train at some step; the rest has no gradient, and no moments."""
         found: set[str] = set()
         for i, rule in enumerate(self.rules):
             for number in range(rule.rounds if rule.first < rule.last else 0):
-                found |= self._drawn(i, rule, number)
+                found |= _names_of(self._drawn(i, rule, number))
                 if found.issuperset(rule.names):
                     break
         return frozenset(found)
@@ -116,16 +133,16 @@ class Trainable:
         whole = sum(self.sizes.values())
         for i, rule in enumerate(self.rules):
             drawn = self._drawn(i, rule, 0)
-            count = sum(self.sizes[name] for name in drawn)
+            count = sum(map(self._size, drawn))
             what = ", ".join(rule.section.parameters)
             if rule.section.last_blocks is not None:
                 what += f", last {rule.section.last_blocks} blocks"
             if rule.section.half:
                 again = "" if rule.redraw is None else f", anew every {rule.redraw} steps"
-                what += f", half{again}"
+                what += f", half by {rule.section.half_by}{again}"
             share = f"{100 * count / whole:.2f}%"
             steps = f"{rule.first:,} to {rule.last:,}"
-            rows.append((what, steps, str(len(drawn)), f"{count:,}", share))
+            rows.append((what, steps, str(len(_names_of(drawn))), f"{count:,}", share))
         return rows
 
     def _turns(self) -> list[int]:
@@ -188,39 +205,75 @@ class Trainable:
         also = f", and {', '.join(outside)}" if outside else ""
         return f"there are the roles {roles}, the names {names}{also}"
 
+    def _size(self, unit: str) -> int:
+        name, _, part = unit.partition("/")
+        if not part:
+            return self.sizes[name]
+        rows = row_parts(self.model_cfg, name.rpartition(".")[0])
+        return self.sizes[name] * rows.count(part) // len(rows)
+
     def _drawn(self, index: int, rule: _Rule, number: int) -> set[str]:
-        """What of a rule's parameters trains in round ``number``."""
+        """The units of a rule that train in round ``number``."""
         if not rule.section.half:
             return set(rule.names)
         members: dict[tuple[str, str], set[str]] = {}
         found = set()
         for name in rule.names:
-            layer = _layer(name)
-            if layer is None:
+            places = self._places(name, rule.section.half_by)
+            if not places:
                 found.add(name)
-            else:
-                members.setdefault(layer, set()).add(name)
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for block, layer_name in members:
-            category = "norm" if "norm" in layer_name else layer_name.partition(".")[0]
-            groups.setdefault(f"{block}.{category}", []).append((block, layer_name))
-        for group, layers in groups.items():
-            label = f"{self.seed}/trainable.{index}/{number}/{group}"
-            ordered = sorted(layers, key=lambda layer: _hash(f"{label}/{layer[1]}"))
+            for place, unit in places:
+                members.setdefault(place, set()).add(unit)
+        groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for block, layer in members:
+            category = "norm" if "norm" in layer else layer.partition(".")[0]
+            groups.setdefault((block, category), []).append((block, layer))
+        draw = f"{self.seed}/trainable.{index}/{number}"
+        more = self._larger(groups, draw, rule.section.half_by)
+        for (block, category), layers in groups.items():
+            label = f"{draw}/{block}.{category}"
+            ordered = sorted(layers, key=lambda place: _hash(f"{label}/{place[1]}"))
             # Of an odd number one more or one less than half, and never none.
-            count = max((len(ordered) + _hash(label) % 2) // 2, 1)
-            for layer in ordered[:count]:
-                found |= members[layer]
+            count = max((len(ordered) + ((block, category) in more)) // 2, 1)
+            for place in ordered[:count]:
+                found |= members[place]
+        return found
+
+    def _places(self, name: str, half_by: str) -> list[tuple[tuple[str, str], str]]:
+        """((block, layer), unit) of what is drawn of a parameter: ("3", "mlp.down") or, by matrix,
+        ("3", "attention.q"); nothing for one outside of blocks."""
+        found = _BLOCK.fullmatch(name)
+        if found is None:
+            return []
+        words = found[2].split(".")
+        layer = words[0] if "norm" in words[0] else ".".join(words[:2])
+        rows = row_parts(self.model_cfg, name.rpartition(".")[0]) if half_by == "matrix" else []
+        if not rows:
+            return [((found[1], layer), name)]
+        room = layer.partition(".")[0]
+        return [((found[1], f"{room}.{part}"), f"{name}/{part}") for part in dict.fromkeys(rows)]
+
+    def _larger(
+        self, groups: dict[tuple[str, str], list[tuple[str, str]]], draw: str, half_by: str
+    ) -> set[tuple[str, str]]:
+        """(block, category) of which the larger half trains where the number is odd. By layer each
+        block draws; by matrix it is every other block of a drawn order, so that over the
+        blocks just half trains, as in the paper."""
+        labels = {at: _hash(f"{draw}/{at[0]}.{at[1]}") for at in groups}
+        if half_by == "layer":
+            return {at for at, label in labels.items() if label % 2}
+        found: set[tuple[str, str]] = set()
+        for category in {category for _, category in groups}:
+            odd = [at for at, own in groups.items() if at[1] == category and len(own) % 2]
+            odd.sort(key=lambda at: labels[at])
+            first = _hash(f"{draw}/{category}") % 2
+            found |= set(odd[first::2])
         return found
 
 
-def _layer(name: str) -> tuple[str, str] | None:
-    """(block, layer) of a parameter: ("3", "mlp.down"); None outside of blocks."""
-    found = _BLOCK.fullmatch(name)
-    if found is None:
-        return None
-    words = found[2].split(".")
-    return found[1], words[0] if "norm" in words[0] else ".".join(words[:2])
+def _names_of(units: Iterable[str]) -> frozenset[str]:
+    """Names of the parameters of units."""
+    return frozenset(unit.partition("/")[0] for unit in units)
 
 
 def _hash(label: str) -> int:

@@ -11,10 +11,12 @@ from llmtrain.optim.clip import (
 from llmtrain.optim.groups import ParamGroup, build_groups, groups_table
 from llmtrain.optim.lion import Lion
 from llmtrain.optim.optimizer import build_optimizer, set_learning_rate
+from llmtrain.optim.rows import FrozenRows
 from llmtrain.optim.sparse import SparseAdamW, SparseLion
 from llmtrain.optim.state import create_state, replace_parameter, state_tensors
 
 __all__ = [
+    "FrozenRows",
     "Lion",
     "ParamGroup",
     "Schedule",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from llmtrain.config.schema import OptimConfig
@@ -17,20 +20,17 @@ def build_optimizer(groups: list[ParamGroup], cfg: OptimConfig) -> Optimizer:
     p <- p (1 - wd lr_t / lr_peak), independent of the peak learning rate; realised by handing
     the optimizer wd / lr_peak, since both update rules multiply by the current rate.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     for group in groups:
         peak = cfg.lr * group.lr_factor
         decay = group.weight_decay
         if cfg.decoupled == "fully" and peak:
             decay = decay / peak
-        entries.append(
-            {
-                "params": group.params,
-                "lr": peak,
-                "weight_decay": decay,
-                "lr_factor": group.lr_factor,
-            }
-        )
+        # The fused kernels take DTensors or plain tensors, not both at once.
+        sharded = [param for param in group.params if isinstance(param, DTensor)]
+        plain = [param for param in group.params if not isinstance(param, DTensor)]
+        facts = {"lr": peak, "weight_decay": decay, "lr_factor": group.lr_factor}
+        entries += [{"params": params, **facts} for params in (sharded, plain) if params]
     betas = (cfg.betas[0], cfg.betas[1])
     if cfg.name == "lion":
         return Lion(entries, lr=cfg.lr, betas=betas)

@@ -23,11 +23,13 @@ def apply_fsdp(
     mesh: DeviceMesh,
     cfg: ParallelConfig,
     dtypes: tuple[torch.dtype, torch.dtype],
+    apart: Iterable[nn.Parameter] = (),
 ) -> None:
     """Shard ``model`` in place, one communication group per block and one for the rest.
 
     model: on the meta device or with real weights. dtypes: (compute, gradient reduction).
-    Afterwards parameters are DTensors over ``mesh``: (Replicate, Shard(0)).
+    Afterwards parameters are DTensors over ``mesh``: (Replicate, Shard(0)). apart: those that stay
+    as they are, whole on every rank.
     """
     compute, reduce = dtypes
     policy = MixedPrecisionPolicy(
@@ -35,15 +37,21 @@ def apply_fsdp(
         reduce_dtype=reduce,
         cast_forward_inputs=False,
     )
-    sharded = []
+    sharded, ignored = [], set(apart)
     for block in blocks:
         fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=cfg.reshard_after_forward,
+            ignored_params=ignored,
         )
         assert isinstance(block, FSDPModule)
         sharded.append(block)
     _set_prefetch(sharded, cfg.prefetch)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=ignored
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

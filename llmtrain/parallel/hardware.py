@@ -72,5 +72,5 @@ def tier_line(device: torch.device, precision: Precision) -> str:
     policy = os.environ.get("OMP_WAIT_POLICY", "active")
     return (
         f"hardware: CPU {platform.machine()} {best[0] if best else 'no vector flags seen'}, "
-        f"{torch.get_num_threads()} threads ({policy} waiting), {compute} through oneDNN"
+        f"{torch.get_num_threads()} threads ({policy} waiting), {compute}"
     )

@@ -117,7 +117,8 @@ def draw(setting: Setting, rank: int = 0) -> Blueprint:
             shard_over_tensor(model, layout.state["tensor"])
         splits = {name: _local_shape(p) for name, p in model.named_parameters()}
         if layout.fsdp is not None:
-            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, (compute, reduce))
+            apart = [p for name, p in model.named_parameters() if name in kept]
+            apply_fsdp(model, model.blocks, layout.fsdp, cfg.parallel, (compute, reduce), apart)
         parts = tuple(
             Part(
                 name,

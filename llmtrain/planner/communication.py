@@ -23,6 +23,7 @@ from llmtrain.planner.setting import Setting
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, SEND = "all-to-all", "send"
+FLOAT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     found += tensor_ends(setting, stages[0].first, stages[-1].last)
     units = blueprint.units(stages)
     found += sharded_data(setting, units)
+    found += kept_gradients(setting, [part for unit in units for part in unit])
     found += tensor_gradients(setting, [part for unit in units for part in unit])
     found += context_layers(setting, blocks)
     found += pipeline_stages(setting, stage, units)
@@ -219,7 +221,7 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
     shards, replicas = setting.shards, setting.degrees.replicate
     reduce = setting.precision.reduce.itemsize
     gathers = gathered = reductions = reduced = 0
-    for unit in units:
+    for unit in ([part for part in unit if part.kept == 1] for unit in units):
         size = shards * sum(p.stored(shards) * (p.packed or setting.item) for p in unit)
         again = setting.cfg.parallel.reshard_after_forward and unit[0].block is not None
         if setting.degrees.pipeline > 1:
@@ -235,6 +237,14 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
         Traffic("gradients", REDUCE_SCATTER, "shard", shards, reductions, reduced),
         Traffic("gradients", ALL_REDUCE, "replicate", replicas, reductions, reduced // shards),
     ]
+
+
+def kept_gradients(setting: Setting, parts: Iterable[Part]) -> list[Traffic]:
+    """Layers that hold kept weights alone: replicas add their float32 gradients up once a step."""
+    sizes = [FLOAT * part.elements for part in parts if part.kept < 1 and part.trained]
+    replicas = setting.degrees.replicate
+    what = "gradients of kept weights"
+    return [Traffic(what, ALL_REDUCE, "replicate", replicas, len(sizes), sum(sizes))]
 
 
 def context_layers(setting: Setting, layers: int) -> list[Traffic]:

@@ -214,6 +214,7 @@ class _Gathered:
         compute dtype is not copied."""
         if setting.data_ranks == 1 or (setting.shards == 1 and setting.item == FLOAT):
             return cls()
+        units = [[part for part in unit if part.kept == 1] for unit in units]
         blocks = [_bytes(setting, unit) for unit in units if unit[0].block is not None]
         outside = sum(_bytes(setting, unit) for unit in units if unit[0].block is None)
         running = min(1 + setting.cfg.parallel.prefetch, len(blocks))

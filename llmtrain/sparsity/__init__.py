@@ -22,7 +22,7 @@ from llmtrain.sparsity.choose import (
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 from llmtrain.sparsity.masks import Masks
 from llmtrain.sparsity.on_gpu import kinds_of
-from llmtrain.sparsity.product_text import product_lines
+from llmtrain.sparsity.product_text import always_dense, product_lines
 from llmtrain.sparsity.schedule import (
     cubic_density,
     density_of_step,
@@ -40,6 +40,7 @@ __all__ = [
     "Mask",
     "Masks",
     "Sparse",
+    "always_dense",
     "best_kept",
     "block_scores",
     "block_sums",

@@ -7,10 +7,37 @@ from collections.abc import Mapping
 import torch
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.errors import ConfigError
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.case import Case, cases_of, choice_lines
 from llmtrain.sparsity.on_gpu import promise
 from llmtrain.sparsity.select import Sparse
+
+
+def quantized(cfg: RunConfig) -> bool:
+    """Whether hidden layers compute in another number format; all of them, or by rules."""
+    section = cfg.quantization
+    return section is not None and section.format != "none"
+
+
+def always_dense(cfg: RunConfig, on_cpu: bool) -> str | None:
+    """Why the sparse layers of a run have dense products, whatever is faster; None: they need not.
+
+    Raises ConfigError where ``sparsity.products: sparse`` was asked for and cannot be.
+    """
+    section = cfg.sparsity
+    assert section is not None
+    wanted = section.products == "sparse"
+    reasons = (
+        (cfg.train.compile, "train.compile does not know sparse ones"),
+        (on_cpu and section.method == "slope", "a CPU's have no second mask, as slope needs"),
+        (section.method in ("movement", "srste"), f"{section.method} needs whole gradients"),
+        (wanted and quantized(cfg), "FP8 and fake quantisation have no sparse ones"),
+    )
+    reason = next((text for holds, text in reasons if holds), None)
+    if wanted and reason is not None:
+        raise ConfigError(f"sparsity.products: sparse: {reason}; use auto")
+    return reason
 
 
 def product_lines(
@@ -21,11 +48,12 @@ def product_lines(
     gpu: torch.device | None,
 ) -> list[str]:
     """On this CPU or on ``gpu`` they are timed where they have not been; of a GPU elsewhere (None)
-    it is said what it has for them. dtype: of the products."""
+    it is said what it has for them. dtype: of the products. Raises as ``always_dense`` does."""
     assert cfg.sparsity is not None
     products, double = cfg.sparsity.products, cfg.sparsity.method == "slope"
-    if cfg.train.compile or (on_cpu and double):
-        products = "dense"
+    reason = None if products == "dense" else always_dense(cfg, on_cpu)
+    if reason is not None:
+        return [f"products of {len(layers)} sparse layers: dense ({reason})"]
     here = on_cpu or gpu is not None
     if products == "dense" or (here and products == "sparse"):
         return [f"products of {len(layers)} sparse layers: {products}"]
@@ -36,4 +64,7 @@ def product_lines(
         choices = pick_products(cases.values(), gpu=gpu)
     else:
         choices = {case: promise(case) for case in cases.values()}
-    return ["products of sparse layers:", *("  " + t for t in choice_lines(cases, choices))]
+    lines = choice_lines(cases, choices)
+    if quantized(cfg):
+        lines.append("layers in another number format, as long as they are: dense products")
+    return ["products of sparse layers:", *("  " + t for t in lines)]

@@ -32,7 +32,10 @@ def _obstacle(cfg: RunConfig, degrees: Degrees) -> str | None:
     reasons = (
         (section.method in _CHANGING, f"{section.method} changes the mask"),
         (cfg.parallel.engine != "native", "DeepSpeed owns the weights"),
-        (degrees.world > 1, "ranks share the weights as whole rows"),
+        (
+            degrees.world > degrees.replicate,
+            "ranks share each matrix; parallel.replicate alone does not",
+        ),
         (cfg.train.compile, "train.compile fuses dense products"),
         (cfg.average is not None, "average keeps copies of whole weights"),
         (cfg.penalty is not None, "penalty keeps an anchor of whole weights"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,13 @@ from llmtrain.loss import LossOutput, head_loss
 from llmtrain.model import (
     Decoder,
     Head,
-    apply_formats,
-    apply_recompute,
-    check_fp8_tokens,
     check_tensor_degree,
-    compile_blocks,
-    hidden_layers,
     init_weights,
     limit_training,
     packed_names,
     param_roles,
     rate_factors,
     set_magnitudes,
-    shard_over_tensor,
 )
 from llmtrain.ops import token_keys
 from llmtrain.optim import (
@@ -47,13 +41,13 @@ from llmtrain.optim import (
 from llmtrain.parallel import (
     Layout,
     SplitSequence,
-    apply_fsdp,
     finish_gradients,
     release_gathered,
     set_gradient_sync,
     split_batch,
 )
 from llmtrain.parallel.hardware import Precision
+from llmtrain.train.laid_out import kept_apart, lay_out, sum_over_replicas
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -103,36 +97,6 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in packed}
 
 
-def lay_out(
-    model: Decoder,
-    cfg: RunConfig,
-    precision: Precision,
-    layout: Layout,
-    root: nn.Module | None = None,
-) -> None:
-    """Number formats, recomputation, compilation, tensor parallelism and FSDP2 of a model on the
-    meta device.
-
-    root: the module around ``model`` that is called in its place.
-    """
-    device = layout.world.device
-    apply_formats(model, model.cfg, cfg, device)
-    if device.type == "cuda":
-        micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // layout.degrees.data
-        check_fp8_tokens(cfg, micro * cfg.data.seq_len // layout.degrees.context)
-    apply_recompute(model, cfg.train.recompute)
-    if cfg.train.compile:
-        compile_blocks(model)
-    if layout.tensor is not None:
-        assert layout.state is not None
-        shard_over_tensor(model, layout.state["tensor"])
-    if layout.fsdp is not None:
-        dtypes = (precision.compute, precision.reduce)
-        apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes)
-        for _, layer in hidden_layers(model):
-            layer.set_freed()
-
-
 class TrainModule:
     """Owns the model, its parallel layout and the optimizer.
 
@@ -144,6 +108,8 @@ class TrainModule:
     # Whether ``begin`` works.
     begins = True
     _begun: _Begun | None = None
+    # Weights that replicas hold as they are, beside FSDP2.
+    apart: Sequence[str] = ()
 
     def __init__(
         self,
@@ -161,6 +127,8 @@ class TrainModule:
         self.roles = param_roles(model)
         limit_training(model, model_cfg, cfg)
         lay_out(model, cfg, precision, layout)
+        apart = kept_apart(model, cfg, layout) if layout.fsdp is not None else {}
+        self.apart = [f"{name}.weight" for name in apart]
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model
@@ -293,6 +261,8 @@ class TrainModule:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish_gradients(self) -> None:
+        if self.apart:
+            sum_over_replicas((self.params[name] for name in self.apart), self.layout)
         if self.layout.tensor is not None:
             finish_gradients(list(self.params.values()), self.layout.tensor.group)
 

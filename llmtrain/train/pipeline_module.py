@@ -33,7 +33,8 @@ from llmtrain.optim import build_groups, build_optimizer, create_state
 from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import Precision
 from llmtrain.parallel.pipeline import Pipeline, build_pipeline, ends_group
-from llmtrain.train.module import StepSums, TrainModule, lay_out, plain_parameters
+from llmtrain.train.laid_out import lay_out
+from llmtrain.train.module import StepSums, TrainModule, plain_parameters
 
 TIED = "embedding.weight"
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.errors import GuardStop
 from llmtrain.parallel import World
 
@@ -49,6 +50,8 @@ def words_hash(tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Scattered):
+        return tensor.kept
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -56,6 +59,11 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, tuple[dist.ProcessGroup,
     """Groups of ranks that hold the same part, and the names of what they hold, by group."""
     found: dict[str, tuple[dist.ProcessGroup, list[str]]] = {}
     for name, tensor in tensors.items():
+        if isinstance(tensor, Scattered) and dist.is_initialized():
+            # Replicas alone have these, and all ranks are replicas then.
+            group = dist.group.WORLD
+            assert group is not None
+            found.setdefault(group.group_name, (group, []))[1].append(name)
         if not isinstance(tensor, DTensor):
             continue
         mesh = tensor.device_mesh

@@ -155,6 +155,41 @@ def test_file_names_cannot_leave_the_folder(root: Path, way: str) -> None:
         Checkpointer(root, SYNC).load(folder, state(0), verify=False)
 
 
+@pytest.mark.parametrize("name", ["meta.json", "tensors.json", "checksums.json"])
+def test_json_that_is_nested_without_end_is_damage(root: Path, name: str) -> None:
+    """Python's reader gives up on it with an error of its own kind."""
+    folder = root / "step-00000020"
+    (folder / name).write_text("[" * 100_000)
+    if name != "checksums.json":
+        resign(folder, name)
+    found = scan(root)
+    assert f"{name} is damaged" in " ".join([*verify(folder), str(found[-1].problem)])
+    assert found[0].problem is None
+
+
+@pytest.mark.parametrize("odd", [[[], 50], [1e999, 50], [True, 50], None, "60"])
+def test_shapes_that_are_no_numbers_are_damage(root: Path, odd: object) -> None:
+    folder = root / "step-00000020"
+    body = json.loads((folder / "tensors.json").read_text())
+    body["tensors"]["model.w"]["chunks"][0]["offset"] = odd
+    (folder / "tensors.json").write_text(json.dumps(body))
+    resign(folder, "tensors.json")
+    assert verify(folder) == [f"{folder / 'tensors.json'} is damaged"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("a\0b", 1), ("meta.json", 1e999)])
+def test_checksums_of_no_file_are_damage(root: Path, name: str, size: float) -> None:
+    from llmtrain.checkpoint import layout
+
+    folder = root / "step-00000020"
+    body = json.loads((folder / "checksums.json").read_text())
+    body["files"][name] = {**body["files"]["meta.json"], "bytes": size}
+    body["digest"] = layout._digest(body["files"])
+    (folder / "checksums.json").write_text(json.dumps(body))
+    assert "checksums.json is damaged" in verify(folder)[0]
+    assert scan(root)[-1].problem is not None
+
+
 def resign(folder: Path, name: str) -> None:
     from llmtrain.checkpoint.layout import checksums_text, read_checksums
     from llmtrain.checkpoint.safefile import FileSum, hash_file

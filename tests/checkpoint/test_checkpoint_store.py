@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmtrain.checkpoint import Checkpointer, Store, latest, scan, verify
+from llmtrain.checkpoint import Checkpointer, Store, latest, scan, store, verify
 from llmtrain.config.upkeep import CheckpointConfig
 from llmtrain.errors import CheckpointError
 
@@ -157,3 +158,31 @@ def test_a_folder_held_by_another_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("fcntl.lockf", held)
     with pytest.raises(CheckpointError, match=r"another run is writing .*elsewhere.*another name"):
         Store(tmp_path).open(patience=0.0)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut between the two would leave a name with nothing behind it."""
+    synced: list[tuple[str, bool]] = []
+    named = tmp_path / "step-00000001"
+    monkeypatch.setattr(store, "sync_folder", lambda p: synced.append((p.name, named.exists())))
+    own = store.Store(tmp_path)
+    own.publish(own.begin(1), 1)
+    assert [exists for _, exists in synced] == [False, True]
+    assert synced[0][0].startswith(".tmp-") and synced[1][0] == tmp_path.name
+
+
+def test_room_is_made_where_another_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = store.Store(tmp_path)
+    there = [SimpleNamespace(bytes=n, path=tmp_path / str(n)) for n in (90, 100)]
+    pruned: list[int] = []
+    monkeypatch.setattr(store, "scan", lambda root: there)
+    monkeypatch.setattr(own, "prune", lambda keep: pruned.append(keep) or there[:1])
+    for free in (106, 104):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert own.make_room() == ([] if free > 105 else there[:1])
+    assert pruned == [1]

@@ -129,6 +129,24 @@ def test_the_marker_comes_last_and_without_it_nothing_counts(tmp_path: Path) -> 
     assert not any("step-00000002" in name for name in Flaky.store)
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "a\0b"])
+def test_a_copy_cannot_write_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Whoever can write to the store is not thereby allowed to write to this machine."""
+    copies = mirror([])
+    copies.push(saved(tmp_path / "a", range(1, 2))[0], 1)
+    copies.finish()
+    marker = copies.objects.marker("step-00000001")
+    assert marker is not None
+    marker["files"].insert(0, name)
+    copies.objects.complete("step-00000001", marker, "test")
+    store = Store(tmp_path / "b" / "c")
+    store.open()
+    with pytest.raises(CheckpointError, match="not a file"):
+        copies.bring_home(store)
+    store.close()
+    assert not list(tmp_path.rglob("evil")) and not Path("/evil").exists()
+
+
 def test_a_damaged_copy_is_passed_over(tmp_path: Path) -> None:
     copies = mirror([])
     for step, path in enumerate(saved(tmp_path / "a", range(1, 3)), 1):

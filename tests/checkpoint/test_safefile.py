@@ -117,6 +117,8 @@ def test_other_rubbish_is_named(tmp_path: Path) -> None:
         b"[1]",
         b'{"t": 1}',
         b'{"t": {"dtype": "F99", "shape": [], "data_offsets": [0,0]}}',
+        b'{"t": {"dtype": "F32", "shape": [1e999], "data_offsets": [0,0]}}',
+        b"[" * 100_000,
     ):
         path = tmp_path / "e.safetensors"
         path.write_bytes(len(text).to_bytes(8, "little") + text)

@@ -67,6 +67,8 @@ def test_it_is_stored_in_tokens_and_resumes(
     [
         (["data.weights={a: 1, b: 2}"], "has a mixture (a, b)"),
         (["data.weights={}", "data.phases=[{until: 1dur, weights: {a: 1}}]"], "data.phases"),
+        (["data.replay={run: earlier}"], "data.replay"),
+        (["data.select={mode: random}"], "data.select takes some"),
         (["data.weights={c: 1}"], "there is no source of this name"),
         (["schedule.warmup=1epoch"], "only train.duration counts epochs"),
         (["train.duration=2Kepoch"], "epochs take no suffix 'K'"),

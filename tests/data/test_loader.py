@@ -1,6 +1,8 @@
 """Global batches are the same whatever the ranks, the micro-batch and the prefetching."""
 
+import json
 import threading
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 from helpers.streams import MemorySource, documents
 
+from llmtrain.config.data_methods import DietConfig
+from llmtrain.config.fields import dur
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.catalogue import Catalogue
 from llmtrain.data.loader import HeldoutSet, Loader
@@ -54,6 +58,71 @@ def test_another_batch_size_sees_the_same_samples_in_the_same_order(size: int) -
     for key in vars(whole).keys() - {"first"}:
         value = getattr(whole, key)
         assert torch.equal(torch.cat([getattr(part, key) for part in parts]), value), key
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_diet_repeats_the_first_batches_and_then_goes_on_as_any_run(world: int) -> None:
+    plan = make_plan()
+    data = replace(plan.cfg.data, diet=DietConfig(48, dur("5step")))
+    train = replace(plan.cfg.train, global_batch_size=24, duration=dur("40step"))
+    cfg = replace(plan.cfg, data=data, train=train)
+    rank = world - 1
+    plain, diet = Loader(plan, 24, rank, world), Loader.from_config(plan, cfg, rank, world)
+    for step, source in enumerate((0, 1, 0, 1, 0, 5, 6, 7)):
+        found, wanted = diet.batch(step), plain.batch(source)
+        assert torch.equal(found.tokens, wanted.tokens)
+        assert torch.equal(found.source_ids, wanted.source_ids)
+        assert torch.equal(found.sample_ids, plain.batch(step).sample_ids)
+
+
+def fed(diet: DietConfig | None, steps: int = 40) -> DataPlan:
+    plan = make_plan()
+    data = replace(plan.cfg.data, diet=diet)
+    train = replace(plan.cfg.train, global_batch_size=24, duration=dur(f"{steps}step"))
+    return replace(plan, cfg=replace(plan.cfg, data=data, train=train))
+
+
+def test_what_a_plan_counts_is_what_a_diet_draws() -> None:
+    plan = fed(DietConfig(48, dur("5step")))
+    loader, counts = Loader.from_config(plan, plan.cfg, 0, 1), np.zeros(2, np.int64)
+    for step in range(8):
+        assert plan.counts(step * 24).tolist() == counts.tolist()
+        counts += np.bincount(loader.batch(step).source_ids.numpy(), minlength=2)
+    assert counts.tolist() != plan.mixture.counts(8 * 24).tolist()
+    assert "diet: the first 48 samples again and again up to 120" in plan.tree()
+    row = next(line.split() for line in plan.tree().splitlines() if line.split()[0] == "a")
+    assert row[3] == f"{plan.counts(960)[0] / plan.sizes[0]:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("now", "consumed", "then"),
+    [
+        (None, 72, "{samples: 48, until: 5step}"),
+        (DietConfig(24, dur("5step")), 72, "{samples: 48, until: 5step}"),
+        (DietConfig(48, dur("4step")), 120, "{samples: 48, until: 5step}"),
+        (DietConfig(48, dur("7step")), 144, "{samples: 48, until: 5step}"),
+        (None, 48, None),  # nothing was repeated yet
+        (DietConfig(48, dur("7step")), 96, None),
+        (DietConfig(48, dur("0.125dur")), 960, None),
+    ],
+)
+def test_a_resumed_run_may_not_change_the_diet_it_had(
+    now: DietConfig | None, consumed: int, then: str | None
+) -> None:
+    state = json.loads(json.dumps(fed(DietConfig(48, dur("5step"))).state()))
+    if then is None:
+        fed(now).check_resume(state, consumed)
+        return
+    with pytest.raises(DataError, match=r"data\.diet: the checkpoint's samples") as caught:
+        fed(now).check_resume(state, consumed)
+    assert f"data.diet={then}" in str(caught.value)
+
+
+def test_a_run_without_a_diet_may_not_get_one_over_its_past() -> None:
+    state = json.loads(json.dumps(fed(None).state()))
+    fed(DietConfig(48, dur("5step"))).check_resume(state, 48)
+    with pytest.raises(DataError, match=r"resume with data.diet=null"):
+        fed(DietConfig(48, dur("5step"))).check_resume(state, 72)
 
 
 def test_a_run_reads_every_sample_of_a_source_once_per_epoch() -> None:

@@ -21,27 +21,29 @@ SEQ, BATCH = 48, 8
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps that was resumed after 10 with another future."""
+    """A run of 20 steps that repeats its first two batches until 7, resumed after 10 with another
+    future."""
     folder = tmp_path_factory.mktemp("seen")
     corpus = make_corpus(folder, documents=40)
     config = tiny_config(folder, corpus, eval__every=None, data__block_size=16)
-    assert main(["train", str(config), "train.stop_after=10step"]) == 0
-    assert main(["train", str(config), "data.phases.1.weights={letters: 0, digits: 1}"]) == 0
+    words = ["train", str(config), "data.diet={samples: 16, until: 7step}"]
+    assert main([*words, "train.stop_after=10step"]) == 0
+    assert main([*words, "data.phases.1.weights={letters: 0, digits: 1}"]) == 0
     return folder / "runs" / "tiny"
 
 
 def test_every_sample_is_the_one_the_loader_gave(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "list.jsonl"
-    assert main(["data", "seen", str(run), "--between", "5step", "1dur", "--list", str(out)]) == 0
+    assert main(["data", "seen", str(run), "--between", "3step", "1dur", "--list", str(out)]) == 0
     listed = [json.loads(line) for line in out.read_text().splitlines()]
     cfg = load_config(run / "config.yaml")
     plan = build_plan(cfg, 20 * BATCH)
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     plan.check_resume(json.loads((newest / "data.json").read_text()), 20 * BATCH)
     loader = Loader.from_config(plan, cfg, 0, 1)
-    rows = [(step, row) for step in range(5, 20) for row in range(BATCH)]
-    assert [s["sample"] for s in listed] == list(range(40, 160))
-    batches = {step: loader.batch(step) for step in range(5, 20)}
+    rows = [(step, row) for step in range(3, 20) for row in range(BATCH)]
+    assert [s["sample"] for s in listed] == list(range(24, 160))
+    batches = {step: loader.batch(step) for step in range(3, 20)}
     for (step, row), sample in zip(rows, listed, strict=True):
         batch = batches[step]
         assert sample["step"] == step + 1

@@ -170,3 +170,4 @@ def test_the_hash_sees_every_single_bit(dtype: torch.dtype) -> None:
             assert int(words_hash(x)) != before
             raw[i] ^= 1 << bit
     assert int(words_hash(x)) == before
+    assert int(words_hash(x.flip(0))) != before  # the same words in other places

@@ -65,13 +65,10 @@ def test_several_processes_share_the_samples_and_one_prints(
 
         HeldoutSet.batches = counted  # type: ignore[method-assign]
         code = main(["eval", str(run), "--json"])
-        assert main(["generate", str(run), "--prompt", "alpha "]) == 0
         return code + sum(seen)
 
     counts = run_ranks(2, body)
-    out = capfd.readouterr().out
-    shared = json.loads(out[: out.rindex("}") + 1])["domains"]
-    assert out.count("alpha ") == 1
+    shared = json.loads(capfd.readouterr().out)["domains"]
     assert sum(counts) > max(counts) > 0
     for name, metrics in alone.items():
         assert shared[name]["tokens"] == metrics["tokens"]

@@ -21,6 +21,7 @@ from llmtrain.eval.harness import TaskRequest, evaluate_tasks, harness_model
 from llmtrain.eval.likelihood import TextModel, windows
 from llmtrain.eval.loading import Trained
 from llmtrain.model import build_model, complete
+from llmtrain.parallel import Degrees, Layout, init_world
 
 CONTEXT = 24
 GREEDY = Sampling(temperature=0)
@@ -122,6 +123,10 @@ def test_continuations(trained: Trained) -> None:
     assert len(set(model.continue_texts([drawn] * 3))) == 3
 
 
+def alone() -> Layout:
+    return Layout(init_world("cpu"), Degrees())
+
+
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """``lm_eval.api.model`` with the part of ``LM`` that its documentation promises."""
     package, api, model = (types.ModuleType(f"lm_eval{x}") for x in ("", ".api", ".api.model"))
@@ -146,7 +151,7 @@ def test_without_the_harness_one_sentence_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'llmtrain\[lm-eval\]'"):
-        evaluate_tasks(trained, TaskRequest(["hellaswag"]))
+        evaluate_tasks(trained, TaskRequest(["hellaswag"]), alone())
 
 
 @pytest.mark.slow
@@ -165,11 +170,13 @@ def test_a_task_of_the_harness(trained: Trained, tmp_path: Path) -> None:
         "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    found = evaluate_tasks(trained, TaskRequest(["tiny_choice"], folder=str(tmp_path)))
+    request = TaskRequest(["tiny_choice"], folder=str(tmp_path))
+    found = evaluate_tasks(trained, request, alone())
+    assert found is not None
     model, right = TextModel(trained), 0
     for row in rows:
         scores = model.loglikelihoods([(row["question"], f" {c}") for c in row["choices"]])
         right += max(range(3), key=lambda i: scores[i][0]) == 0
     assert found["tiny_choice"]["acc"] == pytest.approx(right / len(rows))
     with pytest.raises(ConfigError, match="knows no task 'hellaswga'"):
-        evaluate_tasks(trained, TaskRequest(["hellaswga"]))
+        evaluate_tasks(trained, TaskRequest(["hellaswga"]), alone())

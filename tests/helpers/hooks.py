@@ -34,7 +34,7 @@ class Late(Hook):
 
     def after_step(self, trainer: object, result: object) -> None:
         if os.environ.get("RANK") == "1":
-            time.sleep(0.15)
+            time.sleep(0.4)
 
 
 class KeepStart(Hook):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,41 @@ def test_a_config_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert main(words) == 2
     said = capsys.readouterr()
-    assert "is the secret in $HF_TOKEN" in said.err and "hooks.0.args.k" in said.err
+    assert "holds the secret in $HF_TOKEN" in said.err and "hooks.0.args.k" in said.err
     assert SECRETS["HF_TOKEN"] not in said.out + said.err
+    # The shell has put it there: k=$HF_TOKEN.
+    words[-1] = f"hooks=[{{use: 'a:B', args: {{k: {SECRETS['HF_TOKEN']}}}}}]"
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "hooks.0.args.k" in said.err and SECRETS["HF_TOKEN"] not in said.out + said.err
+
+
+def test_signed_addresses_and_json_hold_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session token stands escaped in the address that a store's error quotes."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", 'FwoG/x+y==" z')
+    text = "GET https://b/k?X-Amz-Security-Token=FwoG%2Fx%2By%3D%3D%22%20z&a=1"
+    assert str(EnvironmentFault(text)).endswith("Token=$AWS_SESSION_TOKEN&a=1")
+    assert str(EnvironmentFault('{"t": "FwoG/x+y==\\" z"}')) == '{"t": "$AWS_SESSION_TOKEN"}'
+    # One secret that another one begins with.
+    monkeypatch.setenv("AAA_TOKEN", "FwoG/x+y")
+    assert str(EnvironmentFault('FwoG/x+y==" z')) == "$AWS_SESSION_TOKEN"
+
+
+def test_a_traceback_holds_none() -> None:
+    """Of a mistake of ours, or of a hook's."""
+    program = """
+import os
+from llmtrain.cli import main
+def fail():
+    raise RuntimeError("401 for " + os.environ["HF_TOKEN"])
+main.main = fail
+main.entry()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "401 for $HF_TOKEN" in done.stderr
+    assert SECRETS["HF_TOKEN"] not in done.stderr
 
 
 def test_short_values_and_other_variables_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.ranks import run_ranks
 
 from llmtrain.cli.main import main
@@ -46,6 +48,7 @@ def test_a_fit_node(
         (GOOD.replace("420", "41000"), "GPU 1: 41000 of 81559 MiB are in use by someone else"),
         (GOOD.replace("0, 0\n", "97, 0\n", 1), "GPU 0: 97% busy with someone else's work"),
         (GOOD.replace("0, 0\n", "0, 4\n", 1), "GPU 0: 4 uncorrected memory errors"),
+        ("Unable to say\nmore\n", "GPUs: nvidia-smi says 'Unable to say'"),
     ],
 )
 def test_a_gpu_that_is_not_fit_is_named(
@@ -58,6 +61,17 @@ def test_a_gpu_that_is_not_fit_is_named(
     node_with(tmp_path, monkeypatch, rows)
     assert main(["doctor", "--health", "--gpus", "2", "--folder", str(tmp_path)]) == 2
     assert f"NOT FIT: {fault}" in capsys.readouterr().out
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node_with(tmp_path, monkeypatch, "0, [N/A], [N/A], 0, [N/A]\n")
+    report = health.check_node(1, tmp_path)
+    assert report.faults == []
+    assert report.lines[0] == "1 GPUs, idle, memory not told"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert health.check_node(1, tmp_path).faults == ["GPUs: 0 of 1 are visible"]
 
 
 def test_a_full_disk_and_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +114,28 @@ def test_two_ranks_agree(fit: bool, least: float | None, fault: str | None) -> N
         assert first[0][0].startswith("all-reduce of 8 MiB over 2 ranks: ")
     else:
         assert fault in first[1][0]
+
+
+def spoiled(rank: int, port: int) -> tuple[list[str], list[str]]:
+    """As ``world``, with one number of the sum wrong on rank 1."""
+    real = health.dist.all_reduce
+
+    def all_reduce(value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        real(value, *args, **kwargs)
+        if rank == 1 and value.numel() > 1000:
+            value[77] += 1
+
+    health.dist.all_reduce = all_reduce
+    return world(rank, port, True, None)
+
+
+def test_a_sum_that_is_wrong_on_one_rank_is_told_on_all() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for lines, faults in run_ranks(2, spoiled, port, init=False):
+        assert lines == []
+        assert faults == ["all-reduce: 6 numbers summed over 2 ranks are wrong"]
 
 
 def test_the_bandwidth_is_that_of_the_bus() -> None:

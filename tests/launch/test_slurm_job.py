@@ -40,6 +40,7 @@ while [[ $1 != bash ]]; do shift; done
 exec "$@"
 """,
     "llmtrain": """
+if [[ $1 == doctor && -n ${RANK:-} ]]; then exit "${ACROSS:-0}"; fi
 if [[ $1 == doctor ]]; then exit "${HEALTH:-0}"; fi
 echo "llmtrain $* rank=$RANK/$WORLD_SIZE at=$MASTER_ADDR" >> "$TOLD"
 eval "$TRAIN"
@@ -137,6 +138,72 @@ def test_a_node_that_fails_is_left_out(tmp_path: Path) -> None:
     assert (job.run / "launch" / "jobs").read_text() == "43\n"
 
 
+def test_nodes_that_all_fail_are_not_at_fault(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    two = STANDS_IN["scontrol"].replace("echo n4;", "echo n4; echo n5;")
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/usr/bin/env bash\n{two}")
+    code, said, told = job.start("exit 0", HEALTH="2", SLURM_NNODES="2")
+    assert code == 2 and "so it is not the nodes" in said
+    assert not any(line.startswith("sbatch") for line in told)
+
+
+def test_nothing_trains_while_the_nodes_do_not_reach_each_other(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--processes-per-node", "2")
+    code, said, told = job.start("exit 0", ACROSS="2")
+    assert (code, trained(told)) == (1, []), said
+    assert said.count("the health check across the nodes failed") == 3
+    assert len(trained(job.start("exit 0")[2])) == 1
+
+
+def test_the_code_of_a_rank_that_knows_why_counts(tmp_path: Path) -> None:
+    """The first one was left waiting; and what an earlier start left does not count."""
+    job = Job(tmp_path)
+    other = '"$(dirname "$LLMTRAIN_EXIT_FILE")/1"'
+    code, said, told = job.start(f'echo 1 > "$LLMTRAIN_EXIT_FILE"; echo 75 > {other}; exit 1')
+    assert code == 75 and told[-1] == "scontrol requeue 42", said
+    (job.run / "launch" / "exit" / "7").write_text("2\n")
+    code, said, told = job.start('[[ $(grep -c "^llmtrain t" "$TOLD") -gt 2 ]]')
+    assert (code, len(trained(told))) == (0, 3), said
+
+
+def test_the_signal_before_the_limit_is_passed_on_and_requeues(tmp_path: Path) -> None:
+    wait = "kill -USR1 $PPID; for i in {1..999999}; do :; done"
+    train = f"trap 'echo saves >> \"$TOLD\"; exit 1' USR1; {wait}"
+    code, said, told = Job(tmp_path).start(train)
+    assert code == 75 and "the time limit is near" in said
+    assert told[-2:] == ["saves", "scontrol requeue 42"]
+
+
+def test_what_is_cancelled_does_not_come_back(tmp_path: Path) -> None:
+    code, said, told = Job(tmp_path).start("kill -TERM $PPID; exit 1")
+    assert (code, len(trained(told))) == (143, 1), said
+    assert not any("requeue" in line or "sbatch" in line for line in told)
+
+
+def test_a_task_uses_the_cores_that_slurm_gives_it(tmp_path: Path) -> None:
+    _, _, told = Job(tmp_path).start('echo "$LLMTRAIN_THREADS" >> "$TOLD"', SLURM_CPUS_PER_TASK="6")
+    assert told[-1] == "6"
+
+
+def test_where_requeueing_is_forbidden_excluded_nodes_stay_out(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--exclude", "n9")
+    refuses = "[[ $1 == requeue ]] && exit 1\n" + STANDS_IN["scontrol"]
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/usr/bin/env bash\n{refuses}")
+    code, said, told = job.start(ends_with(75))
+    assert code == 75 and "submitted again as job 43" in said
+    (line,) = [line for line in told if line.startswith("sbatch")]
+    assert "--exclude=n9" in line
+
+
+def test_a_count_that_cannot_be_written_ends_the_job(tmp_path: Path) -> None:
+    """On a full disk it would try for ever."""
+    job = Job(tmp_path)
+    full = '[[ -d $R ]] || mkdir "$R"; [[ $(grep -c "^llmtrain t" "$TOLD") -gt 8 ]] || exit 1'
+    code, said, told = job.start(full, R=str(job.run / "launch" / "progress.new"))
+    assert (code, len(trained(told))) == (1, 1), said
+    assert "progress cannot be written" in said
+
+
 def test_pyxis_and_apptainer(tmp_path: Path) -> None:
     first, second = tmp_path / "pyxis", tmp_path / "apptainer"
     first.mkdir()
@@ -162,16 +229,25 @@ def test_pyxis_and_apptainer(tmp_path: Path) -> None:
         ([*CPUS, "--time", "5"], "leaves no time to train"),
         ([*CPUS, "--time", "noon"], "--time 'noon': write"),
         ([*CPUS, "--sbatch", "--account=x"], "without dashes"),
+        ([*CPUS, "--sbatch", "nodes=3"], "--sbatch nodes: use --nodes"),
+        ([*CPUS, "--sbatch", "exclude=n3"], "--sbatch exclude: use --exclude"),
+        ([*CPUS, "--sbatch", "export=WANDB_API_KEY=abcdef0123"], "secret of $WANDB_API_KEY"),
         ([*CPUS, "model.d_modle=3"], "did you mean"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(
-    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef0123")
     # An option whose value begins with a dash needs the equals sign.
     joined = " ".join(words).replace("--sbatch --", "--sbatch=--").split()
     assert main(["launch", "slurm", CONFIG, f"out={tmp_path}", *joined]) == 2
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert sentence in said and "abcdef0123" not in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,6 +284,30 @@ def test_submitting_and_status(
     (tmp_path / "sacct").chmod(0o755)
     assert main(["launch", "status", f"{tmp_path}/runs/quickstart"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["77", "NODE_FAIL", "02:00:01"]
+
+
+def test_a_run_whose_job_is_queued_is_not_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files would change under the job; and a SLURM that is silent has not ended it."""
+    answers = {"sbatch": "echo 77", "squeue": "echo '77|PENDING|'"}
+    for name, body in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    line = ["launch", "slurm", CONFIG, f"out={tmp_path}/runs", *CPUS]
+    run = tmp_path / "runs" / "quickstart"
+    assert main(line) == 0
+    before = (run / "launch" / "config.yaml").read_text()
+    assert main([*line, "seed=8", "--dry-run"]) == 2
+    assert "job 77 of this run is PENDING" in capsys.readouterr().err
+    assert (run / "launch" / "config.yaml").read_text() == before
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'cannot reach it' >&2; exit 1\n")
+    for words in (line, ["launch", "status", str(run)]):
+        assert main(words) == 2
+        assert "squeue gives no answer: cannot reach it" in capsys.readouterr().err
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '78|RUNNING|'\n")
+    assert main(line) == 0
 
 
 def test_the_words_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

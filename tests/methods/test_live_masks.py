@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
+from llmtrain.eval.loading import load_trained
 from llmtrain.methods.movement import score_gradient
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
@@ -132,8 +133,37 @@ def test_movement_scores_are_summed_products_and_the_largest_stay(movement: Path
     assert tensors(movement, 4)["model.blocks.0.mlp.up.weight"].abs().min() > 0
 
 
+@pytest.mark.parametrize("which", ["srste", "movement"])
+def test_a_checkpoint_is_read_and_exported_as_the_run_computed(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    made: Path = request.getfixturevalue(which)
+    point = made / "checkpoints" / "step-00000003"
+    stored = tensors(made, 3)
+    weights = load_trained(point, torch.device("cpu")).model.state_dict()
+    assert main(["convert", "to-hf", str(point), str(tmp_path / "hf")]) == 0
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, mask in kept(made, 3).items():
+        weight = stored[f"model.{name}.weight"]
+        assert 0.2 < mask.float().mean() < 0.9 and weight[~mask].abs().min() > 0
+        assert torch.equal(weights[f"{name}.weight"], weight * mask)
+        if name.endswith("mlp.down"):
+            layer = name.split(".")[1]
+            assert torch.equal(
+                exported[f"model.layers.{layer}.mlp.down_proj.weight"], weight * mask
+            )
+
+
 def test_soft_movement_keeps_what_is_above_the_threshold(tmp_path: Path, corpus: Path) -> None:
-    soft = run(tmp_path, corpus, SOFT)
+    soft = run(tmp_path, corpus, SOFT, KEEP)
+    seen, old = load_file(soft / "gradients-2.bin"), tensors(soft, 1)
+    for name in kept(soft, 2):  # the penalty of update 2 has come a quarter of its way
+        product = seen[f"whole.{name}.weight"].double() * seen[f"before.{name}.weight"].double()
+        before = old[f"hook.sparsity.scores.{name}"].double()
+        share = before.sigmoid()
+        pull = (1 - 0.75**3) * share * (1 - share) / share.numel()
+        found = tensors(soft, 2)[f"hook.sparsity.scores.{name}"].double()
+        torch.testing.assert_close(found, before - 40 * (product + pull), rtol=1e-4, atol=1e-7)
     for step in (2, 4):
         stored = tensors(soft, step)
         for name, mask in kept(soft, step).items():
@@ -155,12 +185,26 @@ def test_the_gradient_of_a_score_is_that_of_its_penalty_too() -> None:
     torch.testing.assert_close(found, sums + scores.grad.float())
 
 
-@pytest.mark.parametrize("words", [SRSTE, MOVEMENT], ids=["srste", "movement"])
+def test_a_step_that_is_skipped_teaches_the_scores_nothing(tmp_path: Path, corpus: Path) -> None:
+    fault = "hooks=[{use: 'helpers.hooks:LossNotFinite', args: {steps: [3]}}]"
+    made = run(tmp_path, corpus, MOVEMENT, fault, "guard.nonfinite=skip", "train.stop_after=4step")
+    one, two, three = (tensors(made, step) for step in (2, 3, 4))
+    for name in kept(made, 2):
+        key = f"hook.sparsity.scores.{name}"
+        assert torch.equal(one[key], two[key]) and not torch.equal(two[key], three[key])
+        assert torch.isfinite(three[key]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [(SRSTE, 3), (MOVEMENT, 3), (MOVEMENT, 5)],
+    ids=["srste", "movement", "movement, settled"],
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    tmp_path: Path, corpus: Path, words: str, srste: Path, movement: Path
+    tmp_path: Path, corpus: Path, words: str, stop: int, srste: Path, movement: Path
 ) -> None:
     whole = srste if words == SRSTE else movement
-    run(tmp_path, corpus, words, "train.stop_after=3step")
+    run(tmp_path, corpus, words, f"train.stop_after={stop}step")
     parts = run(tmp_path, corpus, words)
     assert losses(parts) == losses(whole)
     ours, reference = tensors(parts), tensors(whole)
@@ -207,7 +251,7 @@ def test_layouts_train_the_same(
         ("method: movement, granularity: '2:4'", "cannot follow method: movement"),
         ("method: movement, density: 0.5, start: 0.8dur", "is not before sparsity.end"),
         ("method: movement, density: 0.5, score_decay: 1", "set sparsity.threshold"),
-        ("method: movement, density: 0.5, products: sparse", "need whole gradients"),
+        ("method: movement, density: 0.5, products: sparse", "movement needs whole gradients"),
         ("method: srste, granularity: '4:8t'", "cannot be chosen by magnitude"),
     ],
 )

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.ranks import run_ranks
 from helpers.tiny import records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.cli.main import main
+from llmtrain.config import load_config
+from llmtrain.parallel import World
+from llmtrain.train.run import train
 
 SHORT = {
     "train__duration": "6step",
@@ -63,10 +68,14 @@ ADAPTERS = "model.adapters={rank: 2, freeze: false, targets: [mlp]}"
         ("granularity: '2:4t'", ["optim.name=lion", "optim.lr=3e-4", "optim.clip_norm=0.1"]),
         ("method: slope, granularity: '2:4', adapters_at: 3step", [ADAPTERS]),
         ("density: 0.25", ["quantization={format: mus_fp8, until: 3step}"]),
+        (
+            "density: 0.25, products: sparse",
+            ["model.scaling={parametrization: mus, residual: sum}"],
+        ),
         ("density: 0.5", ["model.adapters={rank: 2, kind: dora}", "train.recompute=full"]),
         ("density: 0.5, products: sparse", ["model.adapters={rank: 2, kind: dora}"]),
     ],
-    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "dora", "dora, tiles"],
+    ids=["single", "blocks", "tiles", "lion", "slope", "fp8", "scaled", "dora", "dora, tiles"],
 )
 def test_the_run_is_the_one_of_weights_with_zeros(
     tmp_path: Path, corpus: Path, section: str, words: list[str]
@@ -103,6 +112,25 @@ def test_a_checkpoint_goes_on_packed_or_dense_and_the_same_bit_for_bit(
     words = [f"checkpoint.resume={point}"]
     zeros = run(tmp_path / "zeros", corpus, f"{section}, storage: dense", *words)
     torch.testing.assert_close(losses(zeros), losses(whole)[4:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.dist
+def test_replicas_hold_kept_weights_alone_and_train_the_same(tmp_path: Path, corpus: Path) -> None:
+    """Four steps on two replicas, masks dropped in between, then two on one process."""
+    section = "sparsity={density: 0.25, granularity: 4x4, products: sparse, until: 3step"
+    alone = run(tmp_path / "alone", corpus, section.removeprefix("sparsity={"))
+    file = tiny_config(tmp_path, corpus, **SHORT)
+    words = [f"{section}, storage: packed}}", "parallel.replicate=2", "train.stop_after=4step"]
+    cfg = load_config(file, [*words, "train.verify_replicas=1step"])
+
+    def body(rank: int) -> int:
+        return train(cfg, World(rank, 2, rank, torch.device("cpu"), dist.group.WORLD))
+
+    assert run_ranks(2, body) == [0, 0]
+    assert main(["train", str(file), f"{section}}}"]) == 0
+    parts = tmp_path / "runs" / "tiny"
+    torch.testing.assert_close(losses(parts), losses(alone), rtol=1e-5, atol=1e-6)
+    same(parts, alone, 2)
 
 
 def test_saving_at_once_writes_what_saving_behind_does(tmp_path: Path, corpus: Path) -> None:
@@ -145,3 +173,28 @@ def test_dry_run_says_how_they_are_stored(
     file = tiny_config(tmp_path, corpus, **SHORT)
     assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}"]) == 0
     assert f"sparse layers {told}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "words", "told"),
+    [
+        ("method: srste, granularity: '2:4'", [], "dense (srste needs whole gradients)"),
+        ("density: 0.25", ["train.compile=true"], "dense (train.compile does not know"),
+        ("density: 0.25", ["quantization={}"], "layers in another number format, as long as"),
+    ],
+)
+def test_dry_run_knows_where_products_are_dense_whatever_is_faster(
+    tmp_path: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    words: list[str],
+    told: str,
+) -> None:
+    file = tiny_config(tmp_path, corpus, **SHORT)
+    assert main(["train", str(file), "--dry-run", f"sparsity={{{section}}}", *words]) == 0
+    assert told in capsys.readouterr().out
+    asked = f"sparsity={{{section}, products: sparse}}"
+    for more in ([], ["--dry-run"]):
+        assert main(["train", str(file), *more, asked, *words]) == 2
+        assert "sparsity.products: sparse: " in capsys.readouterr().err

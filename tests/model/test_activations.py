@@ -19,6 +19,7 @@ from llmtrain.model import (
     block_activation_bytes,
     complete,
 )
+from llmtrain.model.flops import widths
 from llmtrain.parallel.tensor import local
 from llmtrain.planner import Setting, fake_world
 from llmtrain.planner.memory import activation_split
@@ -33,6 +34,7 @@ def kept_after_forward(rank: int, setting: Setting) -> int:
     module, batch = build(setting, rank), batch_of(setting)
     step(module, batch)  # tables and caches
     batch = module.receive(batch)
+    module.loss(batch, 1.0)  # the lengths that DoRA remembers of the weights after the step
     return allocated(lambda: module.loss(batch, 1.0)).kept
 
 
@@ -127,9 +129,18 @@ def test_adapters_and_frozen_weights_keep_what_the_formula_says(name: str) -> No
         with fake_world(0, world):
             assert kept_after_forward(0, highest) == alone
         return
-    # DoRA remembers lengths of rows from step to step, in memory of either.
-    near = 2e-3 if name == "DoRA" else 0
-    assert kept[1] - kept[0] == pytest.approx(formula(setting) + adds[3], rel=near, abs=0)
+    expected = formula(setting) + adds[3]
+    if name == "DoRA":
+        # Lengths of rows are there before this forward pass, made by the one after the step. Where
+        # it makes them itself, the profiler sees them come but not always the old ones go.
+        expected -= 4 * lengths_in_block(setting)
+    assert kept[1] - kept[0] == expected
+
+
+def lengths_in_block(setting: Setting) -> int:
+    """Rows of the four layers of a block, none of them split."""
+    q, kv, ff = widths(setting.model)
+    return q + 2 * kv + setting.model.d_model + 2 * ff + setting.model.d_model
 
 
 def saved_by_blocks(rank: int, setting: Setting) -> int:

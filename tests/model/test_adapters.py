@@ -14,7 +14,7 @@ from helpers.ranks import run_ranks
 
 from llmtrain.config.adapters import AdapterConfig
 from llmtrain.errors import ConfigError
-from llmtrain.model import Decoder, adapted_parts, build_model
+from llmtrain.model import Decoder, adapted_parts, build_model, merge_adapters
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,21 @@ def test_lengths_are_computed_once_until_something_changes() -> None:
         torch.testing.assert_close(model(TOKENS), merged(model)(TOKENS), atol=3e-6, rtol=1e-5)
         assert len(runs) == 2
         assert (plain(TOKENS) - model(TOKENS)).abs().max() > 1e-3
+
+
+def test_a_row_of_zeros_stays_zero_under_dora() -> None:
+    model = built(AdapterConfig("dora", rank=3))
+    layer = model.blocks[0].mlp.down  # type: ignore[union-attr]
+    with torch.no_grad():
+        for rows in (layer.weight, layer.adapter.b.weight, layer.adapter.magnitude.weight):
+            rows[3] = 0.0  # type: ignore[index]
+    y = model(TOKENS)
+    y.square().mean().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    assert layer.adapter.magnitude.weight.grad[3] == 0  # type: ignore[union-attr, index]
+    merge_adapters(model)
+    torch.testing.assert_close(model(TOKENS), y, atol=3e-6, rtol=1e-5)
 
 
 def test_frozen_weights_save_no_inputs() -> None:

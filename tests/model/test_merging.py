@@ -89,8 +89,12 @@ def _fake(layer: Linear) -> None:
     layer.set_matmul(fake_matmul(Numbers("int8"), torch.float32))
 
 
+def _cut(layer: Linear) -> None:
+    layer.weight.ds_tensor = layer.weight  # as ZeRO 3 marks what it holds a part of
+
+
 def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
-    for change, says in ((_mask, "sparse"), (_fake, "swallow")):
+    for change, says in ((_mask, "sparse"), (_fake, "swallow"), (_cut, "ZeRO 3")):
         model = built(AdapterConfig(rank=3))
         change(model.blocks[1].mlp.down)  # type: ignore[union-attr, arg-type]
         before = bits(model)
@@ -101,6 +105,18 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
     merge_adapters(model, keep=False)
     with pytest.raises(ConfigError, match="keep=False"):
         unmerge_adapters(model)
+    model = built(AdapterConfig(rank=3, base="int8"))
+    model.blocks[0].mlp.up.adapter.sharded = True  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"blocks.0.mlp.up: .*FSDP2"):
+        merge_adapters(model, dequantise=True)
+
+
+def test_adapters_that_sleep_are_not_merged() -> None:
+    model = built(AdapterConfig(rank=3, targets=["out"]))
+    model.blocks[0].attention.out.adapter.awake = False  # type: ignore[union-attr]
+    before = model.get_parameter("blocks.0.attention.out.weight").clone()
+    assert merge_adapters(model) == 1
+    assert torch.equal(model.get_parameter("blocks.0.attention.out.weight"), before)
 
 
 CASE = case(n_layers=2, adapters=AdapterConfig("dora", rank=3), attention_bias=True)
@@ -123,7 +139,6 @@ def merged_in_layout(rank: int, world: int, parallel: dict[str, Any]) -> dict[st
         with torch.no_grad():
             found = module.loss(rank_batch(module, 0), 1.0)
         part = float(found.loss) if module.layout.counts_losses else 0.0
-        module.weights_changed()
         return float(module.layout.world.sum([part])[0])
 
     apart = loss()

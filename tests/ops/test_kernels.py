@@ -179,6 +179,25 @@ def test_attention(
         _compare(lambda q, k, v, f=run: f(q, k, v, first), exact, [q, k, v], tolerance)
 
 
+@pytest.mark.parametrize(("s", "d"), [(520, 520), (40, 1)])
+def test_attention_of_very_wide_and_very_narrow_heads(s: int, d: int) -> None:
+    # 480 keys are packed in one step of the sum, 520 in two of 264: the room must do for either.
+    # Turned, so that heads of one number have a stride that their shape does not ask for.
+    q, k, v = (_randn(d, s, 1, 1, seed=i).permute(2, 3, 1, 0) for i in range(3))
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.ones(s, s, dtype=torch.bool).tril()
+        score = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~seen, -torch.inf)
+        return (score.softmax(-1) @ v).transpose(1, 2)
+
+    _compare(ops.causal_attention, exact, [q, k, v], 1e-6)
+    # The gradient of a sum has no memory of its own.
+    q.requires_grad_()
+    (ours,) = torch.autograd.grad(ops.causal_attention(q, k, v).sum(), q)
+    (theirs,) = torch.autograd.grad(exact(q.double(), k.double(), v.double()).sum(), q)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_attention_hides_no_nan() -> None:
     q, k, v = (_randn(1, 1, 64, 32, seed=i, dtype=torch.bfloat16) for i in range(3))
     k[0, 0, 40] = float("nan")

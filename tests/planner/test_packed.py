@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from helpers.memory import allocated
-from helpers.steps import batch_of, build, setting_of, small_run, step
+from helpers.steps import CountTraffic, batch_of, build, setting_of, small_run, step
 
 from llmtrain import ops
-from llmtrain.planner import Setting, draw, memory_estimate
+from llmtrain.planner import Setting, draw, fake_world, memory_estimate, step_traffic
 from llmtrain.sparsity import Masks, sparse_layers
 from llmtrain.train.module import TrainModule
 
@@ -83,3 +83,21 @@ def test_kept_weights_alone_take_what_is_estimated_and_less_than_with_zeros(
             assert estimate.peak == pytest.approx(peak, rel=0.1)
             assert sum(estimate.state.values()) == pytest.approx(state, rel=0.02)
     assert found["packed"] < 0.65 * found["dense"]
+
+
+def test_replicas_send_the_gradients_of_kept_weights() -> None:
+    sparsity = {"sparsity__density": 0.25, "sparsity__granularity": "4x4"}
+    cfg = small_run(**sparsity, sparsity__storage="packed", parallel__replicate=2)
+    setting = replace(setting_of(cfg, 2), on_cpu=True)
+    with fake_world(0, 2):
+        module, batch = sparse_module(setting), batch_of(setting)
+        step(module, batch)
+        with CountTraffic(module.layout) as counter:
+            step(module, batch)
+    expected: dict[tuple[str, str, int], list[int]] = {}
+    for t in step_traffic(setting, draw(setting)):
+        found = expected.setdefault((t.collective, t.over, t.ranks), [0, 0])
+        found[0], found[1] = found[0] + t.calls, found[1] + t.payload
+    wanted = {key: tuple(value) for key, value in expected.items()}
+    sent = {key: value for key, value in counter.sent().items() if key in wanted}
+    assert sent[("all-reduce", "replicate", 2)] == wanted[("all-reduce", "replicate", 2)]

@@ -1,0 +1,74 @@
+"""How a model on the meta device becomes one of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.linear import Linear
+from llmtrain.model import (
+    Decoder,
+    apply_formats,
+    apply_recompute,
+    check_fp8_tokens,
+    compile_blocks,
+    hidden_layers,
+    shard_over_tensor,
+)
+from llmtrain.parallel import Layout, apply_fsdp
+from llmtrain.parallel.hardware import Precision
+from llmtrain.sparsity import sparse_layers, why_dense
+
+
+def lay_out(
+    model: Decoder,
+    cfg: RunConfig,
+    precision: Precision,
+    layout: Layout,
+    root: nn.Module | None = None,
+) -> None:
+    """Number formats, recomputation, compilation, tensor parallelism and FSDP2 of a model on the
+    meta device.
+
+    root: the module around ``model`` that is called in its place.
+    """
+    device = layout.world.device
+    apply_formats(model, model.cfg, cfg, device)
+    if device.type == "cuda":
+        micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // layout.degrees.data
+        check_fp8_tokens(cfg, micro * cfg.data.seq_len // layout.degrees.context)
+    apply_recompute(model, cfg.train.recompute)
+    if cfg.train.compile:
+        compile_blocks(model)
+    if layout.tensor is not None:
+        assert layout.state is not None
+        shard_over_tensor(model, layout.state["tensor"])
+    if layout.fsdp is not None:
+        dtypes, apart = (precision.compute, precision.reduce), kept_apart(model, cfg, layout)
+        weights = {layer.weight for layer in apart.values()}
+        apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes, weights)
+        for name, layer in hidden_layers(model):
+            if name not in apart:
+                layer.set_freed()
+
+
+def kept_apart(model: Decoder, cfg: RunConfig, layout: Layout) -> dict[str, Linear]:
+    """Layers that will hold kept weights alone, of which FSDP2 must not own the weights: every
+    replica has them as they are, and their gradients are summed by ``sum_over_replicas``."""
+    on_cpu = layout.world.device.type == "cpu"
+    if cfg.sparsity is None or why_dense(cfg, layout.degrees, on_cpu) is not None:
+        return {}
+    names = sparse_layers(model.cfg, cfg.sparsity)
+    return {name: layer for name, layer in hidden_layers(model) if name in names}
+
+
+def sum_over_replicas(params: Iterable[Tensor], layout: Layout) -> None:
+    """Add up the gradients of parameters that FSDP2 does not know, in place."""
+    assert layout.state is not None
+    group = layout.state.get_group("replicate")
+    for param in params:
+        if param.grad is not None:
+            dist.all_reduce(param.grad, group=group)
