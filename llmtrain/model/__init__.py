@@ -26,6 +26,7 @@ from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, sta
 from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
+    check_formats_on,
     check_fp8_tokens,
     clear_formats,
     format_lines,
@@ -73,6 +74,7 @@ __all__ = [
     "assign_formats",
     "block_activation_bytes",
     "build_model",
+    "check_formats_on",
     "check_fp8_tokens",
     "check_tensor_degree",
     "clear_formats",

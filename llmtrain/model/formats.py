@@ -142,11 +142,8 @@ def apply_formats(
     layers, scale = dict(hidden_layers(model)), gradient_scale(cfg, model_cfg)
     for found in assign_formats(model, model_cfg, section):
         layer = layers[found.name]
-        if found.format in FP8_FORMATS and device.type == "cuda":
-            check_fp8_device(found.format, torch.cuda.get_device_capability(device))
-            check_fp8_shape(found, layer)
+        _check_placed(found, layer, device)
         if found.format == "te":
-            _check_te_device(device, layer.matmul.dtype)
             layer.set_matmul(TeMatmul(section.te_recipe, found.shape))
             if not isinstance(layer.matmul, TeMatmul):
                 raise ConfigError(f"quantization: {found.name} is masked, which te does not know")
@@ -155,6 +152,23 @@ def apply_formats(
     if any(isinstance(layer.matmul, TeMatmul) for layer in layers.values()):
         enter_recipe(model, section.te_recipe)
     set_kv_format(model, section.kv)
+
+
+def check_formats_on(
+    model: nn.Module, model_cfg: ModelConfig, section: QuantizationConfig, device: torch.device
+) -> None:
+    """Raise what ``apply_formats`` would for the whole model on ``device``; changes nothing."""
+    layers = dict(hidden_layers(model))
+    for found in assign_formats(model, model_cfg, section):
+        _check_placed(found, layers[found.name], device)
+
+
+def _check_placed(found: Assignment, layer: Linear, device: torch.device) -> None:
+    if found.format in FP8_FORMATS and device.type == "cuda":
+        check_fp8_device(found.format, torch.cuda.get_device_capability(device))
+        check_fp8_shape(found, layer)
+    if found.format == "te":
+        _check_te_device(device, layer.matmul.dtype)
 
 
 def _check_te_device(device: torch.device, dtype: torch.dtype) -> None:

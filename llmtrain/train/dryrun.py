@@ -14,6 +14,7 @@ from llmtrain.data.plan import build_plan
 from llmtrain.model import (
     Decoder,
     Trainable,
+    check_formats_on,
     flops_per_token,
     format_lines,
     limit_training,
@@ -62,7 +63,8 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     layout = layout_lines(setting)
     sections = [
         [hardware],
-        _model_lines(cfg, model_cfg, precision) + _sparse_lines(setting, world is not None),
+        _model_lines(cfg, model_cfg, precision, world is not None)
+        + _sparse_lines(setting, world is not None),
         _length_lines(cfg, times, model_cfg),
         ["data:", *("  " + line for line in plan.tree().splitlines())],
         layout,
@@ -86,7 +88,9 @@ def _hardware(cfg: RunConfig, world: int | None) -> tuple[str, Precision, bool]:
     return line, precision, cfg.device == "cpu"
 
 
-def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -> list[str]:
+def _model_lines(
+    cfg: RunConfig, model_cfg: ModelConfig, precision: Precision, elsewhere: bool
+) -> list[str]:
     counts = param_counts(model_cfg)
     rows = [("kind", "parameters")] + [(kind, f"{n:,}") for kind, n in counts.items()]
     with torch.device("meta"):
@@ -108,6 +112,8 @@ def _model_lines(cfg: RunConfig, model_cfg: ModelConfig, precision: Precision) -
         until = "" if end is None else f", until step {end:,}; then all in the compute dtype"
         lines += [f"number formats of products{until}:"]
         lines += format_lines(model, model_cfg, cfg)
+        if not elsewhere:
+            check_formats_on(model, model_cfg, cfg.quantization, pick_device(cfg.device, 0))
     if cfg.sparsity is not None:
         sparse = sparse_layers(model_cfg, cfg.sparsity)
         check_cuts(sparse, model_cfg, cfg.parallel.tensor, cfg.sparsity.method == "slope")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from helpers.layout_runs import alone, case
 from helpers.ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from llmtrain import ops
+from llmtrain.config.number_formats import QuantizationConfig
 from llmtrain.linear import Linear, Placement, fp8_matmul, summing_gradients
+from llmtrain.linear.fp8 import Fp8Matmul
 from llmtrain.ops import E4M3, E5M2
 from llmtrain.parallel.tensor import TensorParallel
 
@@ -129,3 +135,19 @@ def test_tensor_parallel_parts_add_to_their_own() -> None:
     assert layer.weight.grad is not None and all(kept for _, kept in found)
     grad = torch.cat([part for part, _ in found])
     assert (grad - layer.weight.grad).norm() < 1e-6 * layer.weight.grad.norm()
+
+
+def test_training_has_them_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three micro-batches of four layers: all but the first are added within the product."""
+    added, real = Counter[bool](), Fp8Matmul.wgrad
+
+    def wgrad(
+        self: Fp8Matmul, grad: Any, x: Any, into: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        added[into is not None] += 1
+        return real(self, grad, x, into, scale)
+
+    monkeypatch.setattr(Fp8Matmul, "wgrad", wgrad)
+    what = case(steps=1, micro=4, n_layers=1)
+    alone(dataclasses.replace(what, quantization=QuantizationConfig()))
+    assert added == {False: 4, True: 8}

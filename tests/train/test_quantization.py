@@ -10,6 +10,7 @@ import torch
 from helpers.tiny import records, tiny_config
 
 from llmtrain.cli.main import main
+from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError, EnvironmentFault
 from llmtrain.eval.checkpoint import evaluate_checkpoint
@@ -17,6 +18,8 @@ from llmtrain.eval.loading import load_trained
 from llmtrain.linear import FP32, Linear, Placement, fake_vectors
 from llmtrain.model import Decoder, attention, complete, hidden_layers
 from llmtrain.model.formats import Assignment, check_fp8_device, check_fp8_shape
+from llmtrain.parallel.hardware import Precision
+from llmtrain.train import dryrun
 
 RULES = [{"layers": ["*.mlp.down"], "format": "fp8_current"}]
 
@@ -129,6 +132,28 @@ def test_what_cannot_be_is_refused(
     assert main(["train", str(config), "--dry-run", *words]) == 2
     error = capsys.readouterr().err
     assert told in error and "quantization" in error and "Traceback" not in error
+
+
+def test_a_dry_run_refuses_what_the_run_would_for_its_device(
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny_config(tmp_path, corpus, model__d_ff=56, device="auto")
+    asked = ["train", str(config), "quantization.format=te", "--dry-run"]
+    if not torch.cuda.is_available():
+        assert main(asked) == 2
+        assert "te computes in bfloat16 on an NVIDIA GPU" in capsys.readouterr().err
+    # Of a machine elsewhere this one says nothing.
+    assert main([*asked, "--world", "2"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(dryrun, "pick_device", lambda name, rank: torch.device("cuda", rank))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ConfigError, match=r"blocks\.0\.mlp\.down is 32 x 56"):
+        formats = load_config(config, ["quantization.format=mus_fp8"])
+        model = complete(formats.model, 257, 48)
+        dryrun._model_lines(formats, model, Precision(torch.bfloat16, torch.float32), False)
 
 
 def test_an_old_gpu_and_odd_widths_are_refused_by_name() -> None:
