@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -74,9 +75,9 @@ class Snapshots:
         local = {name: _local(value).cpu().contiguous() for name, value in tensors.items()}
         facts = {"course": self._course, "life": str(self.life), "extra": json.dumps(extra)}
         final = self._file(step)
-        beside = final.with_suffix(".tmp")
+        beside = self._partial / final.name
         try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
             save_file(local, beside, facts)
             beside.rename(final)
         except (OSError, SafetensorError) as error:
@@ -125,10 +126,15 @@ class Snapshots:
         """Give the memory back: this rank's files, and the folder once it is empty."""
         for step in self._steps():
             self._file(step).unlink(missing_ok=True)
-        for rest in self.folder.glob(f"rank-{self._ranks.rank}-*.tmp"):
-            rest.unlink(missing_ok=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
         with suppress(OSError):
             self.folder.rmdir()
+
+    @property
+    def _partial(self) -> Path:
+        """A folder of this rank's own: safetensors writes under names of its own choice there, and
+        what a killed process leaves of them is found."""
+        return self.folder / f"rank-{self._ranks.rank}.partial"
 
     def _file(self, step: int) -> Path:
         return self.folder / f"rank-{self._ranks.rank}-step-{step:08d}.safetensors"
