@@ -141,8 +141,12 @@ class Snapshots:
 
     def _steps(self) -> list[int]:
         begin = f"rank-{self._ranks.rank}-step-"
-        names = [path.stem for path in self.folder.glob(f"{begin}*.safetensors")]
-        return sorted(int(name.removeprefix(begin)) for name in names)
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # another rank was the last to clear it
+            return []
+        mine = [n for n in names if n.startswith(begin) and n.endswith(".safetensors")]
+        return sorted(int(name.removeprefix(begin).removesuffix(".safetensors")) for name in mine)
 
     def _fits(self, step: int) -> bool:
         try:
