@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtrain.methods.sparsity import StaticMask
-from llmtrain.sparsity import Masks, cubic_density, largest
+from llmtrain.sparsity import Masks, Timetable, largest
 
 if TYPE_CHECKING:
     from llmtrain.train.module import StepResult
@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 class GradualPruning(StaticMask):
     """Masks that shrink."""
 
-    _every = _start = _end = 0
+    _times: Timetable
 
     def prepare(self, trainer: Trainer) -> None:
         """Resolve the durations."""
-        times = trainer.clockwork
-        self._start, self._end, self._every = (
-            duration.steps(times.tokens_per_step, times.total)
-            for duration in (self.cfg.start, self.cfg.end, self.cfg.every)
-        )
-        self._every = max(self._every, 1)
+        run = trainer.clockwork
+        self._times = Timetable.of(self.cfg, run.tokens_per_step, run.total)
         super().prepare(trainer)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:
@@ -39,8 +35,7 @@ class GradualPruning(StaticMask):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Prune when it is time."""
         step = result.step
-        inside = self._start < step <= self._end and not self.dropped
-        if inside and ((step - self._start) % self._every == 0 or step == self._end):
+        if self._times.due(step) and not self.dropped:
             self._prune(trainer, step)
         super().after_step(trainer, result)
 
@@ -50,7 +45,7 @@ class GradualPruning(StaticMask):
         for name, sparse in masks.sparse.items():
             old = masks.whole(name)
             scores = masks.scores(name, masks.params[name]).to(old.device).masked_fill(~old, -1.0)
-            density = cubic_density(sparse.density, step, self._start, self._end)
+            density = self._times.density(sparse.density, step)
             new = largest(scores, round(density * old.numel())) & old
             masks.take_whole(name, new)
             kept, blocks = kept + int(new.sum()), blocks + old.numel()

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.methods.live import LiveMask
-from llmtrain.sparsity import Masks, block_sums, cubic_density, largest
+from llmtrain.sparsity import Masks, Timetable, block_sums, largest
 
 if TYPE_CHECKING:
     from llmtrain.train.module import StepResult
@@ -46,8 +46,7 @@ def score_gradient(product: Tensor, scores: Tensor, block: tuple[int, int], pull
 class Movement(LiveMask):
     """Scores that learn, and their masks."""
 
-    _start = _end = 0
-    _every = 1
+    _times: Timetable
 
     def __init__(self, cfg: SparsityConfig) -> None:
         super().__init__(cfg)
@@ -55,13 +54,9 @@ class Movement(LiveMask):
 
     def prepare(self, trainer: Trainer) -> None:
         """Resolve the durations."""
-        times = trainer.clockwork
-        self._start, self._end, self._every = (
-            duration.steps(times.tokens_per_step, times.total)
-            for duration in (self.cfg.start, self.cfg.end, self.cfg.every)
-        )
-        self._every = max(self._every, 1)
-        self.settled = trainer.step_done >= self._end
+        run = trainer.clockwork
+        self._times = Timetable.of(self.cfg, run.tokens_per_step, run.total)
+        self.settled = trainer.step_done >= self._times.end
         super().prepare(trainer)
 
     def first(self, trainer: Trainer, masks: Masks) -> None:
@@ -102,7 +97,7 @@ class Movement(LiveMask):
 
     def _left(self, step: int) -> float:
         """The cubic from 1 at ``start`` to 0 at ``end``."""
-        return cubic_density(0.0, step, self._start, self._end)
+        return self._times.density(0.0, step)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Scores change with the weights; new masks when it is time, the last one at ``end``."""
@@ -111,10 +106,9 @@ class Movement(LiveMask):
         if not result.skipped:
             for name, change in learnt.items():
                 self.scores(self.make(trainer))[name].sub_(change, alpha=self.cfg.score_rate)
-        if not self.dropped and not self.settled and step > self._start:
-            if (step - self._start) % self._every == 0 or step == self._end:
-                self._prune(trainer, step)
-            if step == self._end:
+        if not self.dropped and not self.settled and self._times.due(step):
+            self._prune(trainer, step)
+            if step == self._times.end:
                 self.end(trainer)
         super().after_step(trainer, result)
 

@@ -24,6 +24,7 @@ from llmtrain.sparsity.masks import Masks
 from llmtrain.sparsity.on_gpu import kinds_of
 from llmtrain.sparsity.product_text import always_dense, product_lines
 from llmtrain.sparsity.schedule import (
+    Timetable,
     cubic_density,
     density_of_step,
     sparsity_lines,
@@ -40,6 +41,7 @@ __all__ = [
     "Mask",
     "Masks",
     "Sparse",
+    "Timetable",
     "always_dense",
     "best_kept",
     "block_scores",

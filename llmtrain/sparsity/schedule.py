@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 from llmtrain.config.schema import ModelConfig, RunConfig
@@ -24,6 +25,31 @@ def cubic_density(final: float, step: int, start: int, end: int) -> float:
     return final + (1.0 - final) * (1.0 - (step - start) / (end - start)) ** 3
 
 
+@dataclass(frozen=True)
+class Timetable:
+    """When the mask begins to shrink, how often it does and when for the last time, in updates."""
+
+    start: int
+    end: int
+    every: int
+
+    @classmethod
+    def of(cls, section: SparsityConfig, tokens: int, total: int) -> Timetable:
+        """That of a section in a run of ``total`` updates of ``tokens`` each."""
+        times = (section.start, section.end, section.every)
+        start, end, every = (duration.steps(tokens, total) for duration in times)
+        return cls(start, end, max(every, 1))
+
+    def due(self, step: int) -> bool:
+        """Whether the mask changes after update ``step``."""
+        inside = self.start < step <= self.end
+        return inside and ((step - self.start) % self.every == 0 or step == self.end)
+
+    def density(self, final: float, step: int) -> float:
+        """``cubic_density`` after ``step`` updates."""
+        return cubic_density(final, step, self.start, self.end)
+
+
 def density_of_step(cfg: RunConfig, model_cfg: ModelConfig, step: int) -> float:
     """Kept share of the hidden layers' weights in the update after ``step`` others."""
     section = cfg.sparsity
@@ -35,9 +61,10 @@ def density_of_step(cfg: RunConfig, model_cfg: ModelConfig, step: int) -> float:
     final = mean_density(model_cfg, section)
     if section.method not in _FALLING:
         return final
-    start, end, every = (d.steps(steps, total) for d in (section.start, section.end, section.every))
-    pruned = end if step >= end else start + (step - start) // max(every, 1) * max(every, 1)
-    return cubic_density(final, pruned, start, end)
+    times = Timetable.of(section, steps, total)
+    since = step - times.start
+    pruned = times.end if step >= times.end else step - since % times.every
+    return times.density(final, pruned)
 
 
 def _times(cfg: RunConfig) -> tuple[int, int]:
@@ -65,10 +92,8 @@ def _stretches(cfg: RunConfig, model_cfg: ModelConfig) -> list[tuple[float, int]
     if section.until is not None:
         cuts.add(section.until.steps(tokens, total))
     if section.method in _FALLING:
-        start, end, every = (
-            d.steps(tokens, total) for d in (section.start, section.end, section.every)
-        )
-        cuts |= {*range(start, end, max(every, 1)), end}
+        times = Timetable.of(section, tokens, total)
+        cuts |= {*range(times.start, times.end, times.every), times.end}
     marks = sorted(cut for cut in cuts if cut <= total)
     return [(density_of_step(cfg, model_cfg, a), b - a) for a, b in pairwise(marks)]
 

@@ -145,3 +145,8 @@ def records(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     """Records of one kind from a run's metrics."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step in a run's metrics."""
+    return [(r["loss"], r["grad_norm"]) for r in records(run)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.stored import same_bits, stored
-from helpers.tiny import records, tiny_config
+from helpers.tiny import losses, records, tiny_config
 from torch import Tensor
 
 from llmtrain.cli.main import main
@@ -45,10 +45,6 @@ KEEP = ["checkpoint.every=1step", "checkpoint.keep=100"]
 def plain(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A run without averaging, with a checkpoint of every step."""
     return run(tmp_path_factory.mktemp("plain"), corpus, *KEEP)
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(r["loss"], r["grad_norm"]) for r in records(run)]
 
 
 def test_beta_0_is_plain_training_bit_for_bit(tmp_path: Path, corpus: Path, plain: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.masks import stored_masks
 from helpers.ranks import run_ranks
-from helpers.tiny import records, tiny_config
+from helpers.stored import stored
+from helpers.tiny import losses, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,9 +18,7 @@ from llmtrain.cli.main import main
 from llmtrain.config import load_config
 from llmtrain.eval.loading import load_trained
 from llmtrain.methods.movement import score_gradient
-from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
-from llmtrain.sparsity import sparse_layers, unpack_bits
 from llmtrain.train.run import train
 
 SHORT = {
@@ -48,27 +48,11 @@ def run(folder: Path, corpus: Path, *words: str) -> Path:
 
 
 def tensors(run: Path, step: int = 6) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        out.update(load_file(file))
-    return out
+    return stored(run, step)
 
 
 def kept(run: Path, step: int = 6) -> dict[str, Tensor]:
-    """The masks of a checkpoint, element by element."""
-    cfg, found = load_config(run / "config.yaml"), {}
-    assert cfg.sparsity is not None
-    stored = tensors(run, step)
-    for name, layer in sparse_layers(resolve_model(cfg, 257), cfg.sparsity).items():
-        dim = 0 if name.endswith(("attention.out", "mlp.down")) else 1
-        grid, (high, wide) = layer.granularity.grid(layer.shape), layer.granularity.block
-        blocks = unpack_bits(stored[f"hook.sparsity.{name}"], grid[dim], dim)
-        found[name] = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)
-    return found
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(r["loss"], r["grad_norm"]) for r in records(run)]
+    return stored_masks(run, step)
 
 
 def largest_of_groups(weight: Tensor) -> Tensor:

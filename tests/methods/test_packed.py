@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
-from helpers.tiny import records, tiny_config
-from safetensors.torch import load_file
+from helpers.stored import stored
+from helpers.tiny import losses, tiny_config
 from torch import Tensor
 
 from llmtrain.cli.main import main
@@ -41,14 +41,7 @@ def run(folder: Path, corpus: Path, section: str, *words: str) -> Path:
 
 
 def tensors(run: Path, step: int = 6) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        out.update(load_file(file))
-    return out
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(r["loss"], r["grad_norm"]) for r in records(run)]
+    return stored(run, step)
 
 
 def same(ours: Path, other: Path, step: int = 6) -> None:

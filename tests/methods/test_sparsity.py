@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.masks import stored_masks
 from helpers.ranks import run_ranks
-from helpers.tiny import records, tiny_config
+from helpers.stored import stored
+from helpers.tiny import losses, records, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from llmtrain.config import load_config
 from llmtrain.model import layer_names
 from llmtrain.model.resolve import resolve_model
 from llmtrain.parallel import World
-from llmtrain.sparsity import sparse_layers, unpack_bits
 from llmtrain.sparsity.storage import load_masks
 from llmtrain.train.run import train
 
@@ -48,29 +49,11 @@ def run(folder: Path, corpus: Path, *words: str) -> Path:
 
 
 def tensors(run: Path, step: int = 8) -> Weights:
-    out: Weights = {}
-    for file in (run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"):
-        out.update(load_file(file))
-    return out
+    return stored(run, step)
 
 
 def kept(run: Path, step: int = 8) -> Weights:
-    """The masks of a checkpoint of one process, element by element."""
-    cfg = load_config(run / "config.yaml")
-    assert cfg.sparsity is not None
-    stored, found = tensors(run, step), {}
-    for name, layer in sparse_layers(resolve_model(cfg, 257), cfg.sparsity).items():
-        bits = stored[f"hook.sparsity.{name}"]
-        dim = 0 if name.endswith(("attention.out", "mlp.down")) else 1
-        grid = layer.granularity.grid(layer.shape)
-        blocks = unpack_bits(bits, grid[dim], dim)
-        high, wide = layer.granularity.block
-        found[name] = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)
-    return found
-
-
-def losses(run: Path) -> list[tuple[float, float]]:
-    return [(r["loss"], r["grad_norm"]) for r in records(run)]
+    return stored_masks(run, step)
 
 
 def outside_is_zero(run: Path, step: int) -> bool:
