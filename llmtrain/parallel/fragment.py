@@ -63,15 +63,54 @@ def boxes_of_run(
             yield (last, *offset), (1, *size)
 
 
-class Fragment(torch.Tensor):
+class StateTensor(torch.Tensor):
+    """A tensor of which this process holds boxes, in a form of its own.
+
+    It speaks the protocol of torch.distributed.checkpoint. Only shape, dtype and device can be
+    asked of it; other operations raise NotImplementedError, which says ``instead``.
+    """
+
+    instead: str
+
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        """The boxes."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} on a {cls.__name__}; {cls.instead}")
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), self.shape),
+            )
+            for chunk in self.chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self.chunks()
+
+
+class Fragment(StateTensor):
     """A tensor of ``shape`` of which this process holds elements [start, start + len(run)).
 
     run: 1-D, the live elements. local_shape, offset: when the run is cut from a box of the tensor
     and not from the tensor itself (a tensor-parallel shard), that box; elements count within it.
-    Only shape, dtype and device can be asked of it, ``pieces`` and ``run`` give the values; other
-    operations raise NotImplementedError.
+    ``pieces`` and ``run`` give the values.
     """
 
+    instead = "use its pieces"
     pieces: list[Piece]
     run: Tensor
     _cut: tuple[tuple[int, ...], int, tuple[int, ...], tuple[int, ...]]
@@ -107,43 +146,18 @@ class Fragment(torch.Tensor):
         whole, start, box, corner = self._cut
         return Fragment(run, whole, start, box, corner)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} on a Fragment; use its pieces")
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(piece.offset), piece.values.shape)
+            for piece in self.pieces
+        ]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Fragment({list(self.shape)}, {len(self.pieces)} pieces here)"
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(fqn, torch.Size(piece.offset)),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    _chunk(piece), TensorProperties(self.dtype), self.shape
-                ),
-            )
-            for piece in self.pieces
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(piece) for piece in self.pieces]
-
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         wanted = tuple(index.offset or ())
         return next(p.values for p in self.pieces if p.offset == wanted)
-
-
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offset), piece.values.shape)
 
 
 def local_boxes(tensor: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
