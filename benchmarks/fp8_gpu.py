@@ -29,6 +29,7 @@ from typing import Any
 
 import common
 import torch
+from gpu_timing import Work, milliseconds
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -49,26 +50,6 @@ WIDTHS = (512, 1024, 2048, 4096, 8192)
 # Compilation takes seconds each.
 COMPILED_WIDTHS = (1024, 2048, 4096)
 PARTS = ("kernels", "sums", "layers")
-Work = Callable[[], object]
-
-
-def milliseconds(work: Work, calls: int = 1, ahead: bool = False) -> float:
-    """GPU time of one of ``calls`` calls in a row; without a GPU the clock's.
-
-    ahead: the GPU is kept waiting until all are in its queue, so that it is the kernels' own time
-    and not the host's between them.
-    """
-    if not torch.cuda.is_available():
-        return 1000 * common.seconds(work)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if ahead:
-        torch.cuda._sleep(4_000_000)  # cycles, 2 ms
-    begin.record()
-    for _ in range(calls):
-        work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / calls
 
 
 def median(work: Work, rounds: int) -> float:

@@ -24,19 +24,16 @@ from typing import Any
 
 import common
 import torch
-from fp8_gpu import milliseconds
+from gpu_timing import Work, milliseconds, training_step
 from torch import nn
 
 from llmtrain import ops
 from llmtrain.config.scaling import ScalingConfig
-from llmtrain.config.schema import LossConfig, ModelConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import EnvironmentFault
 from llmtrain.linear import BF16, TeMatmul, enter_recipe, fp8_matmul
 from llmtrain.linear.te import import_te
-from llmtrain.loss import head_loss
 from llmtrain.model import Decoder, build_model, compile_blocks, complete, hidden_layers
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def set_format(model: Decoder, name: str, tokens: int) -> None:
         enter_recipe(model, "delayed")
 
 
-def llmtrain_step(shape: Shape, name: str, compiled: bool, args: argparse.Namespace) -> Step:
+def llmtrain_step(shape: Shape, name: str, compiled: bool, args: argparse.Namespace) -> Work:
     """A step of a new model in a format."""
     cfg = ModelConfig(
         vocab_size=shape.vocab,
@@ -88,28 +85,13 @@ def llmtrain_step(shape: Shape, name: str, compiled: bool, args: argparse.Namesp
     model = build_model(
         complete(cfg, None, shape.seq), seed=0, device=args.device, compute_dtype=torch.bfloat16
     )
-    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq), device=args.device)
-    ones = torch.ones(tokens.shape, device=args.device)
-    set_format(model, name, tokens.numel())
+    set_format(model, name, shape.batch * shape.seq)
     if compiled:
         compile_blocks(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> object:
-        optimizer.zero_grad()
-        output = model(
-            tokens,
-            head_fn=lambda hidden, head: head_loss(
-                hidden, head, tokens, ones, LossConfig(), float(tokens.numel())
-            ),
-        )
-        output.loss.backward()
-        return optimizer.step()
-
-    return step
+    return training_step(model, shape.batch, shape.seq)
 
 
-def torchao_step(shape: Shape, name: str, args: argparse.Namespace) -> Step:
+def torchao_step(shape: Shape, name: str, args: argparse.Namespace) -> Work:
     """A step of a bare compiled Llama in bf16, or with torchao's float8 in its blocks."""
     from peers.bare import Llama
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -133,7 +115,7 @@ def torchao_step(shape: Shape, name: str, args: argparse.Namespace) -> Step:
     return step
 
 
-def contenders(shape: Shape, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
+def contenders(shape: Shape, args: argparse.Namespace) -> dict[str, Callable[[], Work]]:
     """What is measured of a shape, in order; each is made when its turn comes."""
     names = ["bf16", "mus_fp8", "fp8_current"]
     found = {n: lambda n=n: llmtrain_step(shape, n, False, args) for n in names}
@@ -163,7 +145,7 @@ def baseline(name: str) -> str:
     return "bf16 compiled" if name.endswith("compiled") else "bf16"
 
 
-def timed(make: Callable[[], Step], rounds: int) -> float:
+def timed(make: Callable[[], Work], rounds: int) -> float:
     """Median milliseconds of a step, after three that do not count."""
     step = make()
     for _ in range(3):

@@ -17,27 +17,24 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
+from gpu_timing import Work, milliseconds, training_step
 from torch import nn
 
 from llmtrain import ops
-from llmtrain.config.schema import LossConfig, ModelConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import BF16, BLOCKS, Linear, Mask, Matmul, fp8_matmul
-from llmtrain.loss import head_loss
 from llmtrain.model import build_model, complete, hidden_layers
 from llmtrain.ops.masking import transposable_mask
 from llmtrain.ops.semi import LIBRARIES, library_fault
 from llmtrain.sparsity import Case, pick_products
 from llmtrain.sparsity.case import BOTH, FORWARD
 
-Work = Callable[[], object]
 SPARSITIES = (80, 90, 95)
 
 
@@ -61,26 +58,15 @@ class Size:
 TOY = Size(torch.device("cpu"), (128,), 48, (64, 1, 4), 16, 2)
 
 
-def milliseconds(work: Work, size: Size) -> float:
-    """GPU time of one call; the toy's wall clock."""
-    if not size.on_gpu:
-        start = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 def timed(works: dict[str, Work], size: Size) -> dict[str, dict[str, Any]]:
     """Milliseconds of several contenders taken in turn, after three calls that do not count."""
     for work in works.values():
         for _ in range(3):
             work()
-    readings = {name: lambda work=work: milliseconds(work, size) for name, work in works.items()}
+    readings = {
+        name: lambda work=work: milliseconds(work, on_gpu=size.on_gpu)
+        for name, work in works.items()
+    }
     return common.interleaved(readings, size.rounds)
 
 
@@ -205,22 +191,7 @@ def model_step(size: Size, kind: str, sparse: str) -> Work:
         if kind:
             mask = mask_of(kind, (rows, cols), 90, size.device)
             layer.set_mask(mask, sparse=bool(sparse), kind=sparse)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(0, 8192, (2, size.sequence), device=size.device)
-    ones = torch.ones(tokens.shape, device=size.device)
-
-    def step() -> object:
-        optimizer.zero_grad()
-        output = model(
-            tokens,
-            head_fn=lambda hidden, head: head_loss(
-                hidden, head, tokens, ones, LossConfig(), float(tokens.numel())
-            ),
-        )
-        output.loss.backward()
-        return optimizer.step()
-
-    return step
+    return training_step(model, 2, size.sequence)
 
 
 def steps(size: Size) -> dict[str, Any]:

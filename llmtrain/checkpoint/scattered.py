@@ -14,8 +14,8 @@ from llmtrain.parallel.fragment import StateTensor
 class Scattered(StateTensor):
     """A tensor of ``shape`` whose ``kept`` values this process holds; ``dense`` makes it whole.
 
-    spread: values -> the whole tensor, a copy. One is made whole at a time when it is saved, so that
-    nobody holds all of them.
+    spread: values -> the whole tensor, a copy. Saving makes one whole at a time, so that nobody
+    holds all of them.
     """
 
     instead = "make it dense"
