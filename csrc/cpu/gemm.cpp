@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "gemm.h"
+#include "transpose8.h"
 
 namespace KERNEL_SET {
 
@@ -36,26 +37,6 @@ Part part_of(const Gemm& job, int64_t part) {
   const int64_t depth = step_of(job.k, kDepth), deep = std::max<int64_t>(1, ceil_div(job.k, depth));
   const int64_t column = part / deep * kWidth, step = part % deep * depth;
   return {column, std::min(kWidth, job.n - column), step, std::min(depth, job.k - step)};
-}
-
-// Transposes 8 x 8 floats held in 8 registers.
-inline void transpose8(__m256 r[8]) {
-  __m256 t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
 // out[s][i], `spread` apart: element s of row i of x, for `width` rows of which those from `rows`

@@ -4,6 +4,9 @@
 
 #include "number.h"
 #include "sparse_vec.h"
+#ifdef __AVX2__
+#include "transpose8.h"
+#endif
 
 namespace KERNEL_SET {
 
@@ -22,22 +25,10 @@ inline void store8(bf16* out, __m256 x) {
 
 template <class A, class B>
 inline void turn8(const A* x, int64_t stride, B* out, int64_t out_stride) {
-  __m256 r[8], t[8];
+  __m256 r[8];
   for (int i = 0; i < 8; ++i) r[i] = load8(x + i * stride);
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    store8(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    store8(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
+  transpose8(r);
+  for (int i = 0; i < 8; ++i) store8(out + i * out_stride, r[i]);
 }
 #else
 template <class A, class B>

@@ -38,30 +38,25 @@ __device__ inline int64_t meta_place(int64_t row, int64_t column, int64_t height
   return column / 2 * height * 2 + to * 2 + column % 2;
 }
 
-// Row and word of item i: along the memory of the mask.
-__device__ inline void place_of(const Sparse& sparse, bool turned, int64_t i, int64_t& row,
-                                int64_t& word) {
+// Row, word and mask of this thread's item: along the memory of the mask. False past the last one.
+__device__ inline bool find_word(const SemiMask& mask, const Sparse& sparse, int64_t& row,
+                                 int64_t& word, bool* kept) {
   const int64_t words = sparse.length / kWord;
-  row = turned ? i % sparse.height : i / words;
-  word = turned ? i / sparse.height : i % words;
-}
-
-__device__ inline void read_kept(const SemiMask& mask, const Sparse& sparse, int64_t row,
-                                 int64_t word, bool* kept) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= sparse.height * words) return false;
+  row = mask.turned ? i % sparse.height : i / words;
+  word = mask.turned ? i / sparse.height : i % words;
   const bool* from = mask.kept + row * sparse.down + word * kWord * sparse.across;
 #pragma unroll
   for (int j = 0; j < kWord; ++j) kept[j] = from[j * sparse.across];
+  return true;
 }
 
 __global__ void __launch_bounds__(kThreads) semi_meta_kernel(SemiMask mask, int16_t* meta) {
   const Sparse sparse(mask);
-  const int64_t items = sparse.height * (sparse.length / kWord);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= items) return;
   int64_t row, word;
-  place_of(sparse, mask.turned, i, row, word);
   bool kept[kWord];
-  read_kept(mask, sparse, row, word, kept);
+  if (!find_word(mask, sparse, row, word, kept)) return;
   uint32_t bits = 0;
 #pragma unroll
   for (int j = 0; j < kWord; j += 4) bits |= pair_of(kept + j) << j;
@@ -72,13 +67,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     semi_repack_kernel(SemiMask mask, const T* __restrict__ weight, __nv_bfloat16* values) {
   const Sparse sparse(mask);
-  const int64_t items = sparse.height * (sparse.length / kWord);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= items) return;
   int64_t row, word;
-  place_of(sparse, mask.turned, i, row, word);
   bool kept[kWord];
-  read_kept(mask, sparse, row, word, kept);
+  if (!find_word(mask, sparse, row, word, kept)) return;
   const T* from = weight + row * sparse.down + word * kWord * sparse.across;
   float number[kWord];
 #pragma unroll
