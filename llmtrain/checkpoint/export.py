@@ -26,7 +26,7 @@ from llmtrain.checkpoint.layout import META, TensorLayout, entry_name, read_layo
 from llmtrain.checkpoint.loading import find
 from llmtrain.checkpoint.safefile import ITEMSIZE, HashingFile, build_header, read_header
 from llmtrain.checkpoint.storage import DTYPES, dtype_name, read_box, tensor_bytes
-from llmtrain.checkpoint.store import explain, sync_folder
+from llmtrain.checkpoint.store import explain, sync
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.errors import CheckpointError
 
@@ -221,7 +221,7 @@ def _finish(
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for name, data in files.items():
             (temporary / name).write_bytes(data)
-        sync_folder(temporary)
+        sync(temporary)
         temporary.rename(dst)
-        sync_folder(dst.parent)
+        sync(dst.parent)
     return [dst / name for name in names]

@@ -306,13 +306,30 @@ def _weight_files(path: Path) -> list[FileSum]:
     return [sums[name] for name in sorted(names & sums.keys())]
 
 
+def shard_name(group: str, rank: int, ranks: int) -> str:
+    """The file in which ``rank`` of ``ranks`` writes what it holds of a group of tensors."""
+    return f"{group}-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def writer_of(name: str) -> int:
+    """The rank that wrote a file of a checkpoint; 0 for those of the whole (not ``shard_name``)."""
+    found = re.fullmatch(r".*-(\d{5,})-of-\d{5,}\.safetensors", name)
+    return int(found[1]) if found else 0
+
+
 def base_wanted(path: Path) -> tuple[Path, str] | None:
     """Where the base of a checkpoint was and its hash; None for one without. CheckpointError."""
+    wanted = _wanted(path)
+    return None if wanted is None else wanted[:2]
+
+
+def _wanted(path: Path) -> tuple[Path, str, str] | None:
+    """The same, and where the base was from the checkpoint's parent folder on."""
     if not (path / BASE).exists():
         return None
     body = read_json(path / BASE)
     try:
-        return Path(body["path"]), str(body["content"])
+        return Path(body["path"]), str(body["content"]), str(body.get("relative", ""))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / BASE} is damaged") from error
 
@@ -322,11 +339,11 @@ def base_of(path: Path) -> Base | None:
 
     Raises CheckpointError naming both when the base is not there or no longer the same.
     """
-    wanted = base_wanted(path)
+    wanted = _wanted(path)
     if wanted is None:
         return None
-    (there, content), beside = wanted, path.resolve().parent
-    near = os.path.normpath(beside / str(read_json(path / BASE).get("relative", "")))
+    (there, content, relative), beside = wanted, path.resolve().parent
+    near = os.path.normpath(beside / relative)
     came = [] if leads_out(content) else [beside / f"{BASE_COPY}{content}"]
     places = [p for p in (there, Path(near), *came) if (p / TENSORS).is_file()]
     if not places:
@@ -335,11 +352,12 @@ def base_of(path: Path) -> Base | None:
             f"weights: {content}); move that back, or make a link at that place to where it is now"
         )
     # Where several exist, what moved along may be the right one.
-    place = next((p for p in places if _holds(p, content)), places[0])
-    if content_of(place) != content:
+    place = next((p for p in places if _holds(p, content)), None)
+    if place is None:
+        content_of(places[0])  # damage has words of its own
         raise CheckpointError(
-            f"{path} holds adapters alone and their base, {place}, now holds other weights than "
-            "when they were trained; put the checkpoint back that was there"
+            f"{path} holds adapters alone and their base, {places[0]}, now holds other weights "
+            "than when they were trained; put the checkpoint back that was there"
         )
     return Base(place.resolve(), content)
 

@@ -42,17 +42,17 @@ from llmtrain.checkpoint.layout import (
     read_own_layout,
     scan,
     step_name,
+    writer_of,
 )
 from llmtrain.checkpoint.loading import examine
 from llmtrain.checkpoint.objects import Objects
 from llmtrain.checkpoint.safefile import hash_file
-from llmtrain.checkpoint.store import Store, explain, sync_folder
+from llmtrain.checkpoint.store import Store, explain, sync
 from llmtrain.checkpoint.verify import checksum_problems
 from llmtrain.errors import CheckpointError
 
 # A rank may have to wait this long for the slowest copy of another.
 _PATIENCE = timedelta(hours=2)
-_WRITER = re.compile(r".*-(\d{5,})-of-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ class Mirror:
                 what = f"{name} of {folder} cannot be read"
                 there = there and self.objects.get(f"{folder}/{name}", target / name, what)
                 if there:
-                    _flush(target / name)
+                    with explain(f"{target / name} cannot be written"):
+                        sync(target / name)
             return there
 
         return self._ranks.reduce(own, all)
@@ -214,7 +215,7 @@ class Mirror:
                     f"{self.address}: {home.name}, the frozen weights of step {step}, is damaged"
                 )
             with explain(f"{path.parent} cannot take the base of step {step}"):
-                sync_folder(folder)
+                sync(folder)
                 shutil.rmtree(home, ignore_errors=True)
                 folder.rename(home)
 
@@ -230,7 +231,7 @@ class Mirror:
             files = [
                 name
                 for name in [*sorted(read_checksums(path)), CHECKSUMS]
-                if _writer(name) % self._ranks.size == self._ranks.rank
+                if writer_of(name) % self._ranks.size == self._ranks.rank
             ]
             base = base_of(path)
             with explain(f"{path} cannot be linked for its copy"):
@@ -310,12 +311,6 @@ class Mirror:
                 self.objects.forget(name, f"the copy {name} cannot be deleted")
 
 
-def _writer(name: str) -> int:
-    """The rank that wrote a file of a checkpoint."""
-    found = _WRITER.fullmatch(name)
-    return int(found[1]) if found else 0
-
-
 def _model_files(path: Path) -> list[str]:
     """Files of a checkpoint without those that hold only what is not the model's."""
     files: dict[bool, set[str]] = {True: set(), False: set()}
@@ -341,15 +336,6 @@ def _made(folder: Path) -> Path:
     with explain(f"{folder.parent} cannot take the base of a copy"):
         folder.mkdir()
     return folder
-
-
-def _flush(path: Path) -> None:
-    with explain(f"{path} cannot be written"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _life(path: Path) -> str | None:

@@ -42,6 +42,7 @@ from llmtrain.checkpoint.layout import (
     entry_name,
     layout_text,
     read_layout,
+    shard_name,
 )
 from llmtrain.checkpoint.safefile import (
     BLOCK_BYTES,
@@ -181,7 +182,7 @@ class SafetensorsWriter(StorageWriter):
             groups.setdefault(item.index.fqn.split(".", 1)[0], []).append(item)
         results: list[WriteResult] = []
         for group, items in groups.items():
-            path = self.folder / f"{group}-{rank:05d}-of-{ranks:05d}.safetensors"
+            path = self.folder / shard_name(group, rank, ranks)
             results += self._write_file(path, items, planner)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)

@@ -94,13 +94,13 @@ class Store:
         Its files must have been flushed. Raises OSError.
         """
         final = self.root / step_name(step)
-        sync_folder(temporary)
+        sync(temporary)
         replaced: Path | None = None
         if final.exists():
             replaced = self.root / f"{REPLACED}{final.name}-{secrets.token_hex(4)}"
             final.rename(replaced)
         temporary.rename(final)
-        sync_folder(self.root)
+        sync(self.root)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
         return final
@@ -205,9 +205,9 @@ def latest(root: Path) -> Path | None:
     return next(good, None)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk: a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -300,9 +300,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         with explain(f"{out} cannot be written", move="choose"):
             yield temporary
-            sync_folder(temporary)
+            sync(temporary)
             temporary.rename(out)
-            sync_folder(out.parent)
+            sync(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

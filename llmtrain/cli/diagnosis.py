@@ -202,13 +202,13 @@ def _cuda_kernels() -> str:
     if architectures is None:
         raise Broken(f"not built; FP8 on a GPU runs on torch's own casts. {HELP}")
     version, fault = built_with_cublaslt(), load_fault()
-    without = NO_HEADERS if version is None else None if fault else cublaslt_fault()
+    if fault is not None:
+        raise Broken(f"built for {architectures}; {fault}")
+    without = NO_HEADERS if version is None else cublaslt_fault()
     if without is None:
         sums = f"FP8 weight gradients are summed in the product (cuBLASLt {version})"
     else:
         sums = f"FP8 weight gradients are summed by torch after the product: {without}"
-    if fault is not None:
-        raise Broken(f"built for {architectures}; {fault}; {sums}")
     return f"built for {architectures}; {sums}"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from llmtrain.config.faults import Collector
 from llmtrain.config.length import part_of_run
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sparsity import CHANGING, FALLING
 
 _LENGTH = ("train.duration", "train.global_batch_size", "data.seq_len")
-_CHANGING = ("set", "rigl", "gradual", "movement", "srste")
 
 
 def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
@@ -16,7 +16,7 @@ def check_sparsity(cfg: RunConfig, faults: Collector) -> None:
     if section is None:
         return
     method, grouped = section.method, ":" in section.granularity
-    if grouped and method in _CHANGING and method != "srste":
+    if grouped and method in CHANGING and method != "srste":
         faults.add(
             "sparsity.granularity",
             f"{section.granularity} cannot follow method: {method}; take unstructured or blocks",
@@ -66,7 +66,7 @@ def _check_times(cfg: RunConfig, faults: Collector) -> None:
                 f"{value} is after the end of the run ({cfg.train.duration}); make it earlier",
                 *_LENGTH,
             )
-    if section.method in ("gradual", "movement") and part_of_run(cfg, section.start) >= part_of_run(
+    if section.method in FALLING and part_of_run(cfg, section.start) >= part_of_run(
         cfg, section.end
     ):
         faults.add(
@@ -93,14 +93,14 @@ def _check_company(cfg: RunConfig, faults: Collector) -> None:
             "(what is zero stays zero when it is packed), or set base to null",
             "model.adapters.base",
         )
-    if section.method in _CHANGING and cfg.average is not None:
+    if section.method in CHANGING and cfg.average is not None:
         faults.add(
             "sparsity.method",
             f"{section.method} changes the masks, and averaged weights would not follow; use "
             "static, or take average away",
             "average",
         )
-    if section.method in _CHANGING and adapters is not None and adapters.freeze:
+    if section.method in CHANGING and adapters is not None and adapters.freeze:
         faults.add(
             "sparsity.method",
             f"{section.method} follows weights that learn, and model.adapters freezes them; use "

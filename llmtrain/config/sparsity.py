@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from llmtrain.config.duration import Duration
 from llmtrain.config.fields import dur, key
 
+# Methods whose mask changes; of them those that begin dense, and those whose weights live on
+# outside the mask until it is settled.
+CHANGING = ("set", "rigl", "gradual", "movement", "srste")
+FALLING = ("gradual", "movement")
+LIVE = ("movement", "srste")
+
 
 @dataclass(frozen=True)
 class SparsityRule:

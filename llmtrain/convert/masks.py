@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.export import read_tensor
@@ -20,6 +18,7 @@ from llmtrain.checkpoint.layout import read_json, read_layout
 from llmtrain.checkpoint.loading import find
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
+from llmtrain.config.sparsity import LIVE
 from llmtrain.convert.names import Rule
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask
@@ -28,7 +27,6 @@ from llmtrain.sparsity import packed_dim, sparse_layers, unpack_bits
 from llmtrain.sparsity.storage import write_masks
 
 MASKS = "masks.safetensors"
-_LIVE = ("movement", "srste")
 _PREFIX = f"{HOOK_PREFIX}sparsity."
 
 
@@ -66,12 +64,7 @@ def live_masks(found: Path, run: RunConfig, cfg: ModelConfig) -> dict[str, Mask]
     """The masks by layer of a checkpoint whose weights live on outside them, and whose run computed
     with zeros there; {} for all others. run: its config."""
     section = run.sparsity
-    return {} if section is None or section.method not in _LIVE else _stored(found, cfg)
-
-
-def pruned(weight: Tensor, mask: Mask) -> Tensor:
-    """``weight``, a whole matrix, with +0.0 outside its ``mask``."""
-    return weight.masked_fill(~mask.box((0, 0), mask.shape), 0.0)
+    return {} if section is None or section.method not in LIVE else _stored(found, cfg)
 
 
 def export_masks(found: Path, rules: Sequence[Rule], cfg: ModelConfig, file: Path) -> None:

@@ -24,7 +24,7 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture
 from llmtrain.convert.folder import CARRIED, CONFIG, INDEX, SINGLE, write_index
 from llmtrain.convert.fp8 import Fp8Weights, fp8_weights
-from llmtrain.convert.masks import MASKS, export_masks, live_masks, pruned
+from llmtrain.convert.masks import MASKS, export_masks, live_masks
 from llmtrain.convert.names import VOCABULARY, Rule, rules_for
 from llmtrain.convert.scaling import fold_factor, folded
 from llmtrain.convert.writing import (
@@ -229,7 +229,7 @@ class _Writer:
             whole = read_tensor(self._found, key, self._layout[rule.ours])
             layer, _, leaf = rule.ours.rpartition(".")
             if leaf == "weight" and layer in self._live:
-                whole = pruned(whole, self._live[layer])
+                self._live[layer].zero_(whole)
             if self._fp8 is not None and rule.ours in self._fp8.names:
                 numbers, scale = self._fp8.cast(rule.ours, whole)
                 for part in rule.split(numbers, self._cfg):

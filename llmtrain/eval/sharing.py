@@ -45,13 +45,15 @@ def load_together(
     if tensor == 1:
         layout = build_layout(ParallelConfig(replicate=world.size), world, 1)
     else:
-        layout = answer_layout(world, tensor, find(Ranks(None), path.expanduser(), "model.")[0])
+        # Each rank verifies its share of the files.
+        found, _ = find(Ranks(world.cpu_group), path.expanduser(), "model.")
+        layout = answer_layout(world, tensor, found)
     trained = load_trained(path, world.device, overrides, layout)
-    found = Ranks(world.cpu_group).reduce(lambda: str(trained.path), set)
-    if len(found) > 1:
+    paths = Ranks(world.cpu_group).reduce(lambda: str(trained.path), set)
+    if len(paths) > 1:
         raise CheckpointError(
             f"{path}: a checkpoint was saved meanwhile, and processes loaded different ones "
-            f"({', '.join(sorted(found))}); name one"
+            f"({', '.join(sorted(paths))}); name one"
         )
     return trained, layout
 

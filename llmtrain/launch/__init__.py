@@ -5,7 +5,7 @@
 """
 
 from llmtrain.launch.health import NodeReport, check_node, measure_all_reduce
-from llmtrain.launch.slurm import SlurmJob, prepare_job, script, status, submit
+from llmtrain.launch.slurm import SlurmJob, prepare_job, status, submit
 
 __all__ = [
     "NodeReport",
@@ -13,7 +13,6 @@ __all__ = [
     "check_node",
     "measure_all_reduce",
     "prepare_job",
-    "script",
     "status",
     "submit",
 ]

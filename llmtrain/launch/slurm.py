@@ -123,7 +123,7 @@ def prepare_job(cfg: RunConfig, job: SlurmJob) -> Path:
     """
     check_job(cfg, job)
     folder = (Path(cfg.out) / cfg.name / FOLDER).resolve()
-    text = job_text(cfg, job, folder)
+    text = script(*_filled(cfg, job, folder))
     if secret := next(secrets_in(text), None):
         raise ConfigError(
             f"the job would hold the secret of ${secret[0]}; leave it out: a job inherits the "
@@ -155,12 +155,6 @@ def _refuse_while_queued(folder: Path) -> None:
 def _jobs(folder: Path) -> list[str]:
     """Ids of the jobs that were submitted for a run, oldest first."""
     return list(dict.fromkeys((folder / JOBS).read_text(encoding="utf-8").split()))
-
-
-def job_text(cfg: RunConfig, job: SlurmJob, folder: Path) -> str:
-    """The job script of a run whose files for it lie in ``folder``."""
-    options, settings = _filled(cfg, job, folder)
-    return script(options, settings)
 
 
 def script(options: Sequence[str], settings: Mapping[str, str]) -> str:

@@ -131,13 +131,18 @@ class Chosen:
         return mean(row[domain] for row in self.losses)
 
 
+def _better(losses: Losses, method: Method, steps: int, scale: str) -> str:
+    """Label of a method's runs with the learning rate of the lower mean loss on the target."""
+    labels = [label(method, rate, steps) for rate in RATES[scale]]
+    return min(labels, key=lambda name: mean(row[TARGET] for row in losses[name]))
+
+
 def choose(losses: Losses, made: Mapping[str, Sequence[Path]], scale: str) -> list[Chosen]:
     """The better learning rate of each method and duration, by the target's mean held-out loss."""
     found = []
     for steps in STEPS[scale]:
         for method in methods(scale):
-            labels = [label(method, rate, steps) for rate in RATES[scale]]
-            best = min(labels, key=lambda name: mean(row[TARGET] for row in losses[name]))
+            best = _better(losses, method, steps, scale)
             pairs = zip(made[best], made[BASE], strict=True)
             measured = [measures(run, base) for run, base in pairs]
             found.append(Chosen(method, steps, best, losses[best], measured))
@@ -202,8 +207,7 @@ def equal_learning(losses: Losses) -> list[tuple[int, float, float]]:
     steps, out = STEPS["mini"], []
     lines = [label(Method("full"), rate, s) for s in steps for rate in RATES["mini"]]
     for rank in RANKS["mini"]:
-        labels = [label(Method("all", rank), rate, steps[-1]) for rate in RATES["mini"]]
-        best = min(labels, key=lambda name: mean(row[TARGET] for row in losses[name]))
+        best = _better(losses, Method("all", rank), steps[-1], "mini")
         gaps = []
         for i, base in enumerate(losses[BASE]):
             full = sorted(_moved(base, losses[name][i]) for name in lines)

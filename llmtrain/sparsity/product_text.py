@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sparsity import LIVE
 from llmtrain.errors import ConfigError
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.case import Case, cases_of, choice_lines
@@ -31,7 +32,7 @@ def always_dense(cfg: RunConfig, on_cpu: bool) -> str | None:
     reasons = (
         (cfg.train.compile, "train.compile does not know sparse ones"),
         (on_cpu and section.method == "slope", "a CPU's have no second mask, as slope needs"),
-        (section.method in ("movement", "srste"), f"{section.method} needs whole gradients"),
+        (section.method in LIVE, f"{section.method} needs whole gradients"),
         (wanted and quantized(cfg), "FP8 and fake quantisation have no sparse ones"),
     )
     reason = next((text for holds, text in reasons if holds), None)

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmtrain.config.schema import ModelConfig, RunConfig
-from llmtrain.config.sparsity import SparsityConfig
+from llmtrain.config.sparsity import FALLING, SparsityConfig
 from llmtrain.model import flops_per_token, layer_names, layer_shape
 from llmtrain.sparsity.select import Sparse, mean_density, sparse_layers
-
-_FALLING = ("gradual", "movement")  # from dense on
 
 
 def cubic_density(final: float, step: int, start: int, end: int) -> float:
@@ -59,7 +57,7 @@ def density_of_step(cfg: RunConfig, model_cfg: ModelConfig, step: int) -> float:
     if section.until is not None and step >= section.until.steps(steps, total):
         return 1.0
     final = mean_density(model_cfg, section)
-    if section.method not in _FALLING:
+    if section.method not in FALLING:
         return final
     times = Timetable.of(section, steps, total)
     since = step - times.start
@@ -91,7 +89,7 @@ def _stretches(cfg: RunConfig, model_cfg: ModelConfig) -> list[tuple[float, int]
     cuts = {0, total}
     if section.until is not None:
         cuts.add(section.until.steps(tokens, total))
-    if section.method in _FALLING:
+    if section.method in FALLING:
         times = Timetable.of(section, tokens, total)
         cuts |= {*range(times.start, times.end, times.every), times.end}
     marks = sorted(cut for cut in cuts if cut <= total)

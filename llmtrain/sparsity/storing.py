@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sparsity import CHANGING
 from llmtrain.errors import ConfigError
 from llmtrain.parallel import Degrees
-
-_CHANGING = ("set", "rigl", "gradual", "movement", "srste")
 
 
 def why_dense(cfg: RunConfig, degrees: Degrees, on_cpu: bool) -> str | None:
@@ -30,7 +29,7 @@ def _obstacle(cfg: RunConfig, degrees: Degrees) -> str | None:
     section = cfg.sparsity
     assert section is not None
     reasons = (
-        (section.method in _CHANGING, f"{section.method} changes the mask"),
+        (section.method in CHANGING, f"{section.method} changes the mask"),
         (cfg.parallel.engine != "native", "DeepSpeed owns the weights"),
         (
             degrees.world > degrees.replicate,

@@ -144,6 +144,9 @@ class DeepSpeedModule(TrainModule):
         """As there, into the masters; ZeRO 3 gathers a layer at a time. Collective."""
         masters, decoder = self.weights(), self.model.module
         assert isinstance(decoder, nn.Module)
+        sides = {name: layer.adapter for name, layer in hidden_layers(decoder)}
+        if not any(isinstance(s, LowRank) and s.magnitude is not None for s in sides.values()):
+            return
         for name, layer in hidden_layers(decoder):
             side = layer.adapter
             if not isinstance(side, LowRank) or side.magnitude is None:

@@ -143,8 +143,7 @@ class Recorder:
             named = ", ".join(f"rank {r} ({factors[r]:.2f} x)" for r in again[:8])
             self.event(
                 step,
-                f"slow: {named} in own work against the median; the others wait most for rank "
-                f"{ranks.awaited}",
+                f"slow: {named} against the median; the others wait most for rank {ranks.awaited}",
             )
         self._slow, self._named = slow, again
 

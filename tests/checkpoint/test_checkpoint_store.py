@@ -166,7 +166,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     """A power cut between the two would leave a name with nothing behind it."""
     synced: list[tuple[str, bool]] = []
     named = tmp_path / "step-00000001"
-    monkeypatch.setattr(store, "sync_folder", lambda p: synced.append((p.name, named.exists())))
+    monkeypatch.setattr(store, "sync", lambda p: synced.append((p.name, named.exists())))
     own = store.Store(tmp_path)
     own.publish(own.begin(1), 1)
     assert [exists for _, exists in synced] == [False, True]
