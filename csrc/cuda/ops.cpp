@@ -1,10 +1,5 @@
 // The operators llmtrain_cuda::* through torch's stable ABI (torch >= 2.11). A library of its own,
 // loaded only where there is CUDA.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <string>
 #include <tuple>
@@ -12,11 +7,9 @@
 
 #include "fp8.h"
 #include "fused.h"
+#include "tensors.h"
 
 namespace llmtrain {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 ScalarType format(bool e5m2) {
   return e5m2 ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
@@ -31,21 +24,11 @@ Source source(const Tensor& x, double factor) {
 
 uint8_t* bytes(const Tensor& x) { return static_cast<uint8_t*>(x.mutable_data_ptr()); }
 
-cudaStream_t stream_of(const Tensor& x) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
-}
-
 Tensor fp8_cast(const Tensor& x, bool e5m2, double factor) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Source from = source(x, factor);
   Tensor y = torch::stable::new_empty(x, x.sizes(), format(e5m2));
-  check(cast(from, bytes(y), x.numel(), e5m2, stream_of(x)));
+  done(cast(from, bytes(y), x.numel(), e5m2, stream_for(x)));
   return y;
 }
 
@@ -56,7 +39,7 @@ std::tuple<Tensor, Tensor> fp8_cast_transpose(const Tensor& x, bool e5m2, double
   const int64_t rows = x.size(0), columns = x.size(1);
   Tensor y = torch::stable::new_empty(x, {rows, columns}, format(e5m2));
   Tensor t = torch::stable::new_empty(x, {columns, rows}, format(e5m2));
-  check(cast_transpose(from, bytes(y), bytes(t), rows, columns, e5m2, stream_of(x)));
+  done(cast_transpose(from, bytes(y), bytes(t), rows, columns, e5m2, stream_for(x)));
   return {y, t};
 }
 
@@ -70,7 +53,7 @@ Tensor fp8_transpose(const Tensor& x) {
   const int64_t rows = x.size(0), columns = x.size(1);
   Tensor y = torch::stable::new_empty(x, {columns, rows}, x.scalar_type());
   const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
-  check(transpose(from, bytes(y), rows, columns, stream_of(x)));
+  done(transpose(from, bytes(y), rows, columns, stream_for(x)));
   return y;
 }
 
@@ -83,19 +66,17 @@ std::tuple<Tensor, Tensor> fp8_weight(const Tensor& x) {
   const int64_t rows = x.size(0), columns = x.size(1);
   Tensor y = torch::stable::new_empty(x, {rows, columns}, format(false));
   Tensor t = torch::stable::new_empty(x, {columns, rows}, format(false));
-  check(cast_transpose(from, bytes(y), bytes(t), rows, columns, false, stream_of(x)));
+  done(cast_transpose(from, bytes(y), bytes(t), rows, columns, false, stream_for(x)));
   return {y, t};
 }
 
 constexpr int64_t kMultiple = 16;
 
-bool begins_aligned(const Tensor& x) {
-  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kMultiple == 0;
-}
-
 // x, or a copy that begins at a multiple of 16 bytes: compiled code cannot ask for addresses and may
 // pass a view that begins anywhere.
-Tensor aligned(const Tensor& x) { return begins_aligned(x) ? x : torch::stable::clone(x); }
+Tensor aligned(const Tensor& x) {
+  return aligned(x.const_data_ptr()) ? x : torch::stable::clone(x);
+}
 
 std::optional<Tensor> aligned(const std::optional<Tensor>& x) {
   return x ? std::optional<Tensor>(aligned(*x)) : std::nullopt;
@@ -105,7 +86,7 @@ std::optional<Tensor> aligned(const std::optional<Tensor>& x) {
 const void* operand(const Tensor& x, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": wrong dtype");
   STD_TORCH_CHECK(x.is_contiguous(), name, ": not contiguous");
-  STD_TORCH_CHECK(begins_aligned(x), name, ": not aligned");
+  STD_TORCH_CHECK(aligned(x.const_data_ptr()), name, ": not aligned");
   return x.const_data_ptr();
 }
 
@@ -183,7 +164,7 @@ Six add_norm_cast_op(const Tensor& x_, const std::optional<Tensor>& branch_,
     norm.data.total = written(total);
   }
   norm.data.y = keep ? written(y) : nullptr;
-  check(add_norm_cast(norm.data, copies.result, stream_of(x)));
+  done(add_norm_cast(norm.data, copies.result, stream_for(x)));
   return {total, y, norm.mean, norm.rstd, copies.plain, copies.turned};
 }
 
@@ -201,7 +182,7 @@ Five norm_join_cast_op(const Tensor& x_, const Tensor& branch_, const Tensor& we
   norm.data.branch = operand(branch, branch.scalar_type(), "branch");
   norm.data.total = written(total);
   norm.data.stay = static_cast<float>(stay);
-  check(norm_join_cast(norm.data, copies.result, stream_of(x)));
+  done(norm_join_cast(norm.data, copies.result, stream_for(x)));
   return {total, norm.mean, norm.rstd, copies.plain, copies.turned};
 }
 
@@ -220,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> activation_cast_op(const Tensor& x_, int64_t 
   if (activation == kSwiglu) shape.back() /= 2;
   const Copies copies(x, shape, false, turned);
   Tensor y = torch::stable::new_empty(x, keep ? shape : none);
-  check(activation_cast(operand(x, x.scalar_type(), "x"), keep ? written(y) : nullptr, is_bf16(x),
-                        activation, copies.result, stream_of(x)));
+  done(activation_cast(operand(x, x.scalar_type(), "x"), keep ? written(y) : nullptr, is_bf16(x),
+                        activation, copies.result, stream_for(x)));
   return {y, copies.plain, copies.turned};
 }
 
@@ -235,10 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> activation_backward_cast_op(const Tensor& dy_
   STD_TORCH_CHECK(dy.numel() * (activation == kSwiglu ? 2 : 1) == x.numel(), "wrong shapes");
   const Copies copies(x, shape_of(x), true, turned);
   Tensor dx = torch::stable::empty_like(x);
-  check(activation_backward_cast(operand(dy, x.scalar_type(), "dy"),
+  done(activation_backward_cast(operand(dy, x.scalar_type(), "dy"),
                                  operand(x, x.scalar_type(), "x"), written(dx), is_bf16(x),
                                  activation, static_cast<float>(factor), copies.result,
-                                 stream_of(x)));
+                                 stream_for(x)));
   return {dx, copies.plain, copies.turned};
 }
 

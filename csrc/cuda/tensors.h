@@ -1,4 +1,4 @@
-// What the operators of sparse training share: checks of tensors, the stream, errors.
+// What the operators share: checks of tensors, the stream, errors.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -26,12 +26,11 @@
 #include <mutex>
 #include <optional>
 
+#include "tensors.h"
+
 namespace llmtrain {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #define LLMTRAIN_TEXT_OF(x) #x
 #define LLMTRAIN_TEXT(x) LLMTRAIN_TEXT_OF(x)
@@ -229,8 +228,7 @@ bool fp8_wgrad_(Tensor total, const Tensor& grad, const Tensor& x, double factor
   const void *a = x.const_data_ptr(), *b = grad.const_data_ptr();
   void* sum = total.mutable_data_ptr();
   const int64_t device = total.get_device_index();
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaStream_t stream = stream_for(total);
   const std::lock_guard<std::mutex> held(lock);
   const cublasLtHandle_t handle = handle_of(device);
   const Key key{device, in, out, n, alignment(a), alignment(b), alignment(sum)};
@@ -244,7 +242,7 @@ bool fp8_wgrad_(Tensor total, const Tensor& grad, const Tensor& x, double factor
   check(lt().matmul(handle, product.desc.get(), &alpha, a, product.a.get(), b, product.b.get(),
                     &beta, sum, product.d.get(), sum, product.d.get(), &product.chosen->algo,
                     workspace.mutable_data_ptr(), static_cast<size_t>(room),
-                    static_cast<cudaStream_t>(stream)),
+                    stream),
         "cublasLtMatmul");
   return true;
 }

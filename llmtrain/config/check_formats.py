@@ -37,7 +37,7 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
     section = cfg.quantization
     if section is None:
         return
-    used = {section.format, *(rule.format for rule in section.rules)}
+    used = section.formats
     numbers = {name: getattr(section, name) for name in OPERANDS}
     for name, number in numbers.items():
         where = f"quantization.{name}"

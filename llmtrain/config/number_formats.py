@@ -54,6 +54,11 @@ class QuantizationConfig:
         "none", "with any format: the same of the keys and values that attention reads, by vector"
     )
 
+    @property
+    def formats(self) -> set[str]:
+        """Of all layers and of some."""
+        return {self.format, *(rule.format for rule in self.rules)}
+
 
 @dataclass(frozen=True)
 class NumericsConfig:

@@ -117,9 +117,6 @@ class SpreadMatmul(MaskedMatmul):
 class TileMatmul(SparseMatmul):
     """Sparse products whose packed values are the parameter itself."""
 
-    def __init__(self, inner: Matmul, mask: Mask, index: Tiled) -> None:
-        super().__init__(inner, mask, index)
-
     def operand(self, weight: Tensor, reach: Reach = ALONE) -> Packed:
         assert weight.data_ptr() == self.index.values.data_ptr()
         copy_across(self.index)
@@ -144,6 +141,3 @@ def compact_weight(weight: Tensor, mask: Mask, sparse: bool) -> tuple[Compact, T
         return tiles, tiles.index.values
     blocks = Blocks(mask)
     return blocks, blocks.gather(weight.detach())
-
-
-__all__ = ["Blocks", "Compact", "SpreadMatmul", "TileMatmul", "Tiles", "compact_weight"]

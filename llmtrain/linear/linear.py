@@ -138,7 +138,7 @@ class Linear(nn.Module):
         self._format = matmul
         self.mask: Mask | None = None
         self._back: Mask | None = None
-        self._sparse, self._kind = False, ""
+        self._sparse, self._kind, self._dense_gradients = False, "", False
         self.packed: tuple[str, ...] = ()
         self.compact: Compact | None = None
         self._gathered = False
@@ -241,6 +241,8 @@ class Linear(nn.Module):
             matmul = sparse_matmul(matmul, self.mask, self._back, self._kind)
         elif self.mask is not None:
             matmul = MaskedMatmul(matmul, self.mask, self._back)
+        if isinstance(matmul, MaskedMatmul):
+            matmul.dense_gradients = self._dense_gradients
         # What is spread out for a product is not kept for the next.
         freed = self._gathered or isinstance(matmul, SpreadMatmul)
         self.matmul, self.plan = matmul, replace(self.plan, matmul=matmul, freed=freed)
@@ -260,6 +262,11 @@ class Linear(nn.Module):
         assert self.compact is None
         self.mask, self._back, self._sparse, self._kind = mask, back, sparse, kind
         self.set_matmul(self._format)
+
+    def want_dense_gradients(self, wanted: bool) -> None:
+        """Whether the weight's gradient is whole or zero outside the mask, from now on."""
+        assert isinstance(self.matmul, MaskedMatmul)
+        self._dense_gradients = self.matmul.dense_gradients = wanted
 
     @torch.no_grad()
     def pack_weight(self) -> Compact:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmtrain.linear.masked import Mask, MaskedMatmul
 from llmtrain.linear.matmul import ALONE, Matmul
 from llmtrain.linear.operand import Operand, Packed, Reach
-from llmtrain.linear.sparse import SparseMatmul
+from llmtrain.linear.sparse import SparseMatmul, plain_values
 from llmtrain.ops.block_sparse import (
     block_dgrad,
     block_fprop,
@@ -33,11 +33,6 @@ from llmtrain.ops.semi import (
 )
 
 BLOCKS = "blocks"
-
-
-def _tensor(x: Operand) -> Tensor:
-    assert isinstance(x, Packed) and x.values is not None
-    return x.values
 
 
 class _Side:
@@ -98,15 +93,15 @@ class SemiMatmul(MaskedMatmul):
         return Packed(self._forward.pack(weight), None, dense)
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-        y = semi_product(_tensor(x), _tensor(weight), self._forward.meta)
+        y = semi_product(plain_values(x), plain_values(weight), self._forward.meta)
         y = y if scale == 1.0 else y.mul_(scale)
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
         assert isinstance(weight, Packed) and weight.turned is not None
         if self._backward is None:
-            return self.inner.dgrad(_tensor(grad), weight.turned, scale)
-        dx = semi_product(_tensor(grad), weight.turned, self._backward.meta)
+            return self.inner.dgrad(plain_values(grad), weight.turned, scale)
+        dx = semi_product(plain_values(grad), weight.turned, self._backward.meta)
         return dx if scale == 1.0 else dx.mul_(scale)
 
 
@@ -125,17 +120,17 @@ class BlockMatmul(MaskedMatmul):
 
     def fprop(self, x: Operand, weight: Operand, bias: Tensor | None, scale: float = 1.0) -> Tensor:
         bias = None if bias is None else bias.detach().to(self.dtype)
-        return block_fprop(_tensor(x), _tensor(weight), self._index, bias, scale)
+        return block_fprop(plain_values(x), plain_values(weight), self._index, bias, scale)
 
     def dgrad(self, grad: Operand, weight: Operand, scale: float = 1.0) -> Tensor:
-        return block_dgrad(_tensor(grad), _tensor(weight), self._index, scale)
+        return block_dgrad(plain_values(grad), plain_values(weight), self._index, scale)
 
     def wgrad(
         self, grad: Operand, x: Operand, into: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         if self.dense_gradients:
             return super().wgrad(grad, x, into, scale)
-        return block_wgrad(_tensor(grad), _tensor(x), self._index, into, scale)
+        return block_wgrad(plain_values(grad), plain_values(x), self._index, into, scale)
 
 
 def sparse_matmul(

@@ -125,7 +125,6 @@ class Movement(LiveMask):
             masks.take_whole(name, new)
             kept, blocks = kept + int(new.sum()), blocks + new.numel()
         masks.install(self.seed(trainer))
-        masks.want_dense_gradients(True)
         self.count_flops(trainer, step)
         text = f"the scores keep {kept / max(blocks, 1):.1%} of the blocks"
         trainer.recorder.event(step, text, quiet=True)

@@ -75,6 +75,7 @@ class Regrowth(StaticMask):
         share = replaced_share(self.cfg.fraction, step, self._end)
         moved = self._change(trainer, masks, share)
         masks.install(self.seed(trainer))
+        masks.want_dense_gradients(False)
         self.zero(trainer, masks.layers)
         self.mask_gradients(masks)
         if moved:

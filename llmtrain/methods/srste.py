@@ -35,7 +35,6 @@ class SrSte(LiveMask):
         masks = self.make(trainer)
         masks.choose_largest()
         masks.install()
-        masks.want_dense_gradients(True)
 
     def after_backward(self, trainer: Trainer) -> None:
         """What is pruned decays."""

@@ -35,7 +35,8 @@ class PartialTraining(Hook):
     def before_batch(self, trainer: Trainer, batch: Batch) -> None:
         assert self._plan is not None
         step = trainer.step_done
-        names, rows = self._plan.at(step), self._plan.frozen_rows(step)
+        names = self._plan.at(step)
+        rows = {} if self._rows is None else self._plan.frozen_rows(step)
         if (names, rows) == self._now:
             return
         self._now = names, rows

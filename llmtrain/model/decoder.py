@@ -201,10 +201,10 @@ def compile_blocks(model: Decoder) -> None:
     """torch.compile each block in place; names of parameters stay as they are."""
     for block in model.blocks:
         block.compile()
-    model.register_forward_pre_hook(_prepare_weights)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
 
+    def prepare(model: nn.Module, args: object) -> None:
+        for layer in layers:
+            layer.prepare()
 
-def _prepare_weights(model: nn.Module, args: object) -> None:
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.prepare()
+    model.register_forward_pre_hook(prepare)

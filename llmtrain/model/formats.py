@@ -208,7 +208,7 @@ def check_fp8_tokens(cfg: RunConfig, tokens: int) -> None:
     section = cfg.quantization
     if section is None or tokens % FP8_MULTIPLE == 0:
         return
-    if {section.format, *(rule.format for rule in section.rules)} & set(FP8_FORMATS):
+    if section.formats & set(FP8_FORMATS):
         raise ConfigError(
             f"train.micro_batch_size: a forward of {tokens} tokens on each rank has no FP8 "
             f"products on CUDA, which need a multiple of {FP8_MULTIPLE}; change it or data.seq_len"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def cases_of(
         shape = (rows // ranks, cols) if is_column(name) else (rows, cols // ranks)
         case = case_of(shape, layer.granularity.block, layer.density, dtype)
         semi = semi_of(layer.granularity, double) if gpu else ""
-        found[name] = Case(case.rows, case.cols, case.block, case.percent, case.dtype, semi)
+        found[name] = replace(case, semi=semi)
     return found
 
 

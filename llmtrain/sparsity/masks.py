@@ -176,14 +176,14 @@ class Masks:
 
     def remove(self) -> None:
         """Dense layers again; what was pruned stays zero until it learns."""
+        self.want_dense_gradients(False)
         for layer in self.layers.values():
             layer.set_mask(None)
 
     def want_dense_gradients(self, wanted: bool) -> None:
         """Whether weight gradients are whole or zero outside the masks."""
         for layer in self.layers.values():
-            assert isinstance(layer.matmul, MaskedMatmul)
-            layer.matmul.dense_gradients = wanted
+            layer.want_dense_gradients(wanted)
 
     @torch.no_grad()
     def zero_outside(self, name: str, values: Tensor) -> None:

@@ -18,7 +18,7 @@ from llmtrain.sparsity.select import Sparse
 def quantized(cfg: RunConfig) -> bool:
     """Whether hidden layers compute in another number format; all of them, or by rules."""
     section = cfg.quantization
-    return section is not None and section.format != "none"
+    return section is not None and section.formats != {"none"}
 
 
 def always_dense(cfg: RunConfig, on_cpu: bool) -> str | None:

@@ -153,6 +153,20 @@ def test_the_mask_survives_a_change_of_format_and_can_be_taken_off() -> None:
     assert layer.matmul is FP32 and torch.equal(layer(x), torch.full((1, 8), 16.0))
 
 
+def test_whole_gradients_survive_a_change_of_format_and_of_the_mask() -> None:
+    layer = Linear(8, 8, matmul=fp8_matmul("fp8_current", torch.float32))
+    layer.set_mask(_mask("2:4", 0.5, (8, 8)))
+    layer.want_dense_gradients(True)
+    layer.set_matmul(FP32)
+    layer.set_mask(_mask("2:4", 0.5, (8, 8)))
+    layer(torch.ones(1, 8)).sum().backward()
+    assert layer.weight.grad is not None and (layer.weight.grad == 1).all()
+    layer.want_dense_gradients(False)
+    layer.weight.grad = None
+    layer(torch.ones(1, 8)).sum().backward()
+    assert int((layer.weight.grad != 0).sum()) == 32
+
+
 def test_a_part_of_a_mask() -> None:
     mask = _mask("4x4", 0.5, (30, 22))
     part = mask.part((8, 4), (22, 18))
