@@ -75,10 +75,10 @@ test: $(KERNELS)  ## the tests that need no GPU
 test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-bench-gpu: $(KERNELS)  ## build, GPU tests, every GPU benchmark and sanitizer, within BUDGET seconds (780)
+bench-gpu: $(KERNELS)  ## build, GPU tests, GPU benchmarks and sanitizer, within BUDGET seconds (780)
 	@PYTHON=$(BIN)/python bash benchmarks/gpu_all.sh
 
-sanitize-gpu: $(KERNELS)  ## the CUDA kernels under NVIDIA's compute-sanitizer
+sanitize-gpu: $(KERNELS)  ## the FP8 CUDA kernels under NVIDIA's compute-sanitizer
 	@PYTHON=$(BIN)/python bash benchmarks/sanitize_gpu.sh
 
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)

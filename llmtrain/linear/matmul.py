@@ -232,7 +232,7 @@ def matmul_for(dtype: torch.dtype) -> Matmul:
     """The plain matmul of a compute dtype: float32 or bfloat16.
 
     Raises ValueError for any other dtype. Float32 goes through the compiled products on AMD
-    processors with AVX2, and through oneDNN on others of AMD.
+    processors with AVX2 and no AVX-512, and through oneDNN on others of AMD.
     """
     if dtype == torch.bfloat16:
         return BF16

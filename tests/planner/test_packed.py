@@ -78,7 +78,6 @@ def test_kept_weights_alone_take_what_is_estimated_and_less_than_with_zeros(
         state, peak = measured(setting)
         estimate = memory_estimate(setting, draw(setting))
         found[storage] = peak
-        print(storage, state, sum(estimate.state.values()), peak, estimate.peak, estimate.state)
         if storage == "packed":
             assert estimate.peak == pytest.approx(peak, rel=0.1)
             assert sum(estimate.state.values()) == pytest.approx(state, rel=0.02)
