@@ -10,8 +10,8 @@ rows: the same random tokens in rows of 256, 4 to a step; LoRA, and full finetun
 talks: the same conversations, of which the answers count, their lengths log-normal (median 150
 tokens, sigma 0.7, at most 480). llmtrain packs them whole into windows without attention across;
 the Trainer pads each batch to its longest, as it does by default; with ``group_by_length`` it would
-take conversations of about a length together, which with fewer than eight batches it does not: another
-shuffle.
+take conversations of about a length together; with fewer than eight batches it merely shuffles
+anew.
 
 Measured: useful tokens (those that count in the loss) per second of wall time and of processor
 time, of rows by the median over the steps after the warmup, of talks over all steps, since no two
