@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from llmtrain.ops.build_cuda import ARCHITECTURES
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 DOCKER = ROOT / "launch" / "docker"
+PLACE = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 
 
 @dataclass
@@ -213,10 +215,30 @@ def test_the_run_commands(tmp_path: Path) -> None:
     assert one[-3:] == ["me:1", "a.yaml", "seed=2"]
     assert one[one.index("--user") + 1] == f"{os.getuid()}:{os.getgid()}"
     (tmp_path / "told").unlink()
-    place = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
-    (many,) = docker_says(tmp_path, "many_nodes.sh", "me:1", "a.yaml", **place)
+    (many,) = docker_says(tmp_path, "many_nodes.sh", "me:1", "a.yaml", **PLACE)
     assert many[many.index("--node-rank") + 1] == "1"
     assert many[-4:] == ["-m", "llmtrain", "train", "a.yaml"]
+
+
+@pytest.mark.parametrize(("script", "place"), [("one_node.sh", {}), ("many_nodes.sh", PLACE)])
+def test_credentials_go_into_the_container_by_name_alone(
+    script: str, place: dict[str, str], tmp_path: Path
+) -> None:
+    """The command line of a process is open to every user of the machine."""
+    key = tmp_path / "key.json"
+    key.write_text("{}")
+    names = ["AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_KEY", "HF_TOKEN"]
+    names += ["WANDB_API_KEY", "LLMTRAIN_THREADS", "NCCL_SOCKET_IFNAME", "MY_TOKEN", "MORE_A"]
+    given = {name: f"value-{i}-end" for i, name in enumerate(names)}
+    others = {"LLMTRAIN_EXIT_FILE": "/tmp/host", "LLMTRAIN_CACHE": "/home", "YOUR_TOKEN": "no"}
+    given |= {"GOOGLE_APPLICATION_CREDENTIALS": str(key), "AWS_CONFIG_FILE": "config.ini"}
+    env = given | others | place | {"LLMTRAIN_PASS": "MY_TOKEN,MORE_*"}
+    (said,) = docker_says(tmp_path, script, "me:1", "a.yaml", **env)
+    ours = said[: said.index("--entrypoint")]
+    passed = {word for flag, word in pairwise(ours) if flag == "--env"}
+    assert passed - {"HOME=/tmp", "NPROC"} == set(given)
+    assert not any(re.search("value-.*-end", word) for word in said)
+    assert f"{key}:{key}:ro" in said and not any("config.ini" in word for word in said)
 
 
 def test_the_run_commands_ask_for_what_is_missing() -> None:
@@ -237,6 +259,7 @@ def test_the_kubernetes_job() -> None:
         pod = replicas[kind]["template"]["spec"]
         (container,) = pod["containers"]
         assert container["name"] == "pytorch"  # the operator looks for this name
+        assert container["envFrom"] == [{"secretRef": {"name": "llmtrain", "optional": True}}]
         words = container["command"]
         assert words[0] == "torchrun" and words[words.index("llmtrain") + 1] in COMMANDS
         gpus = container["resources"]["limits"]["nvidia.com/gpu"]

@@ -221,6 +221,20 @@ def test_pyxis_and_apptainer(tmp_path: Path) -> None:
     assert "--nv" not in line and "reg.example#llmtrain:1 bash -c" in line
 
 
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_container_has_the_environment_of_who_submits_and_no_command_line_shows_it(
+    runtime: str, tmp_path: Path
+) -> None:
+    """srun, pyxis and apptainer hand it on by themselves."""
+    words = ["--container", "i:1", "--container-runtime", runtime, "--no-health-check"]
+    secret = {"AWS_SECRET_ACCESS_KEY": "value-of-it"}
+    _, _, told = Job(tmp_path, *words).start(
+        'echo "has ${AWS_SECRET_ACCESS_KEY:0:8}" >> "$TOLD"', **secret
+    )
+    assert told[-1] == "has value-of"
+    assert not any("value-of-it" in line for line in told)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
