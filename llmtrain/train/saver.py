@@ -33,9 +33,9 @@ class ResumePoint:
     """A checkpoint to go on from.
 
     step: updates made. samples: seen. extra: guard and hook states. skipped: what was wrong with
-    newer checkpoints that were passed over. chosen: the user named it, it is not simply the newest
-    one of this run. snapshot: ``step`` is that of a snapshot in memory; the checkpoint at ``path``
-    is older. life: which beginning of the run the checkpoint is of.
+    newer checkpoints and snapshots that were passed over. chosen: the user named it, it is not
+    simply the newest one of this run. snapshot: ``step`` is that of a snapshot in memory; the
+    checkpoint at ``path`` is older. life: which beginning of the run the checkpoint is of.
     """
 
     path: Path
@@ -180,8 +180,9 @@ class Saver:
         if self.snapshots is None:
             return point
         self.snapshots.life = self._life
-        step = self.snapshots.newest()
-        if step is None or step <= point.step:
+        step, damaged = self.snapshots.newest(point.step)
+        point = replace(point, skipped=[*point.skipped, *damaged])
+        if step is None:
             return point
         samples = step * self.cfg.train.global_batch_size
         extra = self.snapshots.extra(step)

@@ -12,9 +12,11 @@ import torch
 from helpers import warm
 from helpers.stored import bits
 from helpers.tiny import environment, records, tiny_config
+from safetensors.torch import load_file
 
 from llmtrain.checkpoint import snapshot
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.scattered import Scattered
 from llmtrain.checkpoint.snapshot import Snapshots
 from llmtrain.cli.main import main
 from llmtrain.errors import CheckpointError
@@ -70,22 +72,80 @@ def test_only_whole_snapshots_of_the_same_course_count(tmp_path: Path) -> None:
     state = {"model.w": torch.arange(6.0).reshape(2, 3)}
     alone = Ranks(None)
     kept = Snapshots(tmp_path / "run", alone, {"seed": 1}, tmp_path)
-    for step in (3, 4, 5):
-        kept.save(step, {k: v + step for k, v in state.items()}, {"guard": step})
-    assert kept.newest() == 5 and kept.extra(5) == {"guard": 5}
+
+    def save(*steps: int) -> None:
+        for step in steps:
+            kept.save(step, {k: v + step for k, v in state.items()}, {"guard": step})
+
+    save(3, 4, 5)
+    assert kept.newest() == (5, []) and kept.extra(5) == {"guard": 5}
+    assert kept.newest(5) == (None, [])
+    (file,) = kept.folder.glob("*5-*.safetensors")
+    assert load_file(file)["model.w"].tolist() == (torch.arange(6.0) + 5).reshape(2, 3).tolist()
     assert len(list(kept.folder.glob("*.safetensors"))) == 2
-    file = kept.folder / "rank-0-step-00000005.safetensors"
-    file.write_bytes(file.read_bytes()[:40])
-    assert kept.newest() == 4
-    kept.load(4, state)
-    assert state["model.w"][1, 2] == 9
-    assert Snapshots(tmp_path / "run", alone, {"seed": 2}, tmp_path).newest() is None
+    whole = file.read_bytes()
+    flipped = bytes([*whole[:-3], whole[-3] ^ 16, *whole[-2:]])
+    for damaged in (whole[:40], flipped):
+        file.write_bytes(damaged)
+        step, (fault,) = kept.newest()
+        assert step == 4 and str(file) in fault and "does not fit its checksum" in fault
+    loaded = {"model.w": torch.zeros(2, 3)}
+    kept.load(4, loaded)
+    assert loaded["model.w"][1, 2] == 9
+    assert Snapshots(tmp_path / "run", alone, {"seed": 2}, tmp_path).newest(4)[0] is None
     with pytest.raises(CheckpointError, match="another shape"):
         kept.load(4, {"model.w": torch.zeros(3, 2)})
     with pytest.raises(CheckpointError, match="other tensors"):
         kept.load(4, {"model.v": torch.zeros(3, 2)})
+    save(4)  # gone on from there: what was damaged is of no use any more
+    assert kept.newest() == (4, [])
+    save(5, 6)
+    assert kept.newest() == (6, []) and len(list(kept.folder.glob("*.safetensors"))) == 2
     kept.clear()
     assert not kept.folder.exists()
+
+
+def test_what_ranks_hold_is_written_tensor_by_tensor(tmp_path: Path) -> None:
+    """Dtypes of all widths, a rank without rows, values of which only the kept are in memory."""
+    place = torch.tensor([1, 3])
+    kept = torch.tensor([5.0, 7.0])
+    scattered = Scattered(kept, (2, 2), lambda v: torch.zeros(4).index_put((place,), v).view(2, 2))
+    state: dict[str, Any] = {
+        "a": torch.tensor([True, False, True]),
+        "b": torch.randn(5, 3).t().bfloat16(),
+        "c": torch.empty(0, 4),
+        "d": torch.tensor(3),
+        "e": scattered,
+    }
+    snapshots = Snapshots(tmp_path / "run", Ranks(None), {}, tmp_path)
+    snapshots.save(1, state, {})
+    assert snapshots.newest() == (1, [])
+    found = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items()}
+    snapshots.load(1, found)
+    for name, value in state.items():
+        assert torch.equal(found[name], value.dense() if name == "e" else value), name
+
+
+def test_a_damaged_snapshot_is_said_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
+    changes = CHANGES | {"train__duration": "5step", "checkpoint__every": "2step"}
+    config, run = tiny_config(tmp_path, corpus, **changes), tmp_path / "runs" / "tiny"
+    assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 4}}]"]) == 130
+    (file,) = memory.glob("*/*step-00000003-*")
+    bytes_ = bytearray(file.read_bytes())
+    bytes_[-1] ^= 1
+    file.write_bytes(bytes_)
+    assert main(["train", str(config)]) == 0
+    assert f"{file} does not fit its checksum" in capsys.readouterr().err
+    (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
+    assert event["text"] == "resumed from step-00000002"
 
 
 def test_snapshots_of_a_run_that_was_deleted_are_not_of_the_one_begun_anew(
@@ -107,7 +167,7 @@ def test_snapshots_of_a_run_that_was_deleted_are_not_of_the_one_begun_anew(
     assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 4}}]"]) == 130
     shutil.rmtree(kept)
     (tmp_path / "aside").rename(kept)
-    monkeypatch.setattr(snapshot, "save_file", full)
+    monkeypatch.setattr(snapshot, "HashingFile", full)
     assert main(["train", str(config)]) == 0
     (event,) = [e for e in records(run, "event") if "resumed" in e["text"]]
     assert event["text"] == "resumed from step-00000002"
