@@ -118,7 +118,7 @@ class StaticMask(Hook):
         # Refused here where it cannot be; the number of processes is known later.
         own = cfg.parallel
         degrees = Degrees(own.pipeline, own.replicate, own.shard or 1, own.context, own.tensor)
-        why_dense(cfg, degrees, pick_device(cfg.device, 0).type == "cpu")
+        why_dense(cfg, degrees, on_cpu=cfg.device == "cpu")
 
     def needs(self, cfg: RunConfig, state: dict[str, Any] | None) -> list[Needed]:
         """No checkpoint; but a run that begins reads ``sparsity.masks``, which must be there."""

@@ -14,8 +14,9 @@ from llmtrain.checkpoint.remote import Mirror
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
+from llmtrain.config.schema import ModelConfig
 from llmtrain.data.loader import heldout_sets
-from llmtrain.data.plan import build_plan
+from llmtrain.data.plan import DataPlan, build_plan
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import ADAPTER, fill_packed, packed_weights, resolve_model
 from llmtrain.parallel import World, build_layout
@@ -24,7 +25,7 @@ from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.engine import build_module
 from llmtrain.train.evaluation import Evaluation
 from llmtrain.train.fitting import Needed, Setting, fitting
-from llmtrain.train.hooks import Hook
+from llmtrain.train.hooks import Hook, check_hooks, load_hooks
 from llmtrain.train.module import TrainModule
 
 Metrics = dict[str, dict[str, float]]
@@ -72,6 +73,22 @@ def find_needed(
         state = states.get(hook.section) if hook.section is not None else None
         needed = hook.needs(setting.cfg, state)
         hook.found = {one.key: _found(setting, one, warn) for one in needed}
+
+
+def look_ahead(cfg: RunConfig, model_cfg: ModelConfig, plan: DataPlan) -> list[str]:
+    """Look at the files and checkpoints that the config names as a run does before it begins.
+
+    All but the values of stored weights; returned is what the run would warn of. Raises
+    LlmtrainError.
+    """
+    warnings: list[str] = []
+    setting = Setting(Ranks(None), cfg, model_cfg, plan, values=False)
+    hooks = load_hooks(cfg)
+    check_hooks(hooks, cfg, plan)
+    if begins_anew(cfg, Path(cfg.out) / cfg.name / "checkpoints", setting.ranks):
+        find_init(setting, warnings.append)
+        find_needed(setting, hooks, {}, warnings.append)
+    return warnings
 
 
 def _found(setting: Setting, needed: Needed, warn: Warn) -> Path:

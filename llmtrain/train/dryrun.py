@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,7 @@ from llmtrain.sparsity import (
     training_flops,
     why_dense,
 )
+from llmtrain.train.begin import look_ahead
 from llmtrain.train.clockwork import Clockwork
 from llmtrain.train.console import human, table
 from llmtrain.train.layout_text import layout_lines
@@ -47,9 +49,10 @@ from llmtrain.train.layout_text import layout_lines
 def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     """Model size, parameter groups, length, mixture plan, memory and layout, as text.
 
-    The data and the config are checked as in a real run; the model is built on the meta device
-    only. world: plan for so many processes of a machine that is not this one; None: torchrun's
-    number, or 1, here. Raises LlmtrainError where that run would.
+    The data, the config and the files that it names are checked as in a real run, all but the
+    values of stored weights; the model is built on the meta device only. world: plan for so many
+    processes of a machine that is not this one; None: torchrun's number, or 1, here. Raises
+    LlmtrainError where that run would.
     """
     size = world or int(os.environ.get("WORLD_SIZE", "1"))
     check_world(cfg, size)
@@ -60,6 +63,7 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
     degrees = resolve_degrees(cfg.parallel, size)
     fused = on_cpu and native_loaded()
     setting = Setting(cfg, model_cfg, precision, degrees, fused=fused, on_cpu=on_cpu)
+    warnings = look_ahead(_for_hooks(cfg, world is not None), model_cfg, plan)
     layout = layout_lines(setting)
     sections = [
         [hardware],
@@ -68,8 +72,17 @@ def dry_run(cfg: RunConfig, world: int | None = None) -> str:
         _length_lines(cfg, times, model_cfg),
         ["data:", *("  " + line for line in plan.tree().splitlines())],
         layout,
+        [f"warning: {text}" for text in warnings],
     ]
-    return "\n".join("\n".join(lines) for lines in sections)
+    return "\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _for_hooks(cfg: RunConfig, elsewhere: bool) -> RunConfig:
+    """The config by which hooks look at files: whether this machine has sparse products says
+    nothing about another one."""
+    if not elsewhere or cfg.sparsity is None:
+        return cfg
+    return replace(cfg, sparsity=replace(cfg.sparsity, products="auto"))
 
 
 def _hardware(cfg: RunConfig, world: int | None) -> tuple[str, Precision, bool]:

@@ -28,6 +28,7 @@ from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.model import ADAPTER, Decoder, unlike, unpacked
 
 _TOKENIZER = "tokenizer.json"
+_NO_TENSOR = "\0"  # no name begins so
 # Settings by which equal places in two models mean the same; other shapes follow from some.
 _STRUCTURE = (
     "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff", "activation", "norm",
@@ -58,12 +59,16 @@ class Needed:
 
 @dataclass(frozen=True)
 class Setting:
-    """The run that a checkpoint must fit; model: resolved."""
+    """The run that a checkpoint must fit; model: resolved.
+
+    values: read and verify stored weights too; without them only the small files are looked at.
+    """
 
     ranks: Ranks
     cfg: RunConfig
     model: ModelConfig
     plan: DataPlan
+    values: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,15 @@ def fitting(setting: Setting, needed: Needed) -> Fitting:
     ranks = setting.ranks
     # Moments lie beside the weights: with them all files are verified.
     prefix = "" if needed.optimizer else needed.prefix
+    if not setting.values:
+        prefix = _NO_TENSOR
     try:
         place = Path(needed.path).expanduser()
         ranks.on_main(lambda: _check_kind(place))
         path, skipped = find(ranks, place, prefix)
         notes = ranks.on_main(lambda: _compare(setting, needed, path))
-        _check_finite(ranks, path, needed)
+        if setting.values:
+            _check_finite(ranks, path, needed)
     except CheckpointError as error:
         raise ConfigError(f"{needed.key}: {error}") from error
     over = [f"{fault}; passed over, {path} is read in its place" for fault in skipped]

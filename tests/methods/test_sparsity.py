@@ -338,10 +338,27 @@ def test_dry_run_says_what_is_kept_and_what_it_saves(
 def test_what_cannot_be_is_refused(
     tmp_path: Path, corpus: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", str(config(tmp_path, corpus)), *words]) == 2
-    error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    for more in ([], ["--dry-run"]):
+        assert main(["train", str(config(tmp_path, corpus)), *words, *more]) == 2
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_reads_masks_as_the_run_does(
+    tmp_path: Path, corpus: Path, static: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere too, and not where the run goes on from a checkpoint that holds its masks."""
+    masks = f"sparsity={{density: 0.25, masks: '{static}'}}"
+    file = str(config(tmp_path, corpus))
+    for words in ([], ["--world", "2", "device=cuda"]):
+        assert main(["train", file, "--dry-run", *words, masks]) == 0
+        wrong = masks.replace("0.25", "0.5")
+        capsys.readouterr()
+        assert main(["train", file, "--dry-run", *words, wrong]) == 2
+        assert "is not unstructured of density 0.5 (it keeps 0.25)" in capsys.readouterr().err
+    gone = f"out={static.parent}", "sparsity={density: 0.25, masks: nowhere}"
+    assert main(["train", file, "--dry-run", *gone]) == 0
 
 
 def test_sparse_products_learn_what_masked_dense_ones_do(

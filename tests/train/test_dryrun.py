@@ -65,8 +65,10 @@ def test_a_world_needs_a_dry_run(
         (["train.global_batch_size=7"], "train.global_batch_size"),
         (["train.micro_batch_size=3"], "train.micro_batch_size"),
         (["parallel.tensor=4", "model.vocab_multiple=1"], "vocab_multiple"),
+        (["init.path=nowhere"], "init.path: nowhere does not exist"),
+        (["average.anchor=nowhere"], "average.anchor: nowhere does not exist"),
     ],
-    ids=["heads", "mlp", "world", "batch", "micro-batch", "vocabulary"],
+    ids=["heads", "mlp", "world", "batch", "micro-batch", "vocabulary", "init", "anchor"],
 )
 def test_it_fails_where_the_run_would(
     tmp_path: Path,
