@@ -147,6 +147,11 @@ ZERO: dict[str, Any] = {"parallel.engine": "deepspeed"}
         ({"train.stop_after": "101step"}, "train.stop_after", "after the end of the run"),
         # 100 steps of 32 x 256 tokens are 819,200 tokens.
         ({"train.stop_after": "819201tok"}, "train.stop_after", "after the end of the run"),
+        (
+            {"data.diet": {"samples": 160, "until": "5step"}},
+            "data.diet.samples",
+            "160 samples are not repeated by the 160 that the run draws until 5step",
+        ),
         ({"schedule.warmup": "101step"}, "schedule.warmup", "longer than the run"),
         ({"schedule.warmup": "1Mtok"}, "schedule.warmup", "longer than the run"),
         (
