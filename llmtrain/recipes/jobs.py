@@ -16,11 +16,14 @@ GPUS = 8  # of a node
 def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> list[Path]:
     """Configs and scripts under ``out``; ``submit.sh`` submits all, each after what it needs.
 
-    Sources' paths in the configs are to be filled in. Returns the files. Raises OSError.
+    All are held until the last one is submitted: one that is submitted anew, on other nodes, hands
+    on those that wait for it, which have to be there. Sources' paths in the configs are to be
+    filled in. Returns the files. Raises OSError.
     """
     out.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     submit = ["#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "$0")"']
+    held: list[str] = []
     for seed in range(1, seeds + 1):
         jobs: dict[str, tuple[list[str], str]] = {}
         trials = {trial.label: trial for trial in experiment.trials(scale)}
@@ -33,11 +36,15 @@ def write_jobs(experiment: Experiment, scale: str, out: Path, seeds: int) -> lis
             job.write_text(_text(name, NODES[scale], command), encoding="utf-8")
             files.append(job)
             variable = _variable(name)
-            after = f'--dependency=afterok:"${_variable(wait)}" ' if wait else ""
-            submit.append(f"{variable}=$(sbatch --parsable {after}{job.name})")
+            # In a federation a cluster's name follows the number.
+            after = f'--dependency=afterok:"${{{_variable(wait)}%%;*}}"' if wait else "--hold"
+            submit.append(f"{variable}=$(sbatch --parsable {after} {job.name})")
+            if not wait:
+                held.append(f'"${{{variable}%%;*}}"')
     if experiment.tasks:
         files.append(_tasks(experiment, scale, out, seeds))
     last = out / "submit.sh"
+    submit.append(f'for job in {" ".join(held)}; do scontrol release "$job"; done')
     last.write_text("\n".join(submit) + "\n", encoding="utf-8")
     last.chmod(0o755)
     return [*files, last]

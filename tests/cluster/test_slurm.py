@@ -147,6 +147,8 @@ def test_a_node_that_fails_its_health_check_is_left_out(
     config = tiny_config(tmp_path, corpus)
     run = tmp_path / "runs" / "tiny"
     job = submit(cluster, config, "--nodes", "2", PYTHONPATH=path)
+    after = ["--parsable", f"--dependency=afterok:{job}", f"--output={tmp_path}/after.out"]
+    last = cluster.run("sbatch", *after, "--wrap", f"test -d {run}/checkpoints").strip()
     jobs = run / "launch" / "jobs"
     cluster.until(lambda: len(jobs.read_text().split()) == 2, 120, "second job")
     _, second = jobs.read_text().split()
@@ -156,4 +158,6 @@ def test_a_node_that_fails_its_health_check_is_left_out(
     assert "fails the health check: n1\n" in said
     assert cluster.state(second) == "COMPLETED", log(run, second)
     assert "2 nodes (n[2-3])" in log(run, second)
+    assert f"job {last} waits for job {second} in its place" in said
+    cluster.until(lambda: cluster.state(last) == "COMPLETED", 60, "end of the job that waited")
     assert records(run)[-1]["step"] == STEPS

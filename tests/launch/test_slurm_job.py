@@ -33,6 +33,7 @@ if [[ $1 == show ]]; then echo "NodeName=n4 NodeAddr=10.0.0.4 x=y"; exit; fi
 echo "scontrol $*" >> "$TOLD"
 """,
     "sbatch": 'echo "sbatch $*" >> "$TOLD"; echo 43',
+    "squeue": 'echo "43|afterany:42(unfulfilled)"; cat "$WAITING" 2>/dev/null',
     "sleep": "",
     "apptainer": """
 echo "apptainer $*" | head -n 1 >> "$TOLD"
@@ -135,6 +136,32 @@ def test_a_node_that_fails_is_left_out(tmp_path: Path) -> None:
     assert trained(told) == []
     (line,) = [line for line in told if line.startswith("sbatch")]
     assert "--exclude=n4,n9" in line and "--dependency=afterany:42" in line
+    assert (job.run / "launch" / "jobs").read_text() == "43\n"
+
+
+@pytest.mark.parametrize("why", ["unfit", "no requeue"])
+def test_jobs_that_wait_for_one_that_is_submitted_again_wait_for_the_new_one(
+    why: str, tmp_path: Path
+) -> None:
+    """Else they would wait for ever: the old one ends with a failure."""
+    job, waiting = Job(tmp_path), tmp_path / "waiting"
+    waiting.write_text(
+        "50|afterok:42(unfulfilled)\n51|afterok:421(unfulfilled)\n52|(null)\n"
+        "53|afterany:41(failed),afterok:42(unfulfilled)?afterok:7(unfulfilled)\n"
+    )
+    env = {"WAITING": str(waiting)}
+    if why == "unfit":
+        code, said, told = job.start("exit 0", HEALTH="2", **env)
+    else:
+        refuses = "[[ $1 == requeue ]] && exit 1\n" + STANDS_IN["scontrol"]
+        (tmp_path / "bin" / "scontrol").write_text(f"#!/usr/bin/env bash\n{refuses}")
+        code, said, told = job.start(ends_with(75), **env)
+    assert code == (1 if why == "unfit" else 75)
+    assert [line for line in told if line.startswith("scontrol update")] == [
+        "scontrol update JobId=50 Dependency=afterok:43",
+        "scontrol update JobId=53 Dependency=afterany:41,afterok:43?afterok:7",
+    ]
+    assert "job 50 waits for job 43 in its place" in said
     assert (job.run / "launch" / "jobs").read_text() == "43\n"
 
 

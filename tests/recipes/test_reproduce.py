@@ -241,6 +241,26 @@ def test_jobs_are_complete(tmp_path: Path, name: str, scale: str) -> None:
     assert len(re.findall("dependency", submit)) == seeds * after
 
 
+def test_nothing_starts_before_all_that_waits_for_it_is_submitted(tmp_path: Path) -> None:
+    """submit.sh with a stand-in of a federation, where a cluster's name follows the number."""
+    out, told = tmp_path / "jobs", tmp_path / "told"
+    words = ["--scale", "small", "--seeds", "2", "--out", str(out)]
+    assert main(["reproduce", "domain-upsampling", *words]) == 0
+    said = 'echo "$(basename "$0") $*" >> "$TOLD"; echo "$(wc -l < "$TOLD");east"'
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{said}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TOLD": str(told)}
+    subprocess.run([out / "submit.sh"], env=env, check=True)
+    lines = told.read_text().splitlines()
+    held = [i for i, line in enumerate(lines, 1) if "--hold" in line]
+    assert len(held) == 2
+    assert lines[-2:] == [f"scontrol release {i}" for i in held]
+    for i, line in enumerate(lines[:-2], 1):
+        trunk = max(number for number in held if number <= i)
+        assert i in held or f"--dependency=afterok:{trunk} " in line
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_miniatures_are_sound(name: str, tmp_path: Path) -> None:
     """Configs load, branch points are kept by the trunk, claims name runs that are made."""
