@@ -8,13 +8,17 @@ instruction sets and chosen on the machine they run on.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmtrain.errors import EnvironmentFault, LlmtrainError
@@ -31,6 +35,8 @@ KERNEL = "-fopenmp-simd -fno-math-errno -fno-trapping-math"
 AVX512 = "-march=x86-64-v4 -mprefer-vector-width=512"
 AVX512_BF16 = f"{KERNEL} -DKERNEL_SET=avx512bf16 {AVX512} -mavx512bf16"
 AMX = f"{KERNEL} -DKERNEL_SET=amx {AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
+
+_PREFIX = ".build-"
 
 # Object: (source, flags). KERNEL_SET names the namespace.
 X86_OBJECTS = {
@@ -72,6 +78,38 @@ def run_command(command: list[str]) -> None:
         raise EnvironmentFault(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
 
 
+@contextmanager
+def workplace(beside: Path) -> Iterator[str]:
+    """A folder in ``beside`` for one build, gone at its end; first those of dead builds go.
+
+    A build holds a lock on its folder, which ends with its process, whatever ends that.
+    """
+    with ExitStack() as held:
+        with _locked(beside):  # or a new folder, not yet locked, would be taken for a dead one
+            for old in beside.glob(f"{_PREFIX}*"):
+                with suppress(OSError), _locked(old, wait=False) as alone:
+                    if alone:
+                        shutil.rmtree(old, ignore_errors=True)
+            folder = held.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=_PREFIX))
+            held.enter_context(_locked(Path(folder)))
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder; False where another process does, or none can be had there."""
+    opened = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(opened)
+
+
 def units() -> dict[str, tuple[str, str]]:
     """What the library is made of: object, its source and its flags. Raises EnvironmentFault."""
     from torch.utils.cpp_extension import include_paths
@@ -101,7 +139,7 @@ def build(target: Path = LIBRARY, objects: dict[str, tuple[str, str]] | None = N
 
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     objects = units() if objects is None else objects
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+    with workplace(target.parent) as folder:
         commands = [
             [
                 *(*compiler, *f"{COMMON} {flags}".split()),

@@ -13,12 +13,11 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.errors import EnvironmentFault, LlmtrainError
-from llmtrain.ops.build import run_command
+from llmtrain.ops.build import run_command, workplace
 from llmtrain.ops.cuda import LIBRARY, NO_HEADERS, SOURCES
 from llmtrain.ops.native import sources_stamp
 
@@ -88,7 +87,7 @@ def build(target: Path = LIBRARY) -> Path:
     if cublaslt is not None:
         # After the toolkit's own headers, of which that folder may hold another version.
         defines += ["-DLLMTRAIN_CUBLASLT", "-Xcompiler", "-idirafter", "-Xcompiler", str(cublaslt)]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+    with workplace(target.parent) as folder:
         library = f"{folder}/{target.name}"
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         # C++ by nvcc too, which knows where its headers are.
