@@ -17,11 +17,12 @@ from torch import Tensor
 
 from llmtrain.errors import EnvironmentFault
 from llmtrain.ops.fakes import CUDA_FAKES, register_fakes
-from llmtrain.ops.native import sources_stamp
+from llmtrain.ops.native import check_whole, sources_stamp
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 HELP = "run: python -m llmtrain.ops.build_cuda"
+_FOREIGN = "not llmtrain's library of CUDA kernels"
 NO_HEADERS = (
     "built without cuBLASLt's headers; pip install nvidia-cublas (for CUDA 12: "
     "nvidia-cublas-cu12) or set CUBLAS_INCLUDE, then build again"
@@ -36,9 +37,12 @@ def load_fault() -> str | None:
     if not LIBRARY.exists():
         return f"not built; {HELP}"
     try:
+        check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"damaged or of another machine ({error}); {HELP}"
+    if not hasattr(torch.ops.llmtrain_cuda, "sources"):
+        return f"{_FOREIGN}; {HELP}"
     wanted = sources_stamp(SOURCES)
     if wanted is not None and torch.ops.llmtrain_cuda.sources() != wanted:
         return f"out of date, built from other sources than csrc/cuda has now; {HELP}"
@@ -87,6 +91,7 @@ def _told(question: str) -> str | None:
     if not LIBRARY.exists():
         return None
     try:
+        check_whole(LIBRARY)
         library = ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LAZY)
     except OSError as error:
         raise EnvironmentFault(f"damaged or of another machine ({error}); {HELP}") from None
@@ -99,8 +104,12 @@ def _told(question: str) -> str | None:
 
 
 def built_for() -> str | None:
-    """Architectures in the library, such as "sm_89 sm_90a"; None where it is not built."""
-    return _told("llmtrain_cuda_architectures")
+    """Architectures in the library, such as "sm_89 sm_90a"; None where it is not built.
+    Raises EnvironmentFault where what is there is not ours, or is damaged."""
+    told = _told("llmtrain_cuda_architectures")
+    if told is None and LIBRARY.exists():
+        raise EnvironmentFault(f"{LIBRARY} is {_FOREIGN}; {HELP}")
+    return told
 
 
 def built_with_cublaslt() -> str | None:

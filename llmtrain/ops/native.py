@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from llmtrain.ops.fakes import CPU_FAKES, register_fakes
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+# Bytes of an ELF header that hold where its table of sections is, an entry's size and their number.
+_SECTIONS = ((40, 48), (58, 60), (60, 62))
 
 
 def sources_stamp(folder: Path | None = None) -> str | None:
@@ -30,6 +33,20 @@ def sources_stamp(folder: Path | None = None) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def check_whole(library: Path) -> None:
+    """Raise OSError for a shared library that is cut short: the loader would map what is not there,
+    and the first touch of it ends the process (SIGBUS).
+
+    A 64-bit ELF file ends with its table of sections. What is no such file the loader refuses.
+    """
+    with open(library, "rb") as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+    if len(head) == 64 and head[:6] == b"\x7fELF\x02\x01":
+        table, each, count = (int.from_bytes(head[a:b], "little") for a, b in _SECTIONS)
+        if size < table + each * count:
+            raise OSError(f"{library}: cut short, {size} bytes of {table + each * count}")
+
+
 @cache
 def _load() -> str | None:
     """Load the library. Returns None, or one clause that says why it is not in use.
@@ -39,6 +56,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return "not built; run: make build"
     try:
+        check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"damaged or of another machine ({error}); run: make build"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from llmtrain import ops
+from llmtrain.cli import diagnosis
 from llmtrain.errors import EnvironmentFault
 from llmtrain.ops import build_cuda, cuda
 from llmtrain.ops.fakes import CUDA_FAKES, SWIGLU
@@ -129,15 +132,31 @@ def test_the_doctor_says_who_sums_weight_gradients(monkeypatch: pytest.MonkeyPat
         assert told in diagnosis._cuda_kernels()
 
 
-def test_a_damaged_library_is_told_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("empty", "damaged .*file too short"),
+        ("text", "damaged .*invalid ELF header"),
+        ("half", "damaged .*cut short"),  # the loader alone would end the process
+        ("foreign", "is not llmtrain's library"),
+    ],
+)
+def test_a_library_that_does_not_load_is_told_with_the_remedy(
+    kind: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from llmtrain.cli import diagnosis
-
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
-    cuda.LIBRARY.touch()
-    with pytest.raises(EnvironmentFault, match=r"^damaged .*file too short.*run: .*build_cuda$"):
+    whole = Path(xxhash._xxhash.__file__).read_bytes()
+    data = {"empty": b"", "text": b"no library\n" * 99, "half": whole[: len(whole) // 2]}
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / f"{kind}.so")
+    cuda.LIBRARY.write_bytes(data.get(kind, whole))
+    with pytest.raises(EnvironmentFault, match=rf"{says}.*run: python -m llmtrain.ops.build_cuda$"):
         diagnosis._cuda_kernels()
+    # A run on GPUs says the same; what is foreign was loaded and has no operators.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said, first = (
+        cuda.load_fault.__wrapped__(),
+        says.split(" .*", maxsplit=1)[0].removeprefix("is "),
+    )
+    assert said is not None and re.search(f"^{first}.*build_cuda$", said)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import xxhash
 from helpers import warm
 from helpers.kernel_sets import passes_on
 from torch import Tensor
@@ -368,6 +369,12 @@ def test_missing_library_is_told_and_replaced(
         native._load.cache_clear()
         assert "damaged or of another machine" in ops.kernels_line()
         assert "absent.so is damaged" in (ops.kernels_warning() or "")
+        whole = Path(xxhash._xxhash.__file__).read_bytes()
+        (tmp_path / "absent.so").write_bytes(
+            whole[:-1000]
+        )  # the loader alone would end the process
+        native._load.cache_clear()
+        assert "cut short" in ops.kernels_line() and "make build" in ops.kernels_line()
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
