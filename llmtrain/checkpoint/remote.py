@@ -205,9 +205,8 @@ class Mirror:
         home = path.parent / _base_name(content)
         folder = path.parent / f"{TEMPORARY}{home.name}-{secrets.token_hex(4)}"
         folder = self._ranks.on_main(lambda: _made(folder))
-        whole = self._fetch(home.name, files, folder)
 
-        def publish() -> None:
+        def publish(whole: bool) -> None:
             weights = [name for name in files if name.endswith(".safetensors")]
             right = whole and content_of(folder) == content
             if not right or checksum_problems(folder, weights):
@@ -219,7 +218,12 @@ class Mirror:
                 shutil.rmtree(home, ignore_errors=True)
                 folder.rename(home)
 
-        self._ranks.on_main(publish)
+        try:
+            whole = self._fetch(home.name, files, folder)
+            self._ranks.on_main(partial(publish, whole))
+        finally:  # of a killed process the store removes it when it is opened next
+            if self._ranks.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _job(self, path: Path, step: int) -> _Job:
         """Links to this rank's files, so that pruning meanwhile takes nothing away.

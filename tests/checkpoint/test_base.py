@@ -288,4 +288,7 @@ def test_the_base_goes_to_the_object_store_and_comes_back(
     damaged.write_bytes(bytes(data))
     names = sorted(path.name for path in copied.iterdir())
     (copied / "COMPLETE").write_text(json.dumps({"files": names, "permanent": True}))
+    left = last.parent / f".tmp-{copied.name}-0123abcd"  # of a process that was killed
+    left.mkdir(parents=True)
     assert main(words) == 2 and "is damaged" in capsys.readouterr().err
+    assert not list(last.parent.glob(".tmp-*"))
