@@ -82,7 +82,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _ranks(run: Run) -> list[tuple[str, str]]:
-    """The rank that was the slowest most often, and what its own work took beside the median."""
+    """The rank that was the slowest most often, and how many times the median it took then."""
     found = [record["ranks"] for record in run.steps if isinstance(record.get("ranks"), dict)]
     slowest = [int(number(ranks.get("slowest"))) for ranks in found if "slowest" in ranks]
     if not slowest:
@@ -90,7 +90,10 @@ def _ranks(run: Run) -> list[tuple[str, str]]:
     worst = max(set(slowest), key=lambda rank: (slowest.count(rank), -rank))
     excess = _median(
         [
-            number(r.get("own_most")) / max(number(r.get("own_median")), 1e-9)
+            # Runs of earlier versions recorded own work alone.
+            number(r["factor"])
+            if "factor" in r
+            else number(r.get("own_most")) / max(number(r.get("own_median")), 1e-9)
             for r in found
             if r.get("slowest") == worst
         ]

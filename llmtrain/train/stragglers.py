@@ -39,8 +39,9 @@ class Stragglers:
 
     @property
     def slowest(self) -> int:
-        """The rank with the most work."""
-        return max(range(len(self.own)), key=lambda rank: self.own[rank])
+        """The rank whose factor is the largest; of equal ones that with the most work."""
+        factors = self.factors()
+        return max(range(len(self.own)), key=lambda rank: (factors[rank], self.own[rank]))
 
     @property
     def awaited(self) -> int:
@@ -69,11 +70,14 @@ class Stragglers:
         return [rank for rank, own in enumerate(self.factors()) if own > factor]
 
     def record(self) -> dict[str, float]:
-        """As numbers for the metrics."""
+        """As numbers for the metrics. factor: that of the slowest rank, as the event says it."""
         return {
             "own_median": statistics.median_low(self.own),
-            "own_most": self.own[self.slowest],
+            "own_most": max(self.own),
+            "busy_median": statistics.median_low(self.busy),
+            "busy_most": max(self.busy),
             "slowest": self.slowest,
+            "factor": self.factors()[self.slowest],
             "waited_median": statistics.median_low(self.waited),
             "waited_least": self.waited[self.awaited],
             "awaited": self.awaited,

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers.tiny import records, tiny_config
 from llmtrain.config import load_config
 from llmtrain.config.watch import WatchdogConfig
 from llmtrain.parallel import World, init_world
+from llmtrain.report.summary import _ranks as slowest_rank
 from llmtrain.train import stragglers
 from llmtrain.train.run import train
 from llmtrain.train.stragglers import Stopwatch, Stragglers
@@ -184,4 +186,24 @@ def test_a_rank_that_is_late_is_named_by_the_run(tmp_path: Path, corpus: Path) -
     run = tmp_path / "runs" / "tiny"
     (event,) = [e["text"] for e in records(run, "event") if e["text"].startswith("slow:")]
     assert event.startswith("slow: rank 1 (") and event.endswith("wait most for rank 1")
-    assert [r["ranks"]["slowest"] for r in records(run)][2:] == [1, 1, 1]
+    noted = [record["ranks"] for record in records(run)]
+    assert [ranks["slowest"] for ranks in noted][2:] == [1, 1, 1]
+    factor = event.partition("(")[2].partition(" x)")[0]
+    assert factor in [f"{ranks['factor']:.2f}" for ranks in noted]
+
+
+def test_the_record_and_the_report_name_the_rank_that_the_event_does() -> None:
+    """On GPUs: rank 2 has the most work of its own, rank 1 is late and slower by far."""
+    ranks = Stragglers([1.0, 1.0, 1.2], [4.0, 0.5, 4.0], [1.0, 3.0, 1.0])
+    record = ranks.record()
+    assert ranks.slow(1.5) == [1] and record["slowest"] == 1
+    assert record["factor"] == ranks.factors()[1] == 3.0
+    assert (record["own_most"], record["busy_median"], record["busy_most"]) == (1.2, 1.0, 3.0)
+    earlier = {"slowest": 2, "own_most": 1.2, "own_median": 1.0}
+    for noted, told in ((record, "1 (3.00 x the median, 100%"), (earlier, "2 (1.20 x the median")):
+        run = SimpleNamespace(steps=[{"ranks": noted}])
+        ((_, text),) = slowest_rank(run)  # type: ignore[arg-type]
+        assert text.startswith(told)
+    # Nobody is slow: the one with the most work is named, and it is as the median.
+    even = Stragglers([1.0, 1.01, 1.0], [0.0] * 3, [1.0, 1.01, 1.0]).record()
+    assert (even["slowest"], even["factor"]) == (1, 1.0)
