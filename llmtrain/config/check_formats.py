@@ -13,6 +13,8 @@ NUMBER_HELP = (
     "write none, ternary, int3 to int16, or a float of 3 to 16 bits with at most 6 for the "
     "exponent, such as e4m3 or e2m1"
 )
+# float32 holds 2^-126 to 2^127; a layer's 1/sqrt(fan_in) is divided by the factor as well.
+_MOST_SCALED = 100
 OPERANDS = ("weights", "inputs", "gradients", "kv")
 
 
@@ -55,6 +57,12 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
     scale = section.gradient_scale
     if scale is not None and math.frexp(scale)[0] != 0.5:
         message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
+        faults.add("quantization.gradient_scale", message)
+    elif scale is not None and abs(math.frexp(scale)[1] - 1) > _MOST_SCALED:
+        message = (
+            f"{scale:g} is beyond 2^-{_MOST_SCALED} to 2^{_MOST_SCALED}: gradients times it, or "
+        )
+        message += "products over it, are no float32 numbers; write 65536, say"
         faults.add("quantization.gradient_scale", message)
     if used == {"none"} and section.kv == "none":
         faults.add("quantization", "changes nothing; choose a format, or take the section away")

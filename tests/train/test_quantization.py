@@ -115,6 +115,8 @@ def test_dry_run_says_what_every_layer_computes_in_and_why(
         (["quantization.weights=int8"], "is read with format: fake only"),
         (["quantization.format=none"], "changes nothing"),
         (["quantization.gradient_scale=1000"], "1000 is no power of two"),
+        ([f"quantization.gradient_scale={2.0**101!r}"], "2.5353e+30 is beyond 2^-100 to 2^100"),
+        ([f"quantization.gradient_scale={2.0**-996!r}"], "is beyond 2^-100 to 2^100"),
         (["quantization.until=30step"], "after the end of the run"),
         (["quantization.rules=[{layers: [head], format: none}]"], "matches no hidden linear layer"),
         (["quantization.rules=[{layers: [], format: none}]"], "is empty"),
