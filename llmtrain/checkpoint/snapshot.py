@@ -160,8 +160,13 @@ class Snapshots:
         return f"rank-{self._ranks.rank}-step-"
 
     def _files(self) -> list[Path]:
-        """This rank's snapshots, in no order; none where another rank was the last to clear."""
-        return list(self.folder.glob(f"{self._begin}*.safetensors"))
+        """This rank's snapshots, in no order."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # another rank was the last to clear it
+            return []
+        mine = [n for n in names if n.startswith(self._begin) and n.endswith(".safetensors")]
+        return [self.folder / name for name in mine]
 
     def _step(self, file: Path) -> int:
         return int(file.name.removeprefix(self._begin).split("-")[0].split(".")[0])

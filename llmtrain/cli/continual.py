@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from llmtrain.cli.process import prepare_process
+from llmtrain.cli.process import load_run, prepare_process
 
 HELP = "train on several tasks in sequence, and measure what is forgotten"
 
@@ -26,17 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from llmtrain.config import load_config
-    from llmtrain.data.epochs import epochs_in_tokens
-
-    cfg = load_config(args.config, args.overrides, epochs=epochs_in_tokens)
     prepare_process()
     from llmtrain.finetune.fit import check_fit
     from llmtrain.finetune.plan import plan_sequence
     from llmtrain.finetune.sequence import finished, run_sequence
     from llmtrain.finetune.show import describe
 
-    sequence = plan_sequence(cfg)
+    sequence = plan_sequence(load_run(args))
     if args.dry_run:
         check_fit(sequence)
         for line in describe(sequence, finished):

@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from llmtrain.config import load_config
-    from llmtrain.data.epochs import epochs_unknown
+    from llmtrain.config.load import any_length
     from llmtrain.data.prepare import prepare
     from llmtrain.errors import ConfigError
 
-    cfg = load_config(args.config, args.overrides, epochs=epochs_unknown)
+    cfg = load_config(args.config, args.overrides, epochs=any_length)
     if cfg.prepare is None:
         raise ConfigError(
             f"{args.config} has no section `prepare`; take configs/corpus/builtin.yaml as a model"
@@ -149,12 +149,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from llmtrain.config import load_config
-    from llmtrain.data.epochs import epochs_in_tokens
+    from llmtrain.cli.process import load_run
     from llmtrain.data.plan import plan_report
 
-    cfg = load_config(args.config, args.overrides, epochs=epochs_in_tokens)
-    print(plan_report(cfg))
+    print(plan_report(load_run(args)))
     return 0
 
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from llmtrain.cli.process import load_run
 from llmtrain.errors import EXIT_OK, ConfigError
 
 HELP = "submit a run to a cluster, and show its jobs"
@@ -76,11 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _slurm(args: argparse.Namespace) -> int:
-    from llmtrain.config import load_config
-    from llmtrain.data.epochs import epochs_in_tokens
     from llmtrain.launch.slurm import SlurmJob, prepare_job, submit
 
-    cfg = load_config(args.config, list(args.overrides), for_training=True, epochs=epochs_in_tokens)
+    cfg = load_run(args, train=True)
     job = SlurmJob(
         nodes=args.nodes,
         gpus_per_node=args.gpus_per_node,

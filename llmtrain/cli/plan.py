@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtrain.cli.process import load_run
 from llmtrain.cli.train import MOST_PROCESSES
 from llmtrain.errors import EXIT_OK, ConfigError
 
@@ -50,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from llmtrain.config import check_world, load_config
-    from llmtrain.data.epochs import epochs_in_tokens
+    from llmtrain.config import check_world
     from llmtrain.planner.forecast import Forecaster
     from llmtrain.planner.machine import machine_named
     from llmtrain.planner.search import search
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--gpus {args.gpus}: plans are for 1 to {MOST_PROCESSES:,} GPUs")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise ConfigError(f"--price {args.price:g}: must be a number, 0 or more")
-    cfg = load_config(args.config, list(args.overrides), epochs=epochs_in_tokens)
+    cfg = load_run(args)
     machine = machine_named(
         args.gpu,
         node=args.node_gpus,

@@ -1,4 +1,4 @@
-"""Process settings that must be in place before torch loads.
+"""Process settings that must be in place before torch loads, and the run that a command means.
 
 OpenMP's waiting policy, the allocator's thresholds and the thread count are read once, when the
 libraries load. So the command sets them and executes itself again, once. A variable that the
@@ -7,14 +7,19 @@ user has set keeps the user's value.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from llmtrain.errors import EnvironmentFault
 from llmtrain.machine import usable_cores
+
+if TYPE_CHECKING:
+    from llmtrain.config import RunConfig
 
 MARK = "LLMTRAIN_PROCESS_READY"
 THREADS = "LLMTRAIN_THREADS"
@@ -93,3 +98,18 @@ def prepare_process() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def load_run(
+    args: argparse.Namespace, more: Sequence[str] = (), *, train: bool = False
+) -> RunConfig:
+    """The run that ``args.config``, ``args.overrides`` and ``more`` describe.
+
+    train: require what only training needs. A length in epochs becomes tokens by the run's data,
+    so commands that go on to compute set the process up first. Raises LlmtrainError.
+    """
+    from llmtrain.config import load_config
+    from llmtrain.data.epochs import epochs_in_tokens
+
+    overrides = [*args.overrides, *more]
+    return load_config(args.config, overrides, for_training=train, epochs=epochs_in_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llmtrain.cli.process import prepare_process
+from llmtrain.cli.process import load_run, prepare_process
 
 HELP = "lottery tickets, and one-shot pruning of a trained model"
 
@@ -37,13 +37,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lottery(args: argparse.Namespace) -> int:
-    from llmtrain.config import load_config
-
-    cfg = load_config(args.config, args.overrides)
     prepare_process()
     from llmtrain.finetune.lottery import RESULT, run_lottery
     from llmtrain.train.run import run_folder
 
+    cfg = load_run(args)
     run_lottery(cfg, _say)
     _say(f"written: {run_folder(cfg) / RESULT}")
     return 0

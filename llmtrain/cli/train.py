@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from llmtrain.cli.process import prepare_process
+from llmtrain.cli.process import load_run, prepare_process
 from llmtrain.errors import LlmtrainError
 
 MOST_PROCESSES = 1 << 17
@@ -43,23 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit code."""
-    from llmtrain.config import load_config, to_yaml
-    from llmtrain.data.epochs import epochs_in_tokens
+    from llmtrain.config import to_yaml
 
     _check_world(args)
-    overrides = list(args.overrides)
-    if args.resume is not None:
-        overrides.append(f"checkpoint.resume={args.resume}")
-    cfg = load_config(
-        args.config,
-        overrides,
-        for_training=not args.print_config,
-        epochs=epochs_in_tokens,
-    )
+    resume = [] if args.resume is None else [f"checkpoint.resume={args.resume}"]
     if args.print_config:
-        sys.stdout.write(to_yaml(cfg))
+        sys.stdout.write(to_yaml(load_run(args, resume)))
         return 0
     prepare_process()
+    cfg = load_run(args, resume, train=True)
     if args.dry_run:
         from llmtrain.train.dryrun import dry_run
 

@@ -21,8 +21,12 @@ from llmtrain.errors import ConfigError, LlmtrainError
 
 # From a run whose length is in epochs to the length in tokens.
 Epochs = Callable[[RunConfig], Duration]
-# In place of what is not known, as long as faults are looked for: no part of a run is beyond it.
-_UNKNOWN = Duration.parse("1000Ttok")
+
+
+def any_length(cfg: RunConfig) -> Duration:
+    """In place of a length in epochs that nobody needs, or of one that is a fault: a length that
+    no part of a run is beyond."""
+    return Duration.parse("1000Ttok")
 
 
 def load_config(
@@ -35,7 +39,8 @@ def load_config(
     """The run described by the YAML file ``path`` with ``key.path=value`` overrides on top.
 
     for_training: also require what only training needs, such as a data mixture. epochs: what turns
-    a ``train.duration`` in epochs into tokens (``data.epochs``); None: that is a fault.
+    a ``train.duration`` in epochs into tokens (``data.epochs``, or ``any_length`` where no run of
+    that length is made); None: that is a fault.
     Raises ConfigError that lists every fault as ``file:line: key: what is wrong; remedy``.
     """
     faults: list[Fault] = []
@@ -74,7 +79,7 @@ def build_config(
     builder = Builder(faults)
     cfg = builder.section(RunConfig, root, ())
     if cfg.train.duration.unit == "epoch":
-        length = _UNKNOWN
+        length = any_length(cfg)
         try:
             length = length if faults else _in_tokens(cfg, epochs)
         except LlmtrainError as error:

@@ -14,7 +14,7 @@ def epochs_in_tokens(cfg: RunConfig) -> Duration:
     is seen once more than asked for. Raises ConfigError where there is no such source, DataError
     where it cannot be opened.
     """
-    # Only now: commands hand this over before they set the process up for numeric libraries.
+    # Only now: a config without epochs is read without numeric libraries.
     from llmtrain.data.catalogue import open_catalogue
     from llmtrain.data.packing import samples_in
 
@@ -40,8 +40,3 @@ def epochs_in_tokens(cfg: RunConfig) -> Duration:
         raise ConfigError(f"train.duration: {names[0]} has no tokens to train on")
     steps = max(1, int(wanted.value * samples // cfg.train.global_batch_size))
     return Duration.parse(f"{steps * cfg.train.global_batch_size * data.seq_len}tok")
-
-
-def epochs_unknown(cfg: RunConfig) -> Duration:
-    """In place of ``epochs_in_tokens`` before there is data: a length that no rule objects to."""
-    return Duration.parse("1000Ttok")

@@ -15,6 +15,7 @@ import torch
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.loading import find
 from llmtrain.config import load_config
+from llmtrain.config.load import any_length
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.catalogue import Catalogue, open_catalogue
@@ -80,7 +81,7 @@ class _Scoring:
             self.cfg = load_config(found / "config.yaml", request.overrides)
             paths = paths or [request.target]
         else:
-            self.cfg = load_config(request.target, request.overrides)
+            self.cfg = load_config(request.target, request.overrides, epochs=any_length)
         if not paths:
             raise ConfigError(
                 f"{request.target} is a config: name the trained model with --checkpoint, or give "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 import yaml
 
 from llmtrain.cli.main import main
-from llmtrain.config import load_config
+from llmtrain.config import RunConfig, load_config
+from llmtrain.config.load import any_length
+from llmtrain.data import catalogue
+from llmtrain.data.catalogue import Catalogue
 from llmtrain.data.epochs import epochs_in_tokens
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 
 TOKENS, LENGTH, BATCH = 1000, 16, 4
 
@@ -85,3 +89,48 @@ def test_what_has_no_epochs(config: Path, changes: list[str], says: str) -> None
 def test_commands_without_data_say_so(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml:.*train.duration: 2epoch counts epochs"):
         load_config(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["train"], "train"),
+        (["train", "--dry-run"], "train"),
+        (["continual"], "continual"),
+        (["sparsity", "lottery"], "sparsity"),
+    ],
+)
+def test_the_process_is_set_up_before_the_data_is_opened(
+    words: list[str], module: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Setting it up begins the command anew: what was opened before would be opened twice."""
+    done: list[str] = []
+    command = importlib.import_module(f"llmtrain.cli.{module}")
+    monkeypatch.setattr(command, "prepare_process", lambda: done.append("prepared"))
+
+    def opened(cfg: RunConfig) -> Catalogue:
+        done.append("opened")
+        raise DataError("far enough")
+
+    monkeypatch.setattr(catalogue, "open_catalogue", opened)
+    assert main([*words, str(config)]) == 2
+    assert done == ["prepared", "opened"]
+
+
+def test_lottery_takes_epochs(config: Path) -> None:
+    heldout = {"path": str(config.parent / "a.npy"), "format": "npy", "dtype": "uint16"}
+    words = [
+        f"data.heldout={json.dumps({'a': heldout})}",
+        "eval.samples=4",
+        "schedule.warmup=0.1dur",
+    ]
+    words += ["lottery={levels: 1, rewind: 2step, points: 0}", "train.duration=0.25epoch"]
+    assert main(["sparsity", "lottery", str(config), *words]) == 0
+    run = config.parent / "runs/run"
+    assert len(json.loads((run / "lottery.json").read_text())) == 2
+    assert load_config(run / "config.yaml").train.duration.value == 15 // BATCH * BATCH * LENGTH
+
+
+def test_preparing_and_scoring_need_no_length(config: Path) -> None:
+    cfg = load_config(config, epochs=any_length)
+    assert cfg.train.duration.unit == "tok" and cfg.train.duration.value >= 10**15
