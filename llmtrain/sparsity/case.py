@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmtrain.model import cut_dim
 from llmtrain.ops.semi import NAMES, fits_semi
 from llmtrain.sparsity.granularity import Granularity
-from llmtrain.sparsity.select import Sparse, is_column
+from llmtrain.sparsity.select import Sparse
 
 FORWARD, BOTH = "2:4", "2:4 both ways"
 
@@ -98,7 +99,8 @@ def cases_of(
     found = {}
     for name, layer in sparse.items():
         rows, cols = layer.shape
-        shape = (rows // ranks, cols) if is_column(name) else (rows, cols // ranks)
+        shapes = {0: (rows // ranks, cols), 1: (rows, cols // ranks), None: (rows, cols)}
+        shape = shapes[cut_dim(name)]
         case = case_of(shape, layer.granularity.block, layer.density, dtype)
         semi = semi_of(layer.granularity, double) if gpu else ""
         found[name] = replace(case, semi=semi)
