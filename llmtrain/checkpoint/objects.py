@@ -111,6 +111,10 @@ class Objects:
         text = self.again(f"the marker of {folder} cannot be read", look)
         return None if text is None else _parsed(text)
 
+    def steps(self) -> list[int]:
+        """Steps of complete copies, oldest first."""
+        return sorted(self.markers())
+
     def markers(self) -> dict[int, dict[str, Any]]:
         """Step -> marker of the steps' folders that are complete."""
         found: dict[int, dict[str, Any]] = {}

@@ -77,7 +77,7 @@ class _Job:
 
 
 class Mirror:
-    """The copies of one run; all ranks call every method but ``poll`` and ``steps`` together.
+    """The copies of one run; all ranks call every method but ``poll`` together.
 
     address: any fsspec address; credentials come from the environment alone. name: of the run.
     keep: newest temporary ones kept; permanent ones stay. ranks: of the run. wait: called with the
@@ -122,10 +122,6 @@ class Mirror:
             self._thread.join()
             self._thread = None
         return self.poll()
-
-    def steps(self) -> list[int]:
-        """Steps of complete copies, oldest first. Raises CheckpointError."""
-        return sorted(self.objects.markers())
 
     def bring_home(self, store: Store) -> int | None:
         """Publish the newest copy that is good in ``store``, if it is newer than what is there.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
@@ -19,7 +18,6 @@ from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.masks import live_masks
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import CheckpointError
-from llmtrain.linear import Mask
 from llmtrain.model import (
     Decoder,
     apply_formats,
@@ -31,8 +29,9 @@ from llmtrain.model import (
     shard_over_tensor,
 )
 from llmtrain.ops import kernels_warning
-from llmtrain.parallel import Layout, local_boxes
+from llmtrain.parallel import Layout
 from llmtrain.parallel.hardware import resolve_precision
+from llmtrain.sparsity import zero_outside
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def load_trained(
     tensors = {f"model.{n}": p for n, p in model.named_parameters() if n not in packed}
     apart = tuple(f"model.{name}" for name in packed_weights(model_cfg))
     load_into(alone, found, tensors, (OPTIM_PREFIX, HOOK_PREFIX, *apart), False)
-    _prune(tensors, live_masks(found, cfg, model_cfg))
+    for name, mask in live_masks(found, cfg, model_cfg).items():
+        zero_outside(mask, tensors[f"model.{name}.weight"])
     if packed:
         fill_packed(model, RowReader(found))
     tokenizer_file = found / "tokenizer.json"
@@ -98,16 +98,6 @@ def load_trained(
     step = int(json.loads(files["meta.json"])["step"])
     apply_formats(model, model_cfg, cfg, device, step)
     return Trained(model.eval(), model_cfg, cfg, tokenizer, step, found, warnings)
-
-
-@torch.no_grad()
-def _prune(tensors: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> None:
-    """+0.0 outside the masks, by layer, in what this rank has of the weights."""
-    for name, mask in masks.items():
-        for local, (top, left) in local_boxes(tensors[f"model.{name}.weight"]):
-            rows, columns = local.shape
-            own = mask.box((top, left), (rows, columns))
-            local.masked_fill_(~own.to(local.device), 0.0)
 
 
 def require_plain(trained: Trained, what: str) -> Trained:

@@ -20,7 +20,7 @@ from llmtrain.sparsity.choose import (
     random_keys,
 )
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
-from llmtrain.sparsity.masks import Masks
+from llmtrain.sparsity.masks import Masks, zero_outside
 from llmtrain.sparsity.on_gpu import kinds_of
 from llmtrain.sparsity.product_text import always_dense, product_lines
 from llmtrain.sparsity.schedule import (
@@ -67,4 +67,5 @@ __all__ = [
     "training_flops",
     "unpack_bits",
     "why_dense",
+    "zero_outside",
 ]

@@ -29,6 +29,20 @@ from llmtrain.sparsity.select import Sparse, packed_dim
 Box = tuple[tuple[int, int], tuple[int, int]]
 
 
+@torch.no_grad()
+def zero_outside(mask: Mask, values: Tensor, corner: tuple[int, int] = (0, 0)) -> None:
+    """+0.0 outside a mask in what this rank has of a matrix [out, in], in place.
+
+    corner: place of the mask's first value in the whole matrix.
+    """
+    for local, (top, left) in local_boxes(values.detach()):
+        if local.numel() == 0:
+            continue
+        rows, columns = local.shape
+        own = mask.box((top - corner[0], left - corner[1]), (rows, columns))
+        local.masked_fill_(~own.to(local.device), 0)
+
+
 class Masks:
     """Masks of the layers ``sparse`` (of the whole model) that this rank has.
 
@@ -185,17 +199,9 @@ class Masks:
         for layer in self.layers.values():
             layer.want_dense_gradients(wanted)
 
-    @torch.no_grad()
     def zero_outside(self, name: str, values: Tensor) -> None:
         """+0.0 outside the mask in a tensor like a layer's weight, in place, in every shard."""
-        (top, left), _ = self._boxes[name]
-        mask = self.mask(name)
-        for local, offset in local_boxes(values.detach()):
-            if local.numel() == 0:
-                continue
-            rows, columns = local.shape
-            own = mask.box((offset[0] - top, offset[1] - left), (rows, columns))
-            local.masked_fill_(~own, 0)
+        zero_outside(self.mask(name), values, self._boxes[name][0])
 
     @torch.no_grad()
     def add_outside(self, name: str, into: Tensor, values: Tensor, factor: float) -> None:

@@ -10,7 +10,7 @@ from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, OPTIM_PREFIX, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.loading import load_into
-from llmtrain.checkpoint.remote import Mirror
+from llmtrain.checkpoint.objects import Objects
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import RunConfig
 from llmtrain.config.continual import InitConfig
@@ -44,7 +44,7 @@ def begins_anew(cfg: RunConfig, folder: Path, ranks: Ranks) -> bool:
         if scan(folder):
             return False
         place = cfg.checkpoint.remote
-        return place is None or not Mirror(place, cfg.name, cfg.checkpoint.remote_keep).steps()
+        return place is None or not Objects(place, cfg.name).steps()
 
     return ranks.on_main(nothing)
 

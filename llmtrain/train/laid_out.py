@@ -29,11 +29,12 @@ def lay_out(
     precision: Precision,
     layout: Layout,
     root: nn.Module | None = None,
-) -> None:
+) -> list[str]:
     """Number formats, recomputation, compilation, tensor parallelism and FSDP2 of a model on the
     meta device.
 
-    root: the module around ``model`` that is called in its place.
+    root: the module around ``model`` that is called in its place. Returns names of layers whose
+    weights FSDP2 does not own; their gradients are summed by ``sum_over_replicas``.
     """
     device = layout.world.device
     apply_formats(model, model.cfg, cfg, device)
@@ -50,18 +51,20 @@ def lay_out(
     if layout.tensor is not None:
         assert layout.state is not None
         shard_over_tensor(model, layout.state["tensor"])
-    if layout.fsdp is not None:
-        dtypes, apart = (precision.compute, precision.reduce), kept_apart(model, cfg, layout)
-        weights = {layer.weight for layer in apart.values()}
-        apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes, weights)
-        for name, layer in hidden_layers(model):
-            if name not in apart:
-                layer.set_freed()
+    if layout.fsdp is None:
+        return []
+    dtypes, apart = (precision.compute, precision.reduce), _kept_apart(model, cfg, layout)
+    weights = {layer.weight for layer in apart.values()}
+    apply_fsdp(root or model, model.blocks, layout.fsdp, cfg.parallel, dtypes, weights)
+    for name, layer in hidden_layers(model):
+        if name not in apart:
+            layer.set_freed()
+    return list(apart)
 
 
-def kept_apart(model: Decoder, cfg: RunConfig, layout: Layout) -> dict[str, Linear]:
+def _kept_apart(model: Decoder, cfg: RunConfig, layout: Layout) -> dict[str, Linear]:
     """Layers that will hold kept weights alone, of which FSDP2 must not own the weights: every
-    replica has them as they are, and their gradients are summed by ``sum_over_replicas``."""
+    replica has them as they are."""
     on_cpu = layout.world.device.type == "cpu"
     if cfg.sparsity is None or why_dense(cfg, layout.degrees, on_cpu) is not None:
         return {}

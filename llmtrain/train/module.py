@@ -47,7 +47,7 @@ from llmtrain.parallel import (
     split_batch,
 )
 from llmtrain.parallel.hardware import Precision
-from llmtrain.train.laid_out import kept_apart, lay_out, sum_over_replicas
+from llmtrain.train.laid_out import lay_out, sum_over_replicas
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -126,9 +126,7 @@ class TrainModule:
             model = Decoder(model_cfg, precision.compute, layout.tensor)
         self.roles = param_roles(model)
         limit_training(model, model_cfg, cfg)
-        lay_out(model, cfg, precision, layout)
-        apart = kept_apart(model, cfg, layout) if layout.fsdp is not None else {}
-        self.apart = [f"{name}.weight" for name in apart]
+        self.apart = [f"{name}.weight" for name in lay_out(model, cfg, precision, layout)]
         model.to_empty(device=self.device)
         init_weights(model, cfg.seed)
         self.model: nn.Module = model

@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from llmtrain.checkpoint import Checkpointer, Store, objects, verify
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.objects import COMPLETE
+from llmtrain.checkpoint.objects import COMPLETE, Objects
 from llmtrain.checkpoint.remote import Mirror
 from llmtrain.cli.main import main
 from llmtrain.config.upkeep import CheckpointConfig
@@ -98,7 +98,7 @@ def test_a_store_that_fails_now_and_then_gets_every_copy(tmp_path: Path) -> None
     assert [copy.problem for copy in copies.finish()] == [None] * 4
     assert len(waits) > 10 and max(waits) <= 8
     Flaky.fails = itertools.repeat(False)
-    assert copies.steps() == [1, 3, 4]
+    assert copies.objects.steps() == [1, 3, 4]
     assert not list((tmp_path / "a").glob(".up-*"))
     store = Store(tmp_path / "b")
     store.open()
@@ -121,11 +121,11 @@ def test_the_marker_comes_last_and_without_it_nothing_counts(tmp_path: Path) -> 
     problem = copies.finish()[0].problem
     assert problem is not None and "step 2 was not copied: flaky://bucket/runs failed 5" in problem
     Flaky.fails = itertools.repeat(False)
-    assert copies.steps() == [1]
+    assert copies.objects.steps() == [1]
     assert any("step-00000002" in name for name in Flaky.store)
     copies.push(third, 3)
     copies.finish()
-    assert copies.steps() == [1, 3]
+    assert copies.objects.steps() == [1, 3]
     assert not any("step-00000002" in name for name in Flaky.store)
 
 
@@ -175,7 +175,7 @@ def test_an_address_nobody_knows() -> None:
         with pytest.raises(EnvironmentFault, match="credentials by the env") as refused:
             Mirror(address, "tiny", 2)
         assert "secret" not in str(refused.value)
-    assert Mirror("flaky://bucket/me@home", "tiny", 2).steps() == []
+    assert Objects("flaky://bucket/me@home", "tiny").steps() == []
     with pytest.raises(EnvironmentFault, match="abfs addresses cannot be used"):
         Mirror("abfs://container@account.host/runs", "tiny", 2)  # no secret; adlfs is not there
 
@@ -232,7 +232,7 @@ def test_a_folder_takes_copies_and_a_marker_that_is_not_ours_counts_for_nothing(
     last = tmp_path / "remote" / "tiny" / "step-00000003"
     for text in ("", "{", "[]", "{}", '{"files": 3, "permanent": true}'):
         (last / COMPLETE).write_text(text)
-        assert copies.steps() == [1, 2]
+        assert copies.objects.steps() == [1, 2]
     (last / COMPLETE).write_text('{"files": ["gone"], "permanent": true}')
     store = Store(tmp_path / "b")
     store.open()
@@ -287,7 +287,7 @@ def copying(rank: int, folder: Path) -> dict[str, Any]:
             copies.push(folder / "a" / f"step-{step:08d}", step)
             ended += copies.finish()
             if step == 2:
-                assert copies.steps() == [1]
+                assert copies.objects.steps() == [1]
     with Checkpointer(folder / "b", SAVING, ranks.group) as checkpoints:
         brought = checkpoints.with_store(copies.bring_home)
         again = checkpoints.with_store(copies.bring_home)
