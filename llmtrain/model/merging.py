@@ -95,7 +95,8 @@ def _check(name: str, layer: Linear, side: LowRank, dequantise: bool) -> None:
     if layer.packed and not dequantise:
         raise ConfigError(
             f"{what} as its frozen weight is packed (model.adapters.base) and would have to be "
-            "rounded again; merge with dequantise=True, which makes it float32"
+            "rounded again; merge with dequantise=True (llmtrain generate: --dequantise), which "
+            "makes it float32"
         )
     if layer.packed and side.sharded:
         raise ConfigError(

@@ -9,7 +9,6 @@ that every rank comes to the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -151,12 +150,12 @@ class Masks:
             if (matmul.inner if isinstance(matmul, MaskedMatmul) else matmul).packs:
                 continue  # FP8 and the like are always dense
             density = float(kept.double().mean()) if kept.numel() else 1.0
-            box, block = self._boxes[name][1], self.sparse[name].granularity.block
-            case = case_of(box, block, density, matmul.dtype)
-            if not on_cpu and block == (1, 1):
+            granularity = self.sparse[name].granularity
+            case = case_of(self._boxes[name][1], granularity, density, matmul.dtype)
+            if not on_cpu and granularity.block == (1, 1):
                 back = backs[name]
                 second = None if back is None else back.kept
-                case = replace(case, semi=semi_of_mask(kept, second))
+                case = case.with_semi(semi_of_mask(kept, second))
             self.cases[name] = case
         new = set(self.cases.values()) - self.choices.keys()
         gpu = None if on_cpu else self.device
