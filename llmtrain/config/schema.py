@@ -14,6 +14,7 @@ from llmtrain.config.chat import ChatConfig
 from llmtrain.config.continual import ContinualConfig, InitConfig, PenaltyConfig
 from llmtrain.config.data_methods import DietConfig, ReweightConfig
 from llmtrain.config.duration import Duration
+from llmtrain.config.factorized import FactorizedConfig
 from llmtrain.config.fields import dur, key
 from llmtrain.config.filters import FilterConfig
 from llmtrain.config.mixture_methods import OnlineConfig, ReplayConfig
@@ -81,6 +82,7 @@ class ModelConfig:
     adapters: AdapterConfig | None = key(
         None, "low-rank adapters: train these and freeze the model's own weights"
     )
+    factorized: FactorizedConfig | None = key(None, "hidden layers as two factors each")
     scaling: ScalingConfig = key(ScalingConfig)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from llmtrain.config.scaling import ScalingConfig, residual_kind
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import CheckpointError
-from llmtrain.model import multiplier
+from llmtrain.model import is_hidden_layer, layer_shape, multiplier
 
 
 def folded(cfg: ModelConfig) -> ModelConfig:
@@ -32,16 +32,9 @@ def folded(cfg: ModelConfig) -> ModelConfig:
 
 def fold_factor(cfg: ModelConfig, name: str) -> float:
     """What the weight ``name`` of a resolved model is multiplied by when it is folded."""
-    assert cfg.d_head is not None and cfg.d_ff is not None
     if name == "head.projection.weight":
         return multiplier(cfg, "head", cfg.d_model)
-    inputs = {
-        "attention.qkv.weight": cfg.d_model,
-        "attention.out.weight": cfg.n_heads * cfg.d_head,
-        "mlp.up.weight": cfg.d_model,
-        "mlp.down.weight": cfg.d_ff,
-    }
-    for ending, fan_in in inputs.items():
-        if name.endswith(ending):
-            return multiplier(cfg, "hidden", fan_in)
+    layer, _, leaf = name.rpartition(".")
+    if leaf == "weight" and is_hidden_layer(layer):
+        return multiplier(cfg, "hidden", layer_shape(cfg, layer)[1])
     return 1.0

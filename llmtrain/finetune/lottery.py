@@ -31,6 +31,7 @@ from llmtrain.config.sparsity import LotteryConfig
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.linear import Mask
 from llmtrain.merge.path import MEAN, interpolate
+from llmtrain.model import is_hidden_layer
 from llmtrain.parallel import World, close_world, init_world
 from llmtrain.report.read import read_run
 from llmtrain.report.summary import domain_results
@@ -235,7 +236,7 @@ def prune(
     scores: dict[str, Tensor] = {}
     for key, entry in layout.items():
         name = key.removeprefix(MODEL_PREFIX).removesuffix(".weight")
-        if key == f"{MODEL_PREFIX}{name}.weight" and _hidden(name):
+        if key == f"{MODEL_PREFIX}{name}.weight" and is_hidden_layer(name):
             weight = read_tensor(path, key, entry).float().abs()
             scores[name] = weight
             if name in before:
@@ -247,7 +248,3 @@ def prune(
         name: Mask(own.view_as(score).clone(), (1, 1), (score.shape[0], score.shape[1]))
         for (name, score), own in zip(scores.items(), kept, strict=True)
     }
-
-
-def _hidden(name: str) -> bool:
-    return name.endswith(("attention.qkv", "attention.out", "mlp.up", "mlp.down"))

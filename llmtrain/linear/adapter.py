@@ -42,22 +42,7 @@ from llmtrain.parallel.tensor import local
 from llmtrain.parallel.uncompiled import uncompiled
 
 
-class SideLinear(Linear):
-    """A or B. partial: each tensor-parallel rank sees other tokens through the whole weight, so
-    that gradients are summed over them."""
-
-    def __init__(self, n_in: int, n_out: int, *, partial: bool, **options: Any) -> None:
-        super().__init__(n_in, n_out, role="adapter", **options)
-        self.partial = partial
-
-    def tensor_partial(self, name: str) -> bool:
-        return self.partial
-
-    def parts(self) -> tuple[Tensor, Tensor | None]:
-        return local(self.weight, partial=self.partial), None
-
-
-class Spread(SideLinear):
+class Spread(Linear):
     """B of a fused layer: weight [out, r] acts on [n, parts r], each row on the r values of its
     own matrix.
 
@@ -136,24 +121,22 @@ class LowRank(nn.Module):
         by_tokens = tensor is not None and tensor.sequence
         plain: Matmul = thin_matmul_for(layer.matmul.dtype)
         column, row = (layer.placement is p for p in (Placement.COLUMN, Placement.ROW))
-        shared: dict[str, Any] = {"matmul": plain, "tensor": tensor}
-        self.a = SideLinear(
+        shared: dict[str, Any] = {"matmul": plain, "tensor": tensor, "role": "adapter"}
+        self.a = Linear(
             layer.in_features,
             (max(pattern) + 1) * self.rank,
             placement=Placement.ROW if row else Placement.REPLICATED,
-            partial=by_tokens and column,
             **shared,
         )
         options = {
             "placement": Placement.COLUMN if column else Placement.REPLICATED,
-            "partial": by_tokens and row,
             "scale": scales[0],
             **shared,
         }
         sizes = (self.rank, layer.out_features)
         factors = [scale / scales[0] for scale in scales]
-        self.b: SideLinear = (
-            SideLinear(*sizes, **options)
+        self.b: Linear = (
+            Linear(*sizes, **options)
             if pattern == [0]
             else Spread(*sizes, pattern=pattern, factors=factors, **options)
         )

@@ -57,6 +57,12 @@ class Plan:
         return split and self.tensor is not None and self.tensor.sequence
 
     @property
+    def token_shard(self) -> TensorParallel | None:
+        """The group whose ranks each run their own tokens through the whole weight."""
+        whole = self.placement is Placement.REPLICATED and self.tensor is not None
+        return self.tensor if whole and self.tensor is not None and self.tensor.sequence else None
+
+    @property
     def column(self) -> TensorParallel | None:
         """The group of a column-parallel layer."""
         return self.tensor if self.placement is Placement.COLUMN else None
@@ -81,6 +87,8 @@ class Plan:
         """The ranks that share the input before it is gathered."""
         if self.row is not None:
             return Reach(self.row.group, self.row.group)
+        if self.token_shard is not None:
+            return Reach(self.token_shard.group)
         column = self.column
         return Reach(column.group if column is not None and column.sequence else None)
 
@@ -89,6 +97,8 @@ class Plan:
         """The ranks that share the gradient of the output before it is gathered."""
         if self.column is not None:
             return Reach(self.column.group, self.column.group)
+        if self.token_shard is not None:
+            return Reach(self.token_shard.group)
         row = self.row
         return Reach(row.group if row is not None and row.sequence else None)
 

@@ -221,12 +221,15 @@ class Linear(nn.Module):
 
     def tensor_partial(self, name: str) -> bool:
         """Whether this rank's gradient of a replicated parameter is one summand of it."""
+        if self.placement is Placement.REPLICATED:
+            return self.plan.token_shard is not None
         # A row-parallel bias is added to this rank's tokens only.
         return name == "bias" and self.plan.by_tokens and self.placement is Placement.ROW
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Weight (its codes where it is packed) and bias as this rank computes with them."""
-        weight = local(getattr(self, self.packed[0]) if self.packed else self.weight)
+        stored = getattr(self, self.packed[0]) if self.packed else self.weight
+        weight = local(stored, partial=self.tensor_partial("weight"))
         if self.bias is None:
             return weight, None
         return weight, local(self.bias, partial=self.tensor_partial("bias"))

@@ -147,7 +147,14 @@ def _range(*shape: int) -> NDArray[np.int64]:
 
 
 def _our_units(cfg: ModelConfig, names: set[str]) -> list[_Units]:
-    """Units of an llmtrain decoder; see ``model.attention`` and ``model.mlp`` for the order."""
+    """Units of an llmtrain decoder; see ``model.attention`` and ``model.mlp`` for the order.
+
+    Raises CheckpointError for factors, whose orders depend on each other.
+    """
+    if cfg.factorized is not None:
+        raise CheckpointError(
+            "--align: orders units of whole matrices, which model.factorized replaces; leave it out"
+        )
     assert cfg.n_kv_heads is not None and cfg.d_head is not None and cfg.d_ff is not None
     groups, per = cfg.n_kv_heads, cfg.n_heads // cfg.n_kv_heads
     rows = _range(groups, per + 2, cfg.d_head)

@@ -22,7 +22,8 @@ from llmtrain.model.block import Block
 from llmtrain.model.cache import KeyValueCache
 from llmtrain.model.decoder import Decoder, apply_recompute, compile_blocks
 from llmtrain.model.embedding import Head
-from llmtrain.model.flops import flops_per_token, layer_shape, param_counts, stage_parts
+from llmtrain.model.factor_activations import factor_activation_bytes
+from llmtrain.model.flops import flops_per_token, param_counts, stage_parts
 from llmtrain.model.formats import (
     apply_formats,
     assign_formats,
@@ -32,11 +33,20 @@ from llmtrain.model.formats import (
     format_lines,
     gradient_scale,
     hidden_layers,
-    layer_names,
     reads_whole_input,
     switch_step,
 )
 from llmtrain.model.init import build_model, init_weights, param_roles
+from llmtrain.model.layers import (
+    block_layers,
+    cut_dim,
+    is_hidden_layer,
+    layer_names,
+    layer_shape,
+    query_inputs,
+    split_factor,
+    whole_weights,
+)
 from llmtrain.model.merging import is_merged, merge_adapters, unmerge_adapters
 from llmtrain.model.packing import (
     fill_packed,
@@ -73,6 +83,7 @@ __all__ = [
     "apply_recompute",
     "assign_formats",
     "block_activation_bytes",
+    "block_layers",
     "build_model",
     "check_formats_on",
     "check_fp8_tokens",
@@ -80,7 +91,9 @@ __all__ = [
     "clear_formats",
     "compile_blocks",
     "complete",
+    "cut_dim",
     "decay_factor",
+    "factor_activation_bytes",
     "fill_packed",
     "flops_per_token",
     "format_lines",
@@ -89,6 +102,7 @@ __all__ = [
     "hidden_layers",
     "init_weights",
     "is_directed",
+    "is_hidden_layer",
     "is_merged",
     "keep_own_parts",
     "layer_names",
@@ -104,12 +118,14 @@ __all__ = [
     "param_roles",
     "part_names",
     "partial_parameters",
+    "query_inputs",
     "rate_factors",
     "reads_whole_input",
     "resolve_model",
     "scaling_table",
     "set_magnitudes",
     "shard_over_tensor",
+    "split_factor",
     "stage_parts",
     "switch_step",
     "tensor_placements",
@@ -117,4 +133,5 @@ __all__ = [
     "unmerge_adapters",
     "unpacked",
     "whole_change",
+    "whole_weights",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.flops import widths
+from llmtrain.model.layers import widths
 
 STATISTIC = 4  # bytes of a float32
 

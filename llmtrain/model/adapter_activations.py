@@ -7,7 +7,7 @@ import torch
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.activations import WHOLE, ActivationSplit, block_activation_bytes
 from llmtrain.model.adapters import PARTS, adapted_parts, is_directed
-from llmtrain.model.flops import widths
+from llmtrain.model.layers import widths
 
 _FUSED = ("attention.qkv", "mlp.up")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul, Operand, Placement, fake_vectors
+from llmtrain.linear import Matmul, fake_vectors
+from llmtrain.model.hidden import hidden_layer
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.norm import Norm, SplitRMSNorm
-from llmtrain.model.scaling import multiplier
 from llmtrain.ops import (
     Casts,
     cached_attention,
@@ -21,7 +21,6 @@ from llmtrain.ops import (
     split_rotary,
     sqrt_attention,
 )
-from llmtrain.parallel.collectives import gather_rows
 from llmtrain.parallel.context_attention import context_attention
 from llmtrain.parallel.tensor import TensorParallel
 from llmtrain.parallel.uncompiled import uncompiled
@@ -54,47 +53,6 @@ def attend(
     return out.transpose(1, 2)
 
 
-class SharedGroupLinear(Linear):
-    """The column-parallel q, k, v projection where several ranks share a key/value head.
-
-    A rank stores its equal part of the rows and gathers those of its group's, from which it takes
-    its own query heads and the shared key and value. Gradients are summed over the sharing ranks
-    on the way back, each of which sees the key and value through its own queries only.
-    """
-
-    def __init__(self, cfg: ModelConfig, matmul: Matmul, tensor: TensorParallel) -> None:
-        assert cfg.n_kv_heads is not None and cfg.d_head is not None and tensor.kv_group is not None
-        self.slots, self.d_head = cfg.n_heads // cfg.n_kv_heads + 2, cfg.d_head
-        super().__init__(
-            cfg.d_model,
-            self.slots * cfg.n_kv_heads * cfg.d_head,
-            cfg.attention_bias,
-            placement=Placement.COLUMN,
-            matmul=matmul,
-            tensor=tensor,
-            scale=multiplier(cfg, "hidden", cfg.d_model),
-        )
-        self.sharing = tensor.kv_group
-
-    @property
-    def adaptable(self) -> bool:
-        return False
-
-    def parts(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().parts()
-        return self._own(weight), None if bias is None else self._own(bias)
-
-    def _operand(self, weight: Tensor) -> Operand:
-        # Not cached: the gathered rows are a new tensor each time.
-        return self.matmul.operand(weight, self.plan.weight_reach)
-
-    def _own(self, param: Tensor) -> Tensor:
-        rows = gather_rows(param, self.sharing).view(self.slots, self.d_head, *param.shape[1:])
-        queries = (self.slots - 2) // self.sharing.size()
-        first = self.sharing.rank() * queries
-        return torch.cat((rows[first : first + queries], rows[-2:])).flatten(0, 1)
-
-
 class Attention(nn.Module):
     """Self-attention. x: [b, s, d_model] -> the same, or token shards of both, see ``Block``.
 
@@ -115,27 +73,8 @@ class Attention(nn.Module):
         self.n_groups = max(cfg.n_kv_heads // ranks, 1)
         width = cfg.n_heads * cfg.d_head
         kv_width = cfg.n_kv_heads * cfg.d_head
-        shared: dict[str, Any] = {"matmul": matmul, "tensor": tensor}
-        self.qkv: Linear
-        if tensor is not None and tensor.kv_group is not None:
-            self.qkv = SharedGroupLinear(cfg, matmul, tensor)
-        else:
-            self.qkv = Linear(
-                cfg.d_model,
-                width + 2 * kv_width,
-                cfg.attention_bias,
-                placement=Placement.COLUMN,
-                scale=multiplier(cfg, "hidden", cfg.d_model),
-                **shared,
-            )
-        self.out = Linear(
-            width,
-            cfg.d_model,
-            cfg.attention_out_bias,
-            placement=Placement.ROW,
-            scale=multiplier(cfg, "hidden", width),
-            **shared,
-        )
+        self.qkv = hidden_layer(cfg, f"blocks.{index}.attention.qkv", matmul, tensor)
+        self.out = hidden_layer(cfg, f"blocks.{index}.attention.out", matmul, tensor)
         self.root = cfg.scaling.attention == "sqrt"
         # The number format that keys and values are rounded to, see ``quantization.kv``.
         self.kv_format = "none"

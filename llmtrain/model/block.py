@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.linear import Linear, Matmul
+from llmtrain.linear import Matmul
 from llmtrain.model.attention import Attention
 from llmtrain.model.dropout import Dropout
 from llmtrain.model.masks import AttentionContext
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import Norm
+from llmtrain.model.pair import HiddenLayer
 from llmtrain.model.recompute import (
     compiled_selective_recompute,
     forgotten,
@@ -52,7 +53,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(*norm, partial=partial)
         self.attention = Attention(cfg, matmul, tensor, index)
         self.mlp_norm = Norm(*norm, partial=partial)
-        self.mlp = MLP(cfg, matmul, tensor)
+        self.mlp = MLP(cfg, matmul, tensor, index)
         self.attention_dropout = Dropout(f"blocks.{index}.attention", cfg.dropout)
         self.mlp_dropout = Dropout(f"blocks.{index}.mlp", cfg.dropout)
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
 
 
 def _normed(
-    norm: Norm, x: Tensor, branch: Tensor | None, layer: Linear
+    norm: Norm, x: Tensor, branch: Tensor | None, layer: HiddenLayer
 ) -> tuple[Tensor, Tensor, Casts | None]:
     """``norm.after``, and the result in FP8 for ``layer`` where both are made together."""
     if layer.takes_casts(x) and norm.casts(x):

@@ -23,6 +23,7 @@ from llmtrain.model.masks import (
     first_of_document,
 )
 from llmtrain.model.norm import Norm
+from llmtrain.model.pair import Factorized
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.model.rotary import Rotation, rotary_table
 from llmtrain.model.scaling import multiplier
@@ -195,6 +196,9 @@ def apply_recompute(model: Decoder, mode: str) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         block.recompute = mode
+        for layer in block.modules():
+            if isinstance(layer, Factorized):
+                layer.lean = mode == "selective"
 
 
 def compile_blocks(model: Decoder) -> None:

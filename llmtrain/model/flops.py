@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from llmtrain.config.schema import ModelConfig
+from llmtrain.model.layers import block_layers, layer_shape, widths
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.pipeline import Part, split_layers
 
 
-def widths(cfg: ModelConfig) -> tuple[int, int, int]:
-    """Widths of all query heads, of all key (or value) heads, and of the MLP."""
-    assert cfg.n_kv_heads is not None and cfg.d_head is not None and cfg.d_ff is not None
-    return cfg.n_heads * cfg.d_head, cfg.n_kv_heads * cfg.d_head, cfg.d_ff
+def block_matrices(cfg: ModelConfig, block: int) -> int:
+    """Elements of the weight matrices of a block."""
+    return sum(math.prod(layer_shape(cfg, name)) for name in block_layers(cfg, block))
 
 
-def _block_matrices(cfg: ModelConfig) -> int:
-    """Elements of the weight matrices of one block."""
-    q, kv, ff = widths(cfg)
-    up = 2 * ff if cfg.activation == "swiglu" else ff
-    return cfg.d_model * (q + 2 * kv) + q * cfg.d_model + cfg.d_model * up + ff * cfg.d_model
-
-
-def layer_shape(cfg: ModelConfig, name: str) -> tuple[int, int]:
-    """(outputs, inputs) of a hidden linear layer of a resolved ``cfg`` by its name."""
-    q, kv, ff = widths(cfg)
-    up = 2 * ff if cfg.activation == "swiglu" else ff
-    kinds = {
-        "attention.qkv": (q + 2 * kv, cfg.d_model),
-        "attention.out": (cfg.d_model, q),
-        "mlp.up": (up, cfg.d_model),
-        "mlp.down": (cfg.d_model, ff),
-    }
-    return kinds[name.split(".", 2)[2]]
+def _all_matrices(cfg: ModelConfig) -> int:
+    """Elements of the weight matrices of all blocks."""
+    return sum(block_matrices(cfg, block) for block in range(cfg.n_layers))
 
 
 def param_counts(cfg: ModelConfig) -> dict[str, int]:
@@ -55,7 +42,7 @@ def param_counts(cfg: ModelConfig) -> dict[str, int]:
         bias += cfg.n_layers * ((2 * ff if cfg.activation == "swiglu" else ff) + cfg.d_model)
     counts = {
         "embedding": table + (cfg.max_seq_len * cfg.d_model if cfg.position == "learned" else 0),
-        "hidden": cfg.n_layers * _block_matrices(cfg),
+        "hidden": _all_matrices(cfg),
         "norm": norms,
         "head": 0 if cfg.tie_embeddings else table,
         "bias": bias,
@@ -82,7 +69,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, density: float = 1.0) -> flo
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    matrices = density * cfg.n_layers * _block_matrices(cfg) + cfg.vocab_size * cfg.d_model
+    matrices = density * _all_matrices(cfg) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
 
 
@@ -94,5 +81,5 @@ def stage_parts(cfg: ModelConfig, seq_len: int, stages: int) -> list[Part]:
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    block = float(_block_matrices(cfg) + seq_len * q)
-    return split_layers([block] * cfg.n_layers, 0.0, cfg.vocab_size * cfg.d_model, stages)
+    costs = [float(block_matrices(cfg, i) + seq_len * q) for i in range(cfg.n_layers)]
+    return split_layers(costs, 0.0, cfg.vocab_size * cfg.d_model, stages)

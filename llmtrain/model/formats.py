@@ -25,12 +25,12 @@ from llmtrain.linear import (
     matmul_for,
 )
 from llmtrain.model.attention import Attention
+from llmtrain.model.layers import layer_names
 from llmtrain.model.scaling import multiplier
 
 FP8_FORMATS = ("mus_fp8", "fp8_current")
 # What FP8 products on CUDA need every dimension to be a multiple of.
 FP8_MULTIPLE = 16
-_KINDS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,6 @@ class Assignment:
     shape: tuple[int, int]
     format: str
     reason: str = ""
-
-
-def layer_names(model_cfg: ModelConfig) -> list[str]:
-    """Names of all hidden linear layers of a model, whatever part of it this rank has."""
-    return [f"blocks.{i}.{kind}" for i in range(model_cfg.n_layers) for kind in _KINDS]
 
 
 def hidden_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.adapters import ADAPTER, MAGNITUDE, clear_unused, set_magnitudes
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.layers import inner_width, layer_shape, split_factor
 from llmtrain.model.packing import packed_names
 from llmtrain.model.scaling import init_std
 from llmtrain.parallel import local_boxes
@@ -49,8 +50,31 @@ def _std(name: str, role: str, model: Decoder, width: int) -> float:
     a = sqrt(5), as everybody's adapters begin."""
     if role == "adapter":
         return 0.0 if name.endswith(".b.weight") else 1 / math.sqrt(3 * width)
-    into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
-    return init_std(model.cfg, role, into_stream=into_stream and role == "hidden")
+    layer, factor = split_factor(name.removesuffix(".weight"))
+    into_stream = role == "hidden" and layer.endswith(("attention.out", "mlp.down"))
+    std = init_std(model.cfg, role, into_stream=into_stream)
+    return _factor_std(std, layer, factor, model.cfg) if factor else std
+
+
+# Mean square of an activation of standard normal values.
+_MEAN_SQUARES = {"gelu": 0.4252, "gelu_tanh": 0.4252, "relu": 0.5, "silu": 0.3558, "none": 1.0}
+
+
+def _factor_std(std: float, layer: str, factor: str, cfg: ModelConfig) -> float:
+    """Of a factor in the place of a layer of ``std``, except with muS, where all begin as 1.
+
+    u gives values of variance 1 for inputs of variance 1, so that the activation is at work, and v
+    what the layer would give for them; both at the densities that the section names.
+    """
+    section, inner = cfg.factorized, inner_width(cfg, layer)
+    assert section is not None and inner is not None
+    if cfg.scaling.parametrization == "mus":
+        return std
+    _, columns = layer_shape(cfg, f"{layer}.u")
+    if factor == "u":
+        return 1 / math.sqrt(section.density_u * columns)
+    square = _MEAN_SQUARES[section.activation]
+    return std * math.sqrt(columns / (section.density_v * inner * square))
 
 
 def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:

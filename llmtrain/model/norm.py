@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TensorPlacement
 
-from llmtrain.linear import Linear
+from llmtrain.model.pair import HiddenLayer
 from llmtrain.ops import (
     Casts,
     NormTerms,
@@ -84,14 +84,14 @@ class Norm(nn.Module):
         return NormTerms(weight, bias, self.eps, self.kind == "layernorm")
 
     def after_with_casts(
-        self, x: Tensor, branch: Tensor | None, layer: Linear
+        self, x: Tensor, branch: Tensor | None, layer: HiddenLayer
     ) -> tuple[Tensor, Tensor, Casts]:
         """``after``, and the normalised stream as ``layer`` reads it (``casts``)."""
         turned, reads = layer.wants(x)
         return add_norm_cast(x, branch, self._terms(), turned, reads)
 
     def joined_with_casts(
-        self, x: Tensor, branch: Tensor, stay: float, gain: float, layer: Linear
+        self, x: Tensor, branch: Tensor, stay: float, gain: float, layer: HiddenLayer
     ) -> tuple[Tensor, Casts]:
         """stay x + gain norm(branch), and that as ``layer`` reads it."""
         return norm_join_cast(x, branch, self._terms(gain), stay, layer.wants(x)[0])

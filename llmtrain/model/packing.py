@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Frozen, FrozenMatmul, Linear, Placement
+from llmtrain.model.layers import layer_names
 from llmtrain.parallel import local_boxes
 
 # Values of a weight that are unpacked at a time while it is filled.
@@ -53,8 +54,7 @@ def packed_weights(cfg: ModelConfig) -> tuple[str, ...]:
     """Names of the weights of the whole model that are kept packed, as checkpoints name them."""
     if cfg.adapters is None or cfg.adapters.base is None:
         return ()
-    kinds = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
-    return tuple(f"blocks.{i}.{kind}.weight" for i in range(cfg.n_layers) for kind in kinds)
+    return tuple(f"{name}.weight" for name in layer_names(cfg))
 
 
 def unpacked(cfg: ModelConfig) -> ModelConfig:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.model.adapters import check_targets
+from llmtrain.model.layers import check_factorized
 from llmtrain.model.scaling import resolve_scaling
 
 
@@ -38,23 +39,11 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
                 f"{cfg.n_heads}; change one or set d_head"
             )
         d_head = cfg.d_model // cfg.n_heads
-    if cfg.position == "rope" and d_head % 2:
-        raise ConfigError(f"model.d_head: {d_head} is odd, but rotary positions turn pairs")
-    if int(d_head * cfg.rope_fraction) % 2 or int(d_head * cfg.rope_fraction) == 0:
-        raise ConfigError(
-            f"model.rope_fraction: {cfg.rope_fraction:g} of d_head {d_head} is "
-            f"{int(d_head * cfg.rope_fraction)} dimensions; rotary positions turn pairs"
-        )
+    _check_rotary(cfg, d_head)
     if cfg.parallel_residual and cfg.norm_placement != "pre":
         raise ConfigError(
             "model.parallel_residual: both branches read the stream before the block, which needs "
             "model.norm_placement pre"
-        )
-    scaling = cfg.rope_scaling
-    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ConfigError(
-            f"model.rope_scaling.high_freq_factor: {scaling.high_freq_factor:g} must be above "
-            f"low_freq_factor {scaling.low_freq_factor:g}"
         )
     kv = cfg.n_kv_heads or cfg.n_heads
     if cfg.n_heads % kv:
@@ -73,7 +62,7 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
             f"model.max_seq_len: {longest} is less than data.seq_len {seq_len}; "
             "raise it or shorten the sequences"
         )
-    return replace(
+    found = replace(
         cfg,
         vocab_size=vocab,
         d_head=d_head,
@@ -82,6 +71,24 @@ def complete(cfg: ModelConfig, vocab_size: int | None, seq_len: int) -> ModelCon
         max_seq_len=longest,
         scaling=resolve_scaling(cfg),
     )
+    check_factorized(found)
+    return found
+
+
+def _check_rotary(cfg: ModelConfig, d_head: int) -> None:
+    if cfg.position == "rope" and d_head % 2:
+        raise ConfigError(f"model.d_head: {d_head} is odd, but rotary positions turn pairs")
+    if int(d_head * cfg.rope_fraction) % 2 or int(d_head * cfg.rope_fraction) == 0:
+        raise ConfigError(
+            f"model.rope_fraction: {cfg.rope_fraction:g} of d_head {d_head} is "
+            f"{int(d_head * cfg.rope_fraction)} dimensions; rotary positions turn pairs"
+        )
+    scaling = cfg.rope_scaling
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq_factor: {scaling.high_freq_factor:g} must be above "
+            f"low_freq_factor {scaling.low_freq_factor:g}"
+        )
 
 
 def resolve_model(cfg: RunConfig, vocab_size: int | None) -> ModelConfig:

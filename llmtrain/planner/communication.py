@@ -13,9 +13,14 @@ all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from llmtrain.config.schema import ModelConfig
+from llmtrain.model import block_layers, cut_dim, layer_shape, query_inputs
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.adapters import adapted_blocks
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
@@ -56,7 +61,7 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     Left out: groups of one rank, evaluation and checkpoints.
     """
     stages = setting.stages(stage)
-    blocks = sum(len(part.blocks) for part in stages)
+    blocks = [block for part in stages for block in part.blocks]
     if setting.model.adapters is None:
         found = tensor_layers(setting, blocks, _run_twice(setting, stages))
     else:
@@ -67,21 +72,23 @@ def step_traffic(setting: Setting, blueprint: Blueprint, stage: int = 0) -> list
     found += sharded_data(setting, units)
     found += kept_gradients(setting, [part for unit in units for part in unit])
     found += tensor_gradients(setting, [part for unit in units for part in unit])
-    found += context_layers(setting, blocks)
+    found += context_layers(setting, len(blocks))
     found += pipeline_stages(setting, stage, units)
     found += step_numbers(setting)
     return [t for t in found if t.ranks > 1 and t.calls > 0]
 
 
-def _run_twice(setting: Setting, stages: Iterable[Stage]) -> int:
+def _run_twice(setting: Setting, stages: Iterable[Stage]) -> list[int]:
     """Blocks whose backward runs in two passes: those of a zero-bubble pipeline, but not of its
     first stage, which has no input's gradient."""
     if setting.cfg.parallel.pipeline_schedule != "zero_bubble" or setting.degrees.pipeline == 1:
-        return 0
-    return sum(len(part.blocks) for part in stages if not part.first)
+        return []
+    return [block for part in stages if not part.first for block in part.blocks]
 
 
-def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic]:
+def tensor_layers(
+    setting: Setting, blocks: Collection[int], twice: Collection[int] = ()
+) -> list[Traffic]:
     """Tensor parallelism in the blocks (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022).
 
     A block has two column-parallel products (q k v; up) and two row-parallel ones (out; down).
@@ -92,23 +99,41 @@ def tensor_layers(setting: Setting, layers: int, twice: int = 0) -> list[Traffic
     reduce-scatter and an all-gather of the same payload: forward 2 all-gathers (column) and 2
     reduce-scatters (row); backward 2 all-gathers (row) and 2 reduce-scatters (column), and 2
     more all-gathers of the column inputs unless ``keep_gathered``. ``recompute: full`` repeats
-    the forward's. twice: layers whose backward runs in two passes, each of which gathers the
-    gradients of the row-parallel products.
+    the forward's. twice: blocks whose backward runs in two passes, each of which gathers the
+    gradients of the row-parallel products. Of a factorized layer the inner values travel, not d.
     """
-    calls = layers * setting.micro_batches
-    forwards = 2 if setting.cfg.train.recompute == "full" else 1
+    m, forwards = setting.micro_batches, 2 if setting.cfg.train.recompute == "full" else 1
+    columns, rows = (_travelling(setting.model, blocks, dim) for dim in (0, 1))
     if not setting.sequence:
-        payload = setting.tokens * setting.model.d_model * setting.item
-        reductions = 2 * calls * (forwards + 1)
-        return [_tensor(setting, "blocks", ALL_REDUCE, reductions, payload)]
-    payload = setting.padded_tokens * setting.model.d_model * setting.item
+        sums = forwards * rows + columns
+        return [_widths(setting, ALL_REDUCE, m * sums, setting.tokens)]
     again = 0 if setting.cfg.parallel.keep_gathered else 1
-    gathers, scatters = 2 * calls * (forwards + 1 + again), 2 * calls * (forwards + 1)
-    gathers += 2 * twice * setting.micro_batches
+    gathers = (forwards + again) * columns + rows
+    gathers += _travelling(setting.model, twice, 1)
+    scatters = forwards * rows + columns
     return [
-        _tensor(setting, "blocks", ALL_GATHER, gathers, payload),
-        _tensor(setting, "blocks", REDUCE_SCATTER, scatters, payload),
+        _widths(setting, ALL_GATHER, m * gathers, setting.padded_tokens),
+        _widths(setting, REDUCE_SCATTER, m * scatters, setting.padded_tokens),
     ]
+
+
+def _travelling(model: ModelConfig, blocks: Collection[int], dim: int) -> np.ndarray[Any, Any]:
+    """(layers, values a token) that tensor parallelism moves into layers whose outputs are split,
+    or out of those whose inputs are."""
+    widths = [
+        layer_shape(model, name)[1 - dim]
+        for block in blocks
+        for name in block_layers(model, block)
+        if cut_dim(name) == dim
+    ]
+    return np.array([len(widths), sum(widths)])
+
+
+def _widths(setting: Setting, collective: str, calls: np.ndarray[Any, Any], tokens: int) -> Traffic:
+    """calls: their number, and the values a token of all of them together."""
+    count, width = (int(n) for n in calls)
+    ranks, payload = setting.degrees.tensor, width * tokens * setting.item
+    return Traffic("blocks", collective, "tensor", ranks, count, payload)
 
 
 def adapted_layers(setting: Setting, stages: Iterable[Stage]) -> list[Traffic]:
@@ -125,7 +150,7 @@ def _tensor(setting: Setting, what: str, collective: str, calls: int, payload: i
     return Traffic(what, collective, "tensor", setting.degrees.tensor, calls, calls * payload)
 
 
-def shared_heads(setting: Setting, layers: int) -> list[Traffic]:
+def shared_heads(setting: Setting, blocks: Collection[int]) -> list[Traffic]:
     """What exceptional attention layers cost beside the products.
 
     Where t exceeds the g key/value heads, t / gcd(t, g) ranks share one: they gather their rows
@@ -135,7 +160,7 @@ def shared_heads(setting: Setting, layers: int) -> list[Traffic]:
     """
     model, degrees = setting.model, setting.degrees
     assert model.n_kv_heads is not None and model.d_head is not None
-    calls = layers * setting.micro_batches
+    m, calls = setting.micro_batches, len(blocks) * setting.micro_batches
     forwards = 2 if setting.cfg.train.recompute == "full" else 1
     found = []
     full = model.qk_norm == "full"
@@ -145,13 +170,14 @@ def shared_heads(setting: Setting, layers: int) -> list[Traffic]:
     sharing = max(1, degrees.tensor // model.n_kv_heads)
     if sharing > 1:
         rows = (model.n_heads // model.n_kv_heads + 2) * model.d_head
-        sizes = [rows * model.d_model] + ([rows] if model.attention_bias else [])
+        sizes = [rows] if model.attention_bias else []
         sizes += ([model.d_head] * (2 if model.norm_bias else 1)) if full else []
-        payload, many = sum(sizes) * setting.weight_item, len(sizes)
+        columns = sum(query_inputs(model, block) for block in blocks)
+        payload = (rows * columns + len(blocks) * sum(sizes)) * setting.weight_item
         for kind, passes in ((ALL_GATHER, forwards), (REDUCE_SCATTER, 1)):
-            total = passes * calls
+            many = passes * calls * (1 + len(sizes))
             found.append(
-                Traffic("shared heads", kind, "tensor", sharing, many * total, payload * total)
+                Traffic("shared heads", kind, "tensor", sharing, many, passes * m * payload)
             )
     return found
 

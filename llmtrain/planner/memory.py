@@ -10,20 +10,23 @@ it within 10%. The interpreter, libraries, communication buffers and fragmentati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
+from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import FP32_NATIVE, matmul_for
 from llmtrain.model import (
     ActivationSplit,
     activation_bytes,
     adapter_activation_bytes,
     block_activation_bytes,
+    factor_activation_bytes,
     padded_vocab,
+    query_inputs,
 )
-from llmtrain.model.flops import widths
+from llmtrain.model.layers import widths
 from llmtrain.ops import attention_usable
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
 from llmtrain.planner.setting import Setting
@@ -65,18 +68,17 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
     recompute, compute = setting.cfg.train.recompute, setting.precision.compute
     held = blocks * _in_flight(setting, stage)
     kept = activation_bytes(setting.model, tokens, compute, recompute, split, math.ceil(held))
-    if setting.model.adapters is not None and blocks:
+    change = _changed_activations(setting.model)
+    if change is not None and blocks:
         numbers = [number for part in stages for number in part.blocks]
-        changes = sum(
-            adapter_activation_bytes(setting.model, number, tokens, compute, recompute, split)
-            for number in numbers
-        )
-        kept += math.ceil(changes * held / blocks)
+        values = (tokens, compute, recompute, split)
+        changed = sum(change(setting.model, number, *values) for number in numbers)
+        kept += math.ceil(changed * held / blocks)
     kept += math.ceil(_masks(setting, held) + _shared_rows(setting, held))
     running = _running_block(setting, tokens, split) + spread_memory(setting, parts)
     head = _Head.of(setting, stages[-1].last)
     loss = kept + head.hidden + head.gradient + head.chunk
-    one = block_activation_bytes(setting.model, tokens, compute, recompute, split)
+    one = _block_bytes(setting, tokens, recompute, split)
     # A block's gradients come as what it kept goes: half of it when most of them are there. Other
     # products than the compiled ones turn their operands in that room.
     freed = min(one // 2, grads.block) if _compiled(setting) and recompute == "none" else 0
@@ -96,6 +98,24 @@ def memory_estimate(setting: Setting, blueprint: Blueprint, stage: int = 0) -> M
         "running block": running,
     }
     return Memory(state, step, moments)
+
+
+def _changed_activations(model: ModelConfig) -> Callable[..., int] | None:
+    """What counts how a block of this model differs from ``block_activation_bytes``."""
+    if model.adapters is not None:
+        return adapter_activation_bytes
+    return None if model.factorized is None else factor_activation_bytes
+
+
+def _block_bytes(setting: Setting, tokens: int, recompute: str, split: ActivationSplit) -> int:
+    """The most that a block keeps; what adapters change is left out."""
+    model, compute = setting.model, setting.precision.compute
+    one = block_activation_bytes(model, tokens, compute, recompute, split)
+    if model.factorized is None:
+        return one
+    numbers = range(model.n_layers)
+    values = (tokens, compute, recompute, split)
+    return one + max(factor_activation_bytes(model, number, *values) for number in numbers)
 
 
 def activation_split(setting: Setting) -> ActivationSplit:
@@ -273,7 +293,7 @@ def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int
     gradient of the activation's result takes the place of the result itself.)"""
     model, item = setting.model, setting.item
     _, _, ff = widths(model)
-    mode, compute = setting.cfg.train.recompute, setting.precision.compute
+    mode = setting.cfg.train.recompute
     inner = (2 if model.activation == "swiglu" else 1) * ff // split.tensor
     stream = tokens * model.d_model * item
     running = stream // split.residual + tokens * inner * item
@@ -285,7 +305,7 @@ def _running_block(setting: Setting, tokens: int, split: ActivationSplit) -> int
         # The largest weight of a block, unpacked for a product.
         running += inner * model.d_model * item
     if mode == "full":
-        running += block_activation_bytes(model, tokens, compute, "none", split)
+        running += _block_bytes(setting, tokens, "none", split)
         running += int(_masks(setting, 1, "none")) - stream // split.residual
     return running
 
@@ -316,7 +336,8 @@ def _shared_rows(setting: Setting, blocks: float) -> float:
         return 0
     # Each keeps its own query heads, the key and the value.
     rows = (model.n_heads // setting.degrees.tensor + 2) * model.d_head
-    return blocks * rows * model.d_model * setting.item
+    columns = sum(query_inputs(model, i) for i in range(model.n_layers)) / model.n_layers
+    return blocks * rows * columns * setting.item
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmtrain.model.flops import widths
+from llmtrain.model.layers import block_layers, cut_dim, layer_shape, widths
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.blueprint import Blueprint
@@ -130,13 +130,17 @@ def _passes(setting: Setting, stages: Sequence[Stage], machine: Machine) -> _Pas
     q, kv, ff = widths(model)
     gate = 2 if model.activation == "swiglu" else 1
     d, item, reached = model.d_model, setting.item, machine.reached
-    shapes = [(d, -(-(q + 2 * kv) // t)), (q // t, d), (d, gate * ff // t), (ff // t, d)]
-    products = sum(product_seconds(n, k, out, machine, item) for k, out in shapes)
+    # Blocks are alike unless some have factors.
+    numbers = [number for stage in stages for number in stage.blocks]
+    numbers = numbers[:1] if model.factorized is None else numbers
+    sizes = [size for number in numbers for size in _products(setting, number)]
+    products = sum(product_seconds(n, k, out, machine, item) for n, k, out in sizes)
     # Backward: the input's gradient n x out x k, the weight's k x n x out.
     back = sum(
         product_seconds(n, out, k, machine, item) + product_seconds(k, n, out, machine, item)
-        for k, out in shapes
+        for n, k, out in sizes
     )
+    products, back = products / len(numbers), back / len(numbers)
     flops = 2.0 * n * setting.cfg.data.seq_len * q / t
     attention = flops / (machine.peak * machine.attention) * reached.factor
     stream = d / (t if setting.sequence else 1)
@@ -165,6 +169,18 @@ def _passes(setting: Setting, stages: Sequence[Stage], machine: Machine) -> _Pas
             "head and loss": head_back,
         },
     )
+
+
+def _products(setting: Setting, block: int) -> list[tuple[int, int, int]]:
+    """(tokens, inputs, outputs) of a rank's products with the weights of a block."""
+    t, found = setting.degrees.tensor, []
+    for name in block_layers(setting.model, block):
+        out, k = layer_shape(setting.model, name)
+        dim, n = cut_dim(name), setting.tokens
+        if dim is None:
+            n = -(-n // (t if setting.sequence else 1))
+        found.append((n, -(-k // t) if dim == 1 else k, -(-out // t) if dim == 0 else out))
+    return found
 
 
 def _head(setting: Setting, last: bool, machine: Machine) -> tuple[float, float]:

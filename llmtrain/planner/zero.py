@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtrain.model import param_counts
+from llmtrain.model import param_counts, whole_weights
 from llmtrain.parallel.zero import BUCKET
 from llmtrain.planner.adapters import adapter_sizes
 from llmtrain.planner.communication import (
@@ -29,8 +29,9 @@ def zero_state(setting: Setting) -> dict[str, int]:
     cfg, item, ranks = setting.cfg, setting.item, setting.degrees.data
     stage = cfg.parallel.zero_stage or 3
     counts = param_counts(setting.model)
-    n_params = counts["total"] // setting.degrees.tensor
-    hidden = counts["hidden"] // setting.degrees.tensor
+    whole = whole_weights(setting.model)
+    n_params = (counts["total"] - whole) // setting.degrees.tensor + whole
+    hidden = (counts["hidden"] - whole) // setting.degrees.tensor + whole
     adapters = _adapters(setting)
     n_params += adapters[0]
     trained = adapters[0] or n_params
@@ -72,21 +73,23 @@ def zero_traffic(setting: Setting) -> list[Traffic]:
     adapters only theirs are reduced, and gathered under ZeRO 1 and 2.
     """
     degrees, m, n_layers = setting.degrees, setting.micro_batches, setting.model.n_layers
+    blocks = range(n_layers)
     counts = param_counts(setting.model)
     norms = counts["norm"]
-    n = (counts["total"] - norms) // degrees.tensor + norms
+    whole = norms + whole_weights(setting.model)
+    n = (counts["total"] - whole) // degrees.tensor + whole
     stage = setting.cfg.parallel.zero_stage or 3
     adapters, summed = _adapters(setting)
     n += adapters
     trained = adapters or n
     buckets = -(-trained // BUCKET)
     if setting.model.adapters is None:
-        found = tensor_layers(setting, n_layers) + shared_heads(setting, n_layers)
+        found = tensor_layers(setting, blocks) + shared_heads(setting, blocks)
     else:
         found = adapted_layers(setting, setting.stages(0))
     found += tensor_ends(setting, True, True)
     if setting.sequence:
-        own = 4 * ((summed if adapters else norms) // degrees.data)
+        own = 4 * ((summed if adapters else whole) // degrees.data)
         found.append(Traffic("norm gradients", ALL_REDUCE, "tensor", degrees.tensor, 1, own))
     times = 1 if stage == 1 else m
     reduced = times * trained * setting.precision.reduce.itemsize

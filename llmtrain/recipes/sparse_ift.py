@@ -25,7 +25,7 @@ from llmtrain.train.console import human, table
 DENSE = "dense"
 WIDE, WIDE_RIGL, WIDER = "wide 50%", "wide 50%, rigl", "wide 75%, rigl"
 DOPED, NARROW = "doped 50%", "plain 50%"
-PARALLEL = "parallel MLP 50%, rigl"
+PARALLEL, FACTORIZED = "parallel MLP 50%, rigl", "factorized 50%, rigl"
 
 
 def wide(width: int, sparsity: float, multiple: int) -> int:
@@ -53,27 +53,32 @@ def _trials(scale: str) -> list[Trial]:
     static, rigl = {"density": 0.5}, {"method": "rigl", "density": 0.5, "every": "0.02dur"}
     rank = doped_rank(width, 0.5)
     adapters = {"rank": rank, "alpha": float(rank), "freeze": False}
+    factors = {"density_u": 0.5, "density_v": 0.5, "multiple_of": multiple}
     beside = {**rigl, "rules": [{"layers": ["*.attention.*"], "density": 1.0}]}
     found: dict[str, tuple[Any, ...]] = {
         DENSE: (width, None),
         WIDE: (half, static),
         WIDE_RIGL: (half, rigl),
         WIDER: (quarter, {**rigl, "density": 0.25}),
-        PARALLEL: (width, beside, None, parallel(0.5)),
-        DOPED: (width, static, adapters),
+        PARALLEL: (width, beside, {"d_ff": parallel(0.5) * _d_ff(width)}),
+        FACTORIZED: (width, rigl, {"factorized": factors}),
+        DOPED: (width, static, {"adapters": adapters}),
         NARROW: (width, static),
     }
     return [Trial(label, _run(scale, width, *rest)) for label, (width, *rest) in found.items()]
 
 
+def _d_ff(width: int) -> int:
+    return 8 * round(width / 3)
+
+
 def _run(
-    scale: str, width: int, sparsity: Any, adapters: Any = None, branches: int = 1
+    scale: str, width: int, sparsity: Any, more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Attention heads, depth, data, steps and learning rate are the same for all widths."""
+    """Attention heads, depth, data, steps and learning rate are the same for all widths. more: of
+    the model's section."""
     shape: dict[str, Any] = {"d_model": width, "n_heads": 4, "tie_embeddings": True}
-    shape["d_ff"] = 8 * round(width / 3) * branches
-    if adapters is not None:
-        shape["adapters"] = adapters
+    shape |= {"d_ff": _d_ff(width), **(more or {})}
     sections = {} if sparsity is None else {"sparsity": sparsity}
     if scale == "mini":
         data = {"seq_len": 64, "block_size": 16, "weights": dict.fromkeys(MINI_SOURCES, 1.0)}
@@ -114,12 +119,11 @@ def _adapter_weights(model: ModelConfig) -> int:
 
 EXPERIMENT = Experiment(
     name="sparse-ift",
-    title="Sparse layers at the FLOPs of dense ones: wider, parallel, or with a low-rank part",
+    title="Sparse layers at the FLOPs of dense ones: wider, parallel, factorized, doped",
     paper=(
         "Sparse-IFT (2303.11525): GPT-3 Small on WikiText-103 gains 0.4 of perplexity at equal "
         "FLOPs; ResNet-18 on ImageNet 3.5 points; dynamic masks (RigL) beat static ones.",
-        "Its Sparse Factorized layer, two sparse factors with a nonlinearity between, is not built "
-        "here; Sparse Parallel is that of the MLP.",
+        "Here Sparse Parallel is that of the MLP, Sparse Factorized has GELU between its factors.",
     ),
     trials=_trials,
     claims=(
@@ -127,6 +131,7 @@ EXPERIMENT = Experiment(
         Claim("RigL beats a static mask", WIDE_RIGL, WIDE),
         Claim("75% sparse, twice as wide, beats 50%", WIDER, WIDE_RIGL, decides=False),
         Claim("parallel branches of the MLP beat dense", PARALLEL, DENSE, decides=False),
+        Claim("two sparse factors for each layer beat dense", FACTORIZED, DENSE, decides=False),
         Claim("doped: a low-rank part helps a sparse layer", DOPED, NARROW, decides=False),
     ),
     baseline=DENSE,

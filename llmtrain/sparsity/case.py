@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmtrain.model import cut_dim
 from llmtrain.ops.semi import NAMES, fits_semi
 from llmtrain.sparsity.granularity import Granularity
-from llmtrain.sparsity.select import Sparse, is_column
+from llmtrain.sparsity.select import Sparse
 
 FORWARD, BOTH = "2:4", "2:4 both ways"
 
@@ -105,8 +106,8 @@ def cases_of(
     found = {}
     for name, layer in sparse.items():
         rows, cols = layer.shape
-        shape = (rows // ranks, cols) if is_column(name) else (rows, cols // ranks)
-        case = case_of(shape, layer.granularity, layer.density, dtype)
+        shapes = {0: (rows // ranks, cols), 1: (rows, cols // ranks), None: (rows, cols)}
+        case = case_of(shapes[cut_dim(name)], layer.granularity, layer.density, dtype)
         semi = semi_of(layer.granularity, double) if gpu else ""
         found[name] = case.with_semi(semi)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
@@ -239,7 +239,8 @@ class Masks:
             return bits
         assert self.layout.state is not None
         mesh = self.layout.state["tensor"]
-        shard, stride = [Shard(1 - dim)], (grid[1], 1)
+        split = self.layers[name].placement is not Placement.REPLICATED
+        shard, stride = [Shard(1 - dim) if split else Replicate()], (grid[1], 1)
         shape = torch.Size(grid)
         return DTensor.from_local(bits, mesh, shard, run_check=False, shape=shape, stride=stride)
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.errors import ConfigError
-from llmtrain.model import layer_names, layer_shape
+from llmtrain.model import cut_dim, layer_names, layer_shape, split_factor
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 
 
@@ -42,15 +42,10 @@ def sparse_layers(model_cfg: ModelConfig, section: SparsityConfig) -> dict[str, 
     return found
 
 
-def is_column(name: str) -> bool:
-    """Whether tensor parallelism splits a layer's outputs, else its inputs."""
-    return name.endswith(("attention.qkv", "mlp.up"))
-
-
 def packed_dim(name: str) -> int:
     """The dimension along which a layer's mask is packed: not the one that tensor parallelism
     splits, so that its parts are whole bytes."""
-    return 1 if is_column(name) else 0
+    return 1 if cut_dim(name) == 0 else 0
 
 
 def check_cuts(
@@ -63,8 +58,11 @@ def check_cuts(
     if ranks == 1:
         return
     for name, layer in sparse.items():
-        column = is_column(name)
-        if name.endswith("attention.qkv") and (model_cfg.n_kv_heads or 1) < ranks:
+        dim = cut_dim(name)
+        if dim is None:
+            continue
+        column = dim == 0
+        if split_factor(name)[0].endswith("attention.qkv") and (model_cfg.n_kv_heads or 1) < ranks:
             raise ConfigError(
                 f"parallel.tensor: {name} shares a key/value head between ranks, which masks "
                 f"cannot; use at most n_kv_heads = {model_cfg.n_kv_heads}, or leave the layer dense"

@@ -39,7 +39,11 @@ def lay_out(
     apply_formats(model, model.cfg, cfg, device)
     if device.type == "cuda":
         micro = cfg.train.micro_batch_size or cfg.train.global_batch_size // layout.degrees.data
-        check_fp8_tokens(cfg, micro * cfg.data.seq_len // layout.degrees.context)
+        tokens = micro * cfg.data.seq_len // layout.degrees.context
+        if model.cfg.factorized is not None and layout.tensor is not None:
+            # A factor that every rank has as a whole takes a shard of the tokens.
+            tokens //= layout.tensor.size if layout.tensor.sequence else 1
+        check_fp8_tokens(cfg, tokens)
     apply_recompute(model, cfg.train.recompute)
     if cfg.train.compile:
         compile_blocks(model)

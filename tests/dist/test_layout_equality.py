@@ -10,6 +10,8 @@ import torch
 from helpers.layout_runs import Case, Outcome, alone, assert_same, case, train_steps
 from helpers.ranks import run_ranks
 
+from llmtrain.config.factorized import FactorizedConfig
+
 # Tied, fewer key/value heads than some of the layouts have ranks, three layers, an odd number of
 # sequences a rank, accumulation.
 TIED = case(tie_embeddings=True, n_kv_heads=1)
@@ -49,6 +51,16 @@ def test_a_few_steps(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["FSDP2", "TP2+SP", "TP2+SP+FSDP2"])
 def test_a_few_steps_with_a_head_of_its_own(layout: str) -> None:
     _compare(layout, UNTIED)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["FSDP2", "TP2", "TP4+SP", "TP2+SP+FSDP2"])
+def test_a_few_steps_with_factors(layout: str) -> None:
+    """The factor towards the stream is whole on every rank, which sees its own tokens alone."""
+    section = FactorizedConfig(activation="silu", density_u=0.3, multiple_of=1)
+    recompute = "selective" if layout == "TP4+SP" else "none"
+    what = case(factorized=section, attention_bias=True, attention_out_bias=True, mlp_bias=True)
+    _compare(layout, dataclasses.replace(what, train=(*what.train, ("recompute", recompute))))
 
 
 @pytest.mark.dist

@@ -30,6 +30,7 @@ CONTEXT = {"parallel__context": 2}
 RING = {"parallel__context_method": "ring"}
 PIPELINE = {"parallel__pipeline": 2} | MICRO
 ADAPTERS = {"model__adapters": {"rank": 3}}
+FACTORS = {"model__factorized": {"multiple_of": 8}, "model__attention_bias": True}
 ZERO_BUBBLE = {"parallel__pipeline_schedule": "zero_bubble", "model__n_layers": 5}
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, TENSOR),
@@ -57,6 +58,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, PIPELINE | ZERO_BUBBLE | TENSOR | PLAIN),
     (4, PIPELINE | ZERO_BUBBLE | CONTEXT),
     (4, {"parallel__tensor": 4, "model__n_kv_heads": 2, "model__attention_bias": True}),
+    (4, FACTORS | TENSOR | MICRO),
 ]
 
 
@@ -109,6 +111,14 @@ LARGE: list[tuple[int, dict[str, Any]]] = [
     (16, {"parallel__context": 4, "parallel__tensor": 2, "model__n_kv_heads": 2} | MICRO),
     (8, CONTEXT | {"train__recompute": "full"}),
     (16, {"parallel__context": 4} | TENSOR | RING),
+    (8, FACTORS | TENSOR | PLAIN),
+    (16, FACTORS | {"parallel__tensor": 4, "model__n_kv_heads": 2, "train__recompute": "full"}),
+    (
+        8,
+        {"model__factorized": {"layers": ["blocks.1.*"]}}
+        | TENSOR
+        | {"parallel__keep_gathered": True},
+    ),
     (12, {"parallel__replicate": 4, "model__vocab_size": 130}),
 ]
 

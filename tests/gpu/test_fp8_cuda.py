@@ -342,7 +342,7 @@ def test_a_block_with_fused_casts_is_as_exact_as_one_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fused = _noise(_step(_gpt(), *_inputs()))
-    for where in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.mlp.fuses_activation"):
+    for where in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.pair.fuses_activation"):
         monkeypatch.setattr(where, lambda *args: False)
     alone = _noise(_step(_gpt(), *_inputs()))
     assert 0.8 * alone < fused < 1.25 * alone and fused < 0.3

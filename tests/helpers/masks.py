@@ -18,7 +18,9 @@ def stored_masks(run: Path, step: int) -> dict[str, Tensor]:
     assert cfg.sparsity is not None
     found = {}
     for name, layer in sparse_layers(resolve_model(cfg, 257), cfg.sparsity).items():
-        dim = 0 if name.endswith(("attention.out", "mlp.down")) else 1
+        whole = ("qkv.u", "up.u", "out.v", "down.v")  # on every tensor-parallel rank
+        rows = ("attention.out", "mlp.down", "out.u", "down.u")
+        dim = 0 if name.endswith((*rows, *whole)) else 1
         grid, (high, wide) = layer.granularity.grid(layer.shape), layer.granularity.block
         blocks = unpack_bits(bits[f"hook.sparsity.{name}"], grid[dim], dim)
         found[name] = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)

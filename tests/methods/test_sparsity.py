@@ -26,6 +26,7 @@ from llmtrain.train.run import train
 SLOPE = "sparsity={method: slope, granularity: '2:4', adapters_at: 1step}"
 LOST = "sparsity={method: lost, density: 0.25}"
 STATIC = "sparsity={density: 0.25}"
+FACTORS = "model.factorized={multiple_of: 8, density_v: 0.25}"
 RIGL = "sparsity={method: rigl, density: 0.25, every: 2step, end: 7step}"
 # A checkpoint holds zeros outside the masks in any case; these look while the run is training.
 ZERO = "hooks=[{use: 'helpers.hooks:ZeroOutside'}]"
@@ -246,8 +247,17 @@ def test_lost_splits_the_initial_weights(tmp_path: Path, corpus: Path) -> None:
         (["sparsity={method: rigl, density: 0.25, granularity: 4x4, every: 1step}"], [], 2),
         ([LOST, "model.adapters={rank: 2, freeze: false}"], ["parallel.tensor=2"], 2),
         ([STATIC, "quantization.format=mus_fp8"], ["parallel.pipeline=2"], 2),
+        ([RIGL.replace("7step", "3step"), FACTORS], ["parallel.tensor=2"], 4),
+        ([STATIC, FACTORS, "quantization.format=mus_fp8"], ["parallel.tensor=2"], 2),
     ],
-    ids=["slope, TP2+FSDP2", "rigl, FSDP2", "lost, TP2", "FP8, pipeline 2"],
+    ids=[
+        "slope, TP2+FSDP2",
+        "rigl, FSDP2",
+        "lost, TP2",
+        "FP8, pipeline 2",
+        "factors, rigl, TP2+FSDP2",
+        "factors, FP8, TP2",
+    ],
 )
 def test_layouts_train_the_same_and_read_each_others_checkpoints(
     tmp_path: Path, corpus: Path, words: list[str], parallel: list[str], ranks: int

@@ -18,8 +18,9 @@ from llmtrain.model import (
     adapter_activation_bytes,
     block_activation_bytes,
     complete,
+    factor_activation_bytes,
 )
-from llmtrain.model.flops import widths
+from llmtrain.model.layers import widths
 from llmtrain.parallel.tensor import local
 from llmtrain.planner import Setting, fake_world
 from llmtrain.planner.memory import activation_split
@@ -135,6 +136,30 @@ def test_adapters_and_frozen_weights_keep_what_the_formula_says(name: str) -> No
         # it makes them itself, the profiler sees them come but not always the old ones go.
         expected -= 4 * lengths_in_block(setting)
     assert kept[1] - kept[0] == expected
+
+
+FACTORS: dict[str, dict[str, Any]] = {
+    "gelu": {"model__factorized": {"multiple_of": 8}, "model__n_kv_heads": 2},
+    "relu": {"model__factorized": {"activation": "relu", "multiple_of": 8}},
+    "none": {"model__factorized": {"activation": "none", "density_v": 1.0, "multiple_of": 8}},
+    "some": {"model__factorized": {"layers": ["*.mlp.*"], "multiple_of": 8}} | GPT,
+}
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("split", ["alone", "sequence", "tensor", "gathered"])
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_keep_what_the_formula_says(name: str, split: str, mode: str) -> None:
+    changes = FACTORS[name] | SPLITS[split] | {"train__recompute": mode}
+    world, kept = SPLITS[split].get("parallel__tensor", 1), []
+    for setting in settings(world, torch.float32, changes):
+        with fake_world(0, world):
+            kept.append(kept_after_forward(0, setting))
+    tokens = setting.padded_tokens if setting.sequence else setting.tokens
+    adds = factor_activation_bytes(
+        setting.model, 2, tokens, torch.float32, mode, activation_split(setting)
+    )
+    assert kept[1] - kept[0] == formula(setting) + adds
 
 
 def lengths_in_block(setting: Setting) -> int:

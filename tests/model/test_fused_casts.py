@@ -65,7 +65,7 @@ def test_the_same_bits_as_separate_passes(
     norms = made.count("add_norm_cast"), made.count("norm_join_cast")
     assert norms == {"pre-norm, swiglu": (4, 0), "dropout": (0, 0)}.get(shape, (0, 2))
     assert made.count("activation_cast") == made.count("activation_backward_cast") == 2
-    for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.mlp.fuses_activation"):
+    for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.pair.fuses_activation"):
         monkeypatch.setattr(module, lambda *args: False)
     for a, b in zip(fast, _run(model), strict=True):
         assert torch.equal(a, b)
@@ -114,7 +114,7 @@ def test_unit_scaling_as_cuda_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = ScalingConfig(parametrization="mus", tau=0.3)
     shape = {"norm_placement": "post_branch", "activation": "gelu", "norm": "layernorm"}
     model = _model({**shape, "norm_bias": True, "scaling": scaling}, torch.float32)
-    for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.mlp.fuses_activation"):
+    for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.pair.fuses_activation"):
         monkeypatch.setattr(module, lambda *args: True)
     fast = _run(model)
     monkeypatch.undo()

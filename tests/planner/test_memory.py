@@ -31,6 +31,7 @@ SELECTIVE, FULL = {"train__recompute": "selective"}, {"train__recompute": "full"
 MICRO = {"train__micro_batch_size": 1}
 TIED = {"model__tie_embeddings": True}
 TENSOR = {"parallel__tensor": 2}
+FACTORS: dict[str, Any] = {"model__factorized": {"multiple_of": 8}}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, SHAPE),
     "selective": (1, SHAPE | SELECTIVE),
@@ -54,6 +55,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "context": (4, SHAPE | {"parallel__context": 2}),
     "ring": (2, SHAPE | {"parallel__context": 2, "parallel__context_method": "ring"}),
     "tensor, fsdp": (4, SHAPE | TENSOR | MICRO),
+    "factors": (1, SHAPE | FACTORS),
+    "factors, tensor, fsdp": (4, SHAPE | FACTORS | TENSOR),
+    "factors, full": (1, SHAPE | FACTORS | FULL),
+    "factors, selective": (2, SHAPE | FACTORS | TENSOR | SELECTIVE),
 }
 
 
