@@ -21,8 +21,7 @@ def ours(words: list[str]) -> tuple[float, float]:
 
     this_is_the_command()
     prepare_process()
-    import llmtrain.merge.offline
-    import llmtrain.merge.search  # noqa: F401
+    import llmtrain.merge.offline  # noqa: F401
     from llmtrain.cli.main import main
 
     begin = now()
