@@ -23,8 +23,8 @@ from helpers.layout_runs import (
 from helpers.ranks import run_ranks
 from helpers.tiny import tiny_config
 
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.cli.main import main
 from llmtrain.config import from_dict
 from llmtrain.config.trainable import TrainableConfig
