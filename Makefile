@@ -85,10 +85,10 @@ test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, sl
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 check-kernels: $(KERNELS)  ## CPU kernels under sanitizers; AVX-512 and CUDA kernels emulated (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/ops/check_kernels.py
 
 check-cuda: $(KERNELS)  ## which CUDA operators FP8 training calls, traced without a device (after build_cuda)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_cuda.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/ops/check_cuda.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)
 	@OMP_NUM_THREADS=1 LLMTRAIN_FAULTS=110 $(BIN)/python -m pytest tests/faults -s -o timeout=1800 $(PYTEST_ARGS)

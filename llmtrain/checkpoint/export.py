@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.finding import find
@@ -28,6 +27,7 @@ from llmtrain.checkpoint.store import explain, sync
 from llmtrain.checkpoint.tensors import DTYPES, dtype_name, read_tensor, tensor_bytes
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.errors import CheckpointError
+from llmtrain.parallel import whole
 
 COPIED = (
     *("config.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -105,8 +105,7 @@ def _live(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> _Item:
     target = _target(value.dtype, dtype)
 
     def fetch() -> torch.Tensor:
-        whole = value.detach()
-        return (whole.full_tensor() if isinstance(whole, DTensor) else whole).to(target)
+        return whole(value.detach()).to(target)
 
     return _Item(key, dtype_name(target, key), tuple(value.shape), fetch)
 

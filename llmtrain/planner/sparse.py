@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator
 
 from llmtrain.planner.blueprint import Part
-from llmtrain.planner.setting import Setting
+from llmtrain.planner.setting import FLOAT, Setting
 from llmtrain.sparsity import SMALLEST_SPARSE, Sparse, sparse_layers
 
-INT = FLOAT = 4  # bytes of an int32 and of a float32
+INT = 4  # bytes of an int32
 
 
 def mask_memory(setting: Setting, parts: Iterable[Part]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
-from llmtrain.parallel import Layout, local_boxes
+from llmtrain.parallel import Layout, local_boxes, whole
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.case import Case, Choice, case_of, choice_lines, semi_of_mask
@@ -94,16 +94,14 @@ class Masks:
 
     def scores(self, name: str, values: Tensor) -> Tensor:
         """Block scores of a tensor like a layer's weight, on every rank. Collective."""
-        whole = values.full_tensor() if isinstance(values, DTensor) else values
-        return block_scores(whole, self.sparse[name].granularity.block)
+        return block_scores(whole(values), self.sparse[name].granularity.block)
 
     def whole(self, name: str) -> Tensor:
         """The mask of a whole layer, on every rank. Collective."""
         bits = self._stored(name, self.kept[name])
-        full = bits.full_tensor() if isinstance(bits, DTensor) else bits
         dim = packed_dim(name)
         grid = self.sparse[name].granularity.grid(self.sparse[name].shape)
-        return unpack_bits(full, grid[dim], dim)
+        return unpack_bits(whole(bits), grid[dim], dim)
 
     def take_whole(self, name: str, kept: Tensor) -> None:
         """The mask of a whole layer becomes this rank's, which keeps its part. The layer and the
