@@ -78,7 +78,7 @@ test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 bench-gpu: $(KERNELS)  ## build, GPU tests, GPU benchmarks and sanitizer, within BUDGET seconds (780)
 	@PYTHON=$(BIN)/python bash benchmarks/gpu_all.sh
 
-sanitize-gpu: $(KERNELS)  ## the FP8 CUDA kernels under NVIDIA's compute-sanitizer
+sanitize-gpu: $(KERNELS)  ## the CUDA kernels under NVIDIA's compute-sanitizer
 	@PYTHON=$(BIN)/python bash benchmarks/sanitize_gpu.sh
 
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
