@@ -78,17 +78,17 @@ test-gpu: $(KERNELS)  ## the tests that need a CUDA device
 bench-gpu: $(KERNELS)  ## build, GPU tests, GPU benchmarks and sanitizer, within BUDGET seconds (780)
 	@PYTHON=$(BIN)/python bash benchmarks/gpu_all.sh
 
-sanitize-gpu: $(KERNELS)  ## the FP8 CUDA kernels under NVIDIA's compute-sanitizer
+sanitize-gpu: $(KERNELS)  ## the CUDA kernels under NVIDIA's compute-sanitizer
 	@PYTHON=$(BIN)/python bash benchmarks/sanitize_gpu.sh
 
 test-cluster: $(KERNELS)  ## training on a SLURM of its own (needs slurmctld, slurmd, slurm-client)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 check-kernels: $(KERNELS)  ## CPU kernels under sanitizers; AVX-512 and CUDA kernels emulated (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_kernels.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/ops/check_kernels.py
 
 check-cuda: $(KERNELS)  ## which CUDA operators FP8 training calls, traced without a device (after build_cuda)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/ops/check_cuda.py
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/ops/check_cuda.py
 
 test-faults: $(KERNELS)  ## more than a hundred runs that are killed, and disks that fail (minutes)
 	@OMP_NUM_THREADS=1 LLMTRAIN_FAULTS=110 $(BIN)/python -m pytest tests/faults -s -o timeout=1800 $(PYTEST_ARGS)

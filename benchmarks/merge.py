@@ -184,13 +184,15 @@ def measured(command: list[str], out: Path, environment: dict[str, str]) -> dict
         raise RuntimeError(f"{command} failed:\n{log.read_text()[-2000:]}")
     os.sync()
     flushed = time.perf_counter() - begin
+    merge_wall, merge_cpu = map(float, log.read_text().split()[-2:])
     return {
         "wall_s": wall,
         "flushed_s": flushed,
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "anonymous_bytes": float(peak),
         "resident_bytes": float(mapped),
-        "merge_s": float(log.read_text().split()[-1]),
+        "merge_s": merge_wall,
+        "merge_cpu_s": merge_cpu,
     }
 
 
@@ -286,7 +288,8 @@ def report(name: str, result: dict[str, Any]) -> None:
             row = {key: value["median"] for key, value in result[side].items()}
             print(
                 f"{name:22} {side:9} merge {row['merge_s']:6.2f} s, whole {row['wall_s']:6.2f} s, "
-                f"on disk {row['flushed_s']:6.2f} s, CPU {row['cpu_s']:6.2f} s, own memory "
+                f"on disk {row['flushed_s']:6.2f} s, CPU {row['cpu_s']:6.2f} s (merge "
+                f"{row['merge_cpu_s']:6.2f} s), own memory "
                 f"{row['anonymous_bytes'] / 1e6:7.0f} MB, with maps "
                 f"{row['resident_bytes'] / 1e6:7.0f} MB",
                 flush=True,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The FP8 kernels under NVIDIA's compute-sanitizer: memory, races, uninitialised reads, barriers.
+# Our CUDA kernels (FP8, masks, 2:4 packing, blocks of 64x64) under NVIDIA's compute-sanitizer:
+# memory, races, uninitialised reads, barriers.
 # Each tensor gets an allocation of its own (torch's caching allocator would hide what runs over).
 #
 #   PYTHON=python3 bash benchmarks/sanitize_gpu.sh [memcheck racecheck initcheck synccheck]
@@ -12,10 +13,15 @@ command -v compute-sanitizer >/dev/null || {
   exit 2
 }
 failed=0
+# check TOOL FILE TESTS: those that call the kernels themselves; whole models take too long here.
+check() {
+  compute-sanitizer --tool "$1" --error-exitcode 1 --target-processes all \
+    "${PYTHON:-python3}" -m pytest "tests/gpu/$2" -q -p no:xdist -k "$3" || failed=1
+}
 for tool in "$@"; do
   echo "== $tool"
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-    "${PYTHON:-python3}" -m pytest tests/gpu/test_fp8_cuda.py -q -p no:xdist \
-    -k "cast_transpose or with_casts or one_pass or within_the_product" || failed=1
+  check "$tool" test_fp8_cuda.py "cast_transpose or with_casts or one_pass or within_the_product"
+  check "$tool" test_masking_cuda.py "mask_is_applied or search_finds or adamw_under"
+  check "$tool" test_sparse_cuda.py "packing or block_products or no_tokens or blocks-blocks"
 done
 exit $failed

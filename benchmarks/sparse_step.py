@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -30,10 +31,10 @@ from llmtrain import ops
 from llmtrain.config import RunConfig, from_dict
 from llmtrain.data.batch import Batch
 from llmtrain.linear import SparseMatmul
+from llmtrain.methods.sparsity import sparsity
 from llmtrain.model import complete, hidden_layers
 from llmtrain.parallel import World, build_layout
 from llmtrain.parallel.hardware import Precision
-from llmtrain.sparsity import Masks, sparse_layers
 from llmtrain.train.engine import build_module
 from llmtrain.train.module import TrainModule
 
@@ -61,20 +62,12 @@ def config(name: str, sparsity: float) -> RunConfig:
 
 
 def module_of(cfg: RunConfig) -> TrainModule:
-    """The train module, with the masks that the run's hook would make."""
+    """The train module, with the masks that the run's hook makes."""
     model = complete(cfg.model, None, SEQ)
     layout = build_layout(cfg.parallel, World(0, 1, 0, torch.device("cpu"), None), 1)
     module = build_module(cfg, model, Precision(torch.float32, torch.float32), layout)
     if cfg.sparsity is not None:
-        layers = sparse_layers(model, cfg.sparsity)
-        masks = Masks(module.model, module.params, layout, layers)
-        masks.products = cfg.sparsity.products
-        masks.draw(cfg.seed)
-        masks.install()
-        masks.zero_state(module.optimizer, masks.layers)
-        if cfg.sparsity.storage == "packed":
-            for name, layer in masks.layers.items():
-                module.pack(f"{name}.weight", layer)
+        sparsity(cfg.sparsity).begin(SimpleNamespace(cfg=cfg, module=module))  # type: ignore[arg-type]
     return module
 
 

@@ -1,15 +1,14 @@
 // Every row and FP8 kernel of the CPU on buffers of exactly their size, on two threads, for the
 // sanitizers: `make check-kernels`. Numbers are tested elsewhere.
 #include <cstdio>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "fp8.h"
 #include "fused.h"
+#include "halves.h"
 #include "rows.h"
 
 namespace KERNEL_SET {
@@ -46,14 +45,6 @@ struct Buffer {
       for (int64_t i = 0; i < n; ++i) fill(data[i]);
   }
 };
-
-// Parts of [0, n) on a thread each, as parallel_for cuts it; a part is of whole `step`s.
-void halves(int64_t n, int64_t step, const std::function<void(int64_t, int64_t)>& work) {
-  const int64_t middle = n / 2 / step * step;
-  std::thread other(work, middle, n);
-  work(0, middle);
-  other.join();
-}
 
 template <class T>
 void rows_of(int64_t n, int64_t d, const llmtrain::RowKernels<T>& rows,

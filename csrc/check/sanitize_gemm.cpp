@@ -1,11 +1,10 @@
 // Float32 products and attention on buffers of exactly their size, on two threads, for the
 // sanitizers: `make check-kernels`. Numbers are tested elsewhere.
 #include <cstdio>
-#include <functional>
-#include <thread>
 #include <vector>
 
 #include "gemm.h"
+#include "halves.h"
 
 namespace KERNEL_SET {
 extern const llmtrain::GemmKernels gemm;
@@ -23,12 +22,6 @@ Floats numbers(int64_t n) {
     x = static_cast<float>(state >> 8) / (1 << 24) - 0.5f;
   }
   return out;
-}
-
-void halves(int64_t n, const std::function<void(int64_t, int64_t)>& work) {
-  std::thread other(work, n / 2, n);
-  work(0, n / 2);
-  other.join();
 }
 
 void multiply(int64_t m, int64_t n, int64_t k, bool turned, bool add) {

@@ -1,11 +1,10 @@
 // Attention and weight gradients of AVX512-BF16 and AMX on buffers of exactly their size, on two
 // threads, for the sanitizers: `make check-kernels`. Numbers are tested elsewhere.
 #include <cstdio>
-#include <functional>
-#include <thread>
 #include <vector>
 
 #include "attention.h"
+#include "halves.h"
 #include "products.h"
 
 namespace KERNEL_SET {
@@ -25,12 +24,6 @@ Halves numbers(int64_t n) {
     x.bits = static_cast<uint16_t>(0x3f80u + (state >> 24 & 0x7fu) + (state >> 16 & 0x8000u));
   }
   return out;
-}
-
-void halves(int64_t n, const std::function<void(int64_t, int64_t)>& work) {
-  std::thread other(work, n / 2, n);
-  work(0, n / 2);
-  other.join();
 }
 
 // Two key heads with `group` query heads each, interleaved by position.

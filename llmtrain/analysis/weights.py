@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llmtrain.checkpoint import MODEL_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find
 from llmtrain.checkpoint.layout import TensorLayout, read_layout
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.folder import CONFIG, ModelFolder

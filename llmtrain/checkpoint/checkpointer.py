@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from llmtrain.checkpoint import loading
+from llmtrain.checkpoint import finding, loading
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import VERSION
 from llmtrain.checkpoint.saving import Plan, Save, Saved, make_plan, stage
@@ -172,15 +172,15 @@ class Checkpointer:
         if resume == "never":
             return Resume(None)
         if resume == "auto":
-            return Resume(*loading.newest_good(self._ranks, self.root))
-        return Resume(*loading.find(self._ranks, Path(resume).expanduser()))
+            return Resume(*finding.newest_good(self._ranks, self.root))
+        return Resume(*finding.find(self._ranks, Path(resume).expanduser()))
 
     def verify(self, path: Path) -> None:
         """Read every file of a checkpoint, each on one rank, and compare the checksums.
 
         Raises CheckpointError naming the damaged file and the checkpoint to use instead.
         """
-        loading.require_good(self._ranks, Path(path))
+        finding.require_good(self._ranks, Path(path))
 
     def load(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,16 +18,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.layout import META, TensorLayout, entry_name, read_layout
-from llmtrain.checkpoint.loading import find
-from llmtrain.checkpoint.safefile import ITEMSIZE, HashingFile, build_header, read_header
-from llmtrain.checkpoint.storage import DTYPES, dtype_name, read_box, tensor_bytes
+from llmtrain.checkpoint.finding import find
+from llmtrain.checkpoint.layout import META, TensorLayout, read_layout
+from llmtrain.checkpoint.safefile import ITEMSIZE, HashingFile, build_header
 from llmtrain.checkpoint.store import explain, sync
+from llmtrain.checkpoint.tensors import DTYPES, dtype_name, read_tensor, tensor_bytes
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.errors import CheckpointError
+from llmtrain.parallel import whole
 
 COPIED = (
     *("config.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -106,8 +105,7 @@ def _live(key: str, value: torch.Tensor, dtype: torch.dtype | None) -> _Item:
     target = _target(value.dtype, dtype)
 
     def fetch() -> torch.Tensor:
-        whole = value.detach()
-        return (whole.full_tensor() if isinstance(whole, DTensor) else whole).to(target)
+        return whole(value.detach()).to(target)
 
     return _Item(key, dtype_name(target, key), tuple(value.shape), fetch)
 
@@ -124,24 +122,6 @@ def _stored(path: Path, key: str, layout: TensorLayout, dtype: torch.dtype | Non
 
 def _target(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
-
-
-def read_tensor(path: Path, key: str, layout: TensorLayout) -> torch.Tensor:
-    """One whole stored tensor, put together from its chunks."""
-    whole = torch.empty(layout.shape, dtype=DTYPES[layout.dtype])
-    for chunk in layout.chunks:
-        file = path / chunk.file
-        name = entry_name(key, chunk.offset, chunk.shape, layout.shape)
-        entry = read_header(file)[name]
-        box = whole
-        for axis, (begin, length) in enumerate(zip(chunk.offset, chunk.shape, strict=True)):
-            box = box.narrow(axis, begin, length)
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            read_box(descriptor, entry, [0] * len(chunk.shape), box, file)
-        finally:
-            os.close(descriptor)
-    return whole
 
 
 def _split(items: list[_Item], shard_bytes: int) -> list[list[_Item]]:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from llmtrain.checkpoint.coordination import Ranks
+from llmtrain.checkpoint.finding import examine
 from llmtrain.checkpoint.layout import (
     BASE,
     BASE_COPY,
@@ -44,7 +45,6 @@ from llmtrain.checkpoint.layout import (
     step_name,
     writer_of,
 )
-from llmtrain.checkpoint.loading import examine
 from llmtrain.checkpoint.objects import Objects
 from llmtrain.checkpoint.safefile import hash_file
 from llmtrain.checkpoint.store import Store, explain, sync

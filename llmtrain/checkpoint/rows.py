@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.layout import MODEL_PREFIX, entry_name, read_layout
 from llmtrain.checkpoint.safefile import Entry, read_header
-from llmtrain.checkpoint.storage import DTYPES, read_box
+from llmtrain.checkpoint.tensors import DTYPES, read_box
 from llmtrain.errors import CheckpointError
 
 

@@ -29,11 +29,10 @@ from torch.distributed.tensor import Shard
 
 from llmtrain.checkpoint.checkpointer import Checkpointer
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find
 from llmtrain.checkpoint.layout import BASE, META, TENSORS, TensorLayout, parse_step, read_layout
-from llmtrain.checkpoint.loading import find
-from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import explain
+from llmtrain.checkpoint.tensors import DTYPES, read_tensor
 from llmtrain.checkpoint.verify import read_files
 from llmtrain.config import load_config
 from llmtrain.config.upkeep import CheckpointConfig

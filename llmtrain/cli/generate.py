@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute with the adapters merged into the weights: faster, rounded otherwise",
     )
     parser.add_argument(
+        "--dequantise",
+        action="store_true",
+        help="with --merge: packed weights (model.adapters.base) become float32 ones",
+    )
+    parser.add_argument(
         "--tensor",
         type=int,
         default=1,
@@ -69,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
             "--tokens, --batch and --tensor must be at least 1; --temperature and --top-k at "
             "least 0"
         )
+    if args.dequantise and not args.merge:
+        raise LlmtrainError("--dequantise is of --merge; give both or neither")
     if not math.isfinite(args.temperature):
         raise LlmtrainError(f"--temperature must be a finite number, not {args.temperature:g}")
     if not 0 < args.top_p <= 1:
@@ -97,7 +104,8 @@ def _continue(args: argparse.Namespace, world: World) -> list[str]:
     trained, layout = load_together(Path(args.checkpoint), world, args.tensor)
     for fault in trained.warnings if world.is_main else ():
         print(f"llmtrain: warning: {fault}", file=sys.stderr)
-    if args.merge and not merge_adapters(trained.model, keep=False):
+    merged = args.merge and merge_adapters(trained.model, keep=False, dequantise=args.dequantise)
+    if args.merge and not merged:
         raise LlmtrainError(f"--merge: {trained.path} has no adapters; leave it out")
     tokenizer = trained.tokenizer
     if tokenizer is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.layout import read_json
 from llmtrain.checkpoint.safefile import Entry, read_header
-from llmtrain.checkpoint.storage import DTYPES, read_box
+from llmtrain.checkpoint.tensors import DTYPES, read_box
 from llmtrain.errors import CheckpointError
 
 CONFIG = "config.json"

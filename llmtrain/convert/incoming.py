@@ -24,8 +24,8 @@ from llmtrain.checkpoint.layout import (
     layout_text,
 )
 from llmtrain.checkpoint.safefile import FileSum, write_small
-from llmtrain.checkpoint.storage import dtype_name
 from llmtrain.checkpoint.store import new_folder
+from llmtrain.checkpoint.tensors import dtype_name
 from llmtrain.config import RunConfig, from_dict, to_dict, to_yaml
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.architectures import Architecture, architecture_of

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find
 from llmtrain.checkpoint.layout import read_json, read_layout
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.config.sparsity import LIVE

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from llmtrain.checkpoint import MODEL_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find
 from llmtrain.checkpoint.layout import META, TensorLayout, read_layout
-from llmtrain.checkpoint.loading import find
 from llmtrain.checkpoint.safefile import write_small
-from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import new_folder
+from llmtrain.checkpoint.tensors import DTYPES, read_tensor
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.convert.architectures import Architecture, fitting_architecture

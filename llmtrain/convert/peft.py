@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, float32
 
 from llmtrain.checkpoint import MODEL_PREFIX
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import TensorLayout, read_layout
 from llmtrain.checkpoint.safefile import write_small
 from llmtrain.checkpoint.store import new_folder
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.config.schema import ModelConfig
 from llmtrain.convert.names import Rule
 from llmtrain.convert.outgoing import OpenedCheckpoint, open_checkpoint

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.safefile import FileSum, HashingFile, build_header
-from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
+from llmtrain.checkpoint.tensors import dtype_name, tensor_bytes
 
 SHARD_BYTES = 5 << 30
 _BLOCK = 1 << 22

@@ -11,7 +11,8 @@ import torch
 
 from llmtrain.checkpoint import HOOK_PREFIX, OPTIM_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.loading import find, load_into
+from llmtrain.checkpoint.finding import find
+from llmtrain.checkpoint.loading import load_into
 from llmtrain.checkpoint.rows import RowReader
 from llmtrain.config import load_config
 from llmtrain.config.schema import ModelConfig, RunConfig

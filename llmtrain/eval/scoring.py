@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.finding import find
 from llmtrain.config import load_config
 from llmtrain.config.load import any_length
 from llmtrain.config.schema import RunConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.finding import find
 from llmtrain.config import load_config
 from llmtrain.config.parallel import ParallelConfig
 from llmtrain.errors import CheckpointError, EnvironmentFault

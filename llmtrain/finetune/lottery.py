@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint import MODEL_PREFIX, checkpoints_folder, scan
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
 from llmtrain.checkpoint.store import explain
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.config import RunConfig, load_config, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.config.sparsity import LotteryConfig

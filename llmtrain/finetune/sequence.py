@@ -18,8 +18,8 @@ from pathlib import Path
 from llmtrain.checkpoint import HOOK_PREFIX, MODEL_PREFIX, checkpoints_folder, read_files, scan
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.layout import read_layout
-from llmtrain.checkpoint.storage import DTYPES
 from llmtrain.checkpoint.store import explain
+from llmtrain.checkpoint.tensors import DTYPES
 from llmtrain.config import RunConfig, load_config, to_yaml
 from llmtrain.config.diff import diff_configs
 from llmtrain.errors import ConfigError

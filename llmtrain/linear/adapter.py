@@ -185,7 +185,8 @@ class LowRank(nn.Module):
     def lengths(self, weight: Tensor, plan: Plan) -> Tensor:
         """|V| of each row [out], float32; infinite for a row of zeros, which has no direction and
         stays zero. Collective over the ranks of a row-parallel layer."""
-        a, b = local(self.a.weight).float(), local(self.b.weight).float()
+        # As their products read them, and FSDP2 gathers them: the same in every layout.
+        a, b = (local(x.weight).to(x.matmul.dtype).float() for x in (self.a, self.b))
         weight = weight.float()
         own = _rows_of(self.pattern, len(weight), weight.device)
         part = own.clamp(min=0)

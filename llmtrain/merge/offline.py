@@ -30,8 +30,8 @@ from llmtrain.checkpoint.layout import (
     layout_text,
 )
 from llmtrain.checkpoint.safefile import FileSum, HashingFile, build_header, write_small
-from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
 from llmtrain.checkpoint.store import new_folder
+from llmtrain.checkpoint.tensors import dtype_name, tensor_bytes
 from llmtrain.config.dump import to_dict
 from llmtrain.errors import CheckpointError
 from llmtrain.merge.blocks import Inputs, Workers

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from llmtrain.checkpoint import checkpoints_folder, read_files, scan
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find
 from llmtrain.checkpoint.layout import CHECKSUMS, MODEL_PREFIX, TENSORS, TensorLayout, read_layout
-from llmtrain.checkpoint.loading import find
 from llmtrain.checkpoint.safefile import Entry, read_header, read_into
-from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.checkpoint.tensors import DTYPES, read_tensor
 from llmtrain.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llmtrain.config import RunConfig
 from llmtrain.data.plan import DataPlan
@@ -28,7 +27,7 @@ from llmtrain.errors import ConfigError
 from llmtrain.linear import LowRank
 from llmtrain.methods.sparsity import StaticMask
 from llmtrain.model import ADAPTER, adapted_parts, resolve_model
-from llmtrain.parallel import local_boxes
+from llmtrain.parallel import local_boxes, whole
 from llmtrain.sparsity import Masks, largest
 
 if TYPE_CHECKING:
@@ -84,9 +83,9 @@ class Lost(StaticMask):
         """Split the weights that the run begins with."""
         params = trainer.module.params
         for name, layer in masks.layers.items():
-            side, whole = layer.adapter, masks.params[name]
+            side = layer.adapter
             assert isinstance(side, LowRank)
-            weight = whole.full_tensor() if isinstance(whole, DTensor) else whole.detach()
+            weight = whole(masks.params[name].detach())
             rows = torch.tensor(side.pattern, device=weight.device)
             rows = rows.repeat(len(weight) // len(rows))
             density = masks.sparse[name].density

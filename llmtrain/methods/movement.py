@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.methods.live import LiveMask
+from llmtrain.parallel import whole
 from llmtrain.sparsity import Masks, Timetable, block_sums, largest
 
 if TYPE_CHECKING:
@@ -89,10 +89,9 @@ class Movement(LiveMask):
             param = masks.params[name]
             if param.grad is None:
                 continue
-            product = param.grad * param.detach()
-            whole = product.full_tensor() if isinstance(product, DTensor) else product
+            product = whole(param.grad * param.detach())
             block = masks.sparse[name].granularity.block
-            self._learnt[name] = score_gradient(whole, scores, block, pull)
+            self._learnt[name] = score_gradient(product, scores, block, pull)
         self.mask_gradients(masks)
 
     def _left(self, step: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint import MODEL_PREFIX, read_files
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.loading import find
+from llmtrain.checkpoint.finding import find
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data.batch import Batch
 from llmtrain.data.plan import DataPlan

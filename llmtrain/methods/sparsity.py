@@ -133,18 +133,22 @@ class StaticMask(Hook):
             self._until = self.cfg.until.steps(times.tokens_per_step, times.total)
         if self.dropped:
             return
+        for line in self.begin(trainer).lines():
+            trainer.recorder.event(trainer.step_done, line)
+        self.count_flops(trainer, trainer.step_done)
+        if self._until is not None and trainer.step_done >= self._until:
+            self.drop(trainer)
+
+    def begin(self, trainer: Trainer) -> Masks:
+        """Make and install the masks; of the trainer only config and module are used."""
         masks = self.make(trainer)
         if self._resumed:
             masks.take_room()
         else:
             self.first(trainer, masks)
         masks.install(self.seed(trainer))
-        for line in masks.lines():
-            trainer.recorder.event(trainer.step_done, line)
         self.settle(trainer, masks)
-        self.count_flops(trainer, trainer.step_done)
-        if self._until is not None and trainer.step_done >= self._until:
-            self.drop(trainer)
+        return masks
 
     def _given(self, sparse: Mapping[str, Sparse]) -> dict[str, Tensor]:
         """The masks that ``sparsity.masks`` names: of a file, or of a checkpoint."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Change, Linear, LowRank, adapted_weight
-from llmtrain.parallel import local_boxes, release_gathered
+from llmtrain.parallel import local_boxes, release_gathered, whole
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Linear, LowRank]]:
@@ -59,10 +58,10 @@ def merge_adapters(model: nn.Module, *, keep: bool = True, dequantise: bool = Fa
         boxes = local_boxes(layer.weight)
         # A packed base waits as it was beside the weight that takes its place.
         side.kept = [values.clone() for values, _ in boxes] if keep and not packed else None
-        whole = adapted_weight(_whole(layer.weight), _change(layer, side))
+        merged = adapted_weight(whole(layer.weight), _change(layer, side))
         for values, offset in boxes:
             own = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
-            values.copy_(whole[own])
+            values.copy_(merged[own])
         side.merged = True
         count += 1
     return count
@@ -95,7 +94,8 @@ def _check(name: str, layer: Linear, side: LowRank, dequantise: bool) -> None:
     if layer.packed and not dequantise:
         raise ConfigError(
             f"{what} as its frozen weight is packed (model.adapters.base) and would have to be "
-            "rounded again; merge with dequantise=True, which makes it float32"
+            "rounded again; merge with dequantise=True (llmtrain generate: --dequantise), which "
+            "makes it float32"
         )
     if layer.packed and side.sharded:
         raise ConfigError(
@@ -112,17 +112,12 @@ def _check(name: str, layer: Linear, side: LowRank, dequantise: bool) -> None:
         raise ConfigError(f"{what} as ZeRO 3 has cut the weight; use convert to-hf on a checkpoint")
 
 
-def _whole(param: Tensor) -> Tensor:
-    """The tensor of all ranks."""
-    return param.full_tensor() if isinstance(param, DTensor) else param
-
-
 def _change(layer: Linear, side: LowRank) -> Change:
     """The adapter relative to the stored weight, which the layer's multiplier scales."""
     scale = layer.plan.scale
     length = None
     if side.magnitude is not None:
-        length = _whole(side.magnitude.weight).double() / scale
+        length = whole(side.magnitude.weight).double() / scale
     scales = [factor / scale for factor in side.scales]
-    a, b = _whole(side.a.weight), _whole(side.b.weight)
+    a, b = whole(side.a.weight), whole(side.b.weight)
     return Change(a, b, scales, side.pattern, length)

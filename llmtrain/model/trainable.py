@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -73,6 +74,8 @@ class Trainable:
                 redraw = max(section.redraw.steps(tokens, self.total), 1)
             first, last = (d.steps(tokens, self.total) for d in (section.start, section.until))
             self.rules.append(_Rule(section, self._names(section, i), first, last, redraw))
+        # Of the step before, too, which is asked for where something changes.
+        self._draws = lru_cache(maxsize=2)(self._all_drawn)
         self._check_gaps()
 
     def at(self, step: int) -> frozenset[str]:
@@ -91,12 +94,19 @@ class Trainable:
                 found[name] = frozen
         return found
 
-    def _units(self, step: int) -> set[str]:
+    def _units(self, step: int) -> frozenset[str]:
+        rounds = (
+            rule.round(step) if rule.first <= step < rule.last else None for rule in self.rules
+        )
+        return self._draws(tuple(rounds))
+
+    def _all_drawn(self, rounds: tuple[int | None, ...]) -> frozenset[str]:
+        """The units that train while each rule is in its round; None: outside of its window."""
         found: set[str] = set()
-        for i, rule in enumerate(self.rules):
-            if rule.first <= step < rule.last:
-                found |= self._drawn(i, rule, rule.round(step))
-        return found
+        for i, (rule, number) in enumerate(zip(self.rules, rounds, strict=True)):
+            if number is not None:
+                found |= self._drawn(i, rule, number)
+        return frozenset(found)
 
     def ever(self) -> frozenset[str]:
         """Names of all that train at some step; the rest has no gradient, and no moments."""

@@ -31,6 +31,11 @@ from llmtrain.ops.native import kernels, usable
 CHUNK = {4: 256, 2: 128, 1: 64}
 
 
+def count_runs(rows: int, columns: int, height: int) -> int:
+    """How many runs of tiles ``Side.starts`` tells apart: chunks of columns times bands."""
+    return -(-columns // CHUNK[height]) * -(-rows // height)
+
+
 @dataclass(frozen=True)
 class Side:
     """A sparse matrix [rows, columns] as the kernels read it in one direction.

@@ -11,7 +11,7 @@ from llmtrain.parallel.context import ContextParallel, SplitSequence, split_batc
 from llmtrain.parallel.fragment import Fragment, local_boxes
 from llmtrain.parallel.fsdp import apply_fsdp, release_gathered, set_gradient_sync
 from llmtrain.parallel.mesh import Degrees, Layout, build_layout, resolve_degrees
-from llmtrain.parallel.tensor import TensorParallel, finish_gradients, local
+from llmtrain.parallel.tensor import TensorParallel, finish_gradients, local, whole
 from llmtrain.parallel.world import World, close_world, init_world
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "resolve_degrees",
     "set_gradient_sync",
     "split_batch",
+    "whole",
 ]

@@ -45,6 +45,17 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+def sum_together(tensors: Sequence[Tensor], group: Group) -> None:
+    """Each of ``tensors`` becomes its sum over the group: one reduction a dtype, for which they
+    are all copied once."""
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        own = [x for x in tensors if x.dtype == dtype]
+        flat = torch.cat([x.flatten() for x in own])
+        dist.all_reduce(flat, group=group)
+        for x, summed in zip(own, torch.split(flat, [x.numel() for x in own]), strict=True):
+            x.copy_(summed.view_as(x))
+
+
 def all_max(x: Tensor, group: Group) -> Tensor:
     """A new tensor: the largest ``x`` over the group, element by element."""
     out = x.contiguous().clone()

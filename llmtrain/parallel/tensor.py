@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +15,7 @@ from llmtrain.parallel.collectives import (
     gather_rows,
     reduce_from_parallel,
     reduce_scatter_rows,
+    sum_together,
 )
 from llmtrain.parallel.uncompiled import uncompiled
 
@@ -80,6 +80,11 @@ def local(param: Tensor, *, partial: bool = False) -> Tensor:
     return _local_part(param, partial) if isinstance(param, DTensor) else param
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of any placement, on every rank. Collective over a DTensor's mesh."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # Not compiled: inductor refuses a DTensor among the inputs of a graph whose outputs are views.
 @uncompiled
 def _local_part(param: DTensor, partial: bool) -> Tensor:
@@ -93,16 +98,14 @@ def finish_gradients(params: list[Tensor], group: dist.ProcessGroup) -> None:
     owed = [p for p in params if isinstance(p.grad, DTensor) and _is_partial(p.grad)]
     if not owed:
         return
-    parts = []
+    sums = []
     for param in owed:
         assert isinstance(param.grad, DTensor)
-        parts.append(param.grad.to_local().float().flatten())
-    flat = torch.cat(parts)
-    dist.all_reduce(flat, group=group)
-    sums = torch.split(flat, [len(p) for p in parts])
+        sums.append(param.grad.to_local().float())
+    sum_together(sums, group)
     for param, summed in zip(owed, sums, strict=True):
         assert isinstance(param.grad, DTensor) and isinstance(param, DTensor)
-        grad = summed.view_as(param.grad.to_local()).to(param.grad.dtype)
+        grad = summed.to(param.grad.dtype)
         param.grad = DTensor.from_local(grad, param.device_mesh, param.placements, run_check=False)
 
 

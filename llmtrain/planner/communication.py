@@ -24,11 +24,10 @@ from llmtrain.model import block_layers, cut_dim, layer_shape, query_inputs
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.adapters import adapted_blocks
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
-from llmtrain.planner.setting import Setting
+from llmtrain.planner.setting import FLOAT, Setting
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 ALL_TO_ALL, SEND = "all-to-all", "send"
-FLOAT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -266,11 +265,12 @@ def sharded_data(setting: Setting, units: Iterable[list[Part]]) -> list[Traffic]
 
 
 def kept_gradients(setting: Setting, parts: Iterable[Part]) -> list[Traffic]:
-    """Layers that hold kept weights alone: replicas add their float32 gradients up once a step."""
+    """Layers that hold kept weights alone: replicas add their float32 gradients up once a step, in
+    one reduction."""
     sizes = [FLOAT * part.elements for part in parts if part.kept < 1 and part.trained]
     replicas = setting.degrees.replicate
     what = "gradients of kept weights"
-    return [Traffic(what, ALL_REDUCE, "replicate", replicas, len(sizes), sum(sizes))]
+    return [Traffic(what, ALL_REDUCE, "replicate", replicas, min(len(sizes), 1), sum(sizes))]
 
 
 def context_layers(setting: Setting, layers: int) -> list[Traffic]:

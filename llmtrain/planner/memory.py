@@ -29,10 +29,8 @@ from llmtrain.model import (
 from llmtrain.model.layers import widths
 from llmtrain.ops import attention_usable
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
-from llmtrain.planner.setting import Setting
+from llmtrain.planner.setting import FLOAT, Setting
 from llmtrain.planner.sparse import mask_memory, spread_memory
-
-FLOAT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from llmtrain.parallel.mesh import Degrees
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.parallel.pipeline import stages_per_rank
 
+FLOAT = 4  # bytes of a float32
+
 
 @dataclass(frozen=True)
 class Setting:

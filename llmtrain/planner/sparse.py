@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from llmtrain.ops.sparse import count_runs
 from llmtrain.planner.blueprint import Part
-from llmtrain.planner.setting import Setting
+from llmtrain.planner.setting import FLOAT, Setting
 from llmtrain.sparsity import SMALLEST_SPARSE, Sparse, sparse_layers
 
-INT = FLOAT = 4  # bytes of an int32 and of a float32
+INT = 4  # bytes of an int32
 
 
 def mask_memory(setting: Setting, parts: Iterable[Part]) -> dict[str, int]:
@@ -31,6 +32,9 @@ def mask_memory(setting: Setting, parts: Iterable[Part]) -> dict[str, int]:
             high, wide = (math.gcd(n, 4) for n in layer.granularity.block)
             turned += part.elements
             places += 3 * INT * part.elements // (high * wide)
+            out, into = part.split
+            runs = count_runs(out, into, high) + count_runs(into, out, wide)
+            places += INT * (runs + 2)
         else:
             places += INT * round(part.kept * rows * columns)
     found = {"masks": masks}

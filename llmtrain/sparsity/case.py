@@ -21,7 +21,7 @@ class Case:
     """A weight [rows, cols], its blocks, density in percent, dtype.
 
     semi: on a GPU, whether at most two of four are kept along the inputs (``FORWARD``), or along
-    the outputs as well in what backward reads (``BOTH``).
+    the outputs as well in what backward reads (``BOTH``). pattern: N:M of other single weights.
     """
 
     rows: int
@@ -30,11 +30,16 @@ class Case:
     percent: int
     dtype: str
     semi: str = ""
+    pattern: str = ""
 
     def __str__(self) -> str:
         kind = "unstructured" if self.block == (1, 1) else f"{self.block[0]}x{self.block[1]}"
-        kind = self.semi or kind
+        kind = self.semi or self.pattern or kind
         return f"{self.rows}x{self.cols} {kind}, {self.percent}% kept, {self.dtype}"
+
+    def with_semi(self, semi: str) -> Case:
+        """The same with ``semi``, which then says all that matters of N:M."""
+        return replace(self, semi=semi, pattern="" if semi else self.pattern)
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class Choice:
 
 
 def case_of(
-    shape: tuple[int, int], block: tuple[int, int], density: float, dtype: torch.dtype
+    shape: tuple[int, int], granularity: Granularity, density: float, dtype: torch.dtype
 ) -> Case:
     """The case of a weight's part; densities are rounded to twentieths."""
     percent = 5 * max(1, round(density * 20))
-    return Case(shape[0], shape[1], block, percent, str(dtype).removeprefix("torch."))
+    kind = str(dtype).removeprefix("torch.")
+    pattern = granularity.text if granularity.m else ""
+    return Case(*shape, granularity.block, percent, kind, pattern=pattern)
 
 
 def semi_of_mask(kept: Tensor, back: Tensor | None) -> str:
@@ -100,10 +107,9 @@ def cases_of(
     for name, layer in sparse.items():
         rows, cols = layer.shape
         shapes = {0: (rows // ranks, cols), 1: (rows, cols // ranks), None: (rows, cols)}
-        shape = shapes[cut_dim(name)]
-        case = case_of(shape, layer.granularity.block, layer.density, dtype)
+        case = case_of(shapes[cut_dim(name)], layer.granularity, layer.density, dtype)
         semi = semi_of(layer.granularity, double) if gpu else ""
-        found[name] = replace(case, semi=semi)
+        found[name] = case.with_semi(semi)
     return found
 
 

@@ -9,7 +9,6 @@ that every rank comes to the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask, MaskedMatmul, Placement
 from llmtrain.model import hidden_layers
-from llmtrain.parallel import Layout, local_boxes
+from llmtrain.parallel import Layout, local_boxes, whole
 from llmtrain.sparsity.auto import pick_products
 from llmtrain.sparsity.bits import pack_bits, unpack_bits
 from llmtrain.sparsity.case import Case, Choice, case_of, choice_lines, semi_of_mask
@@ -109,16 +108,14 @@ class Masks:
 
     def scores(self, name: str, values: Tensor) -> Tensor:
         """Block scores of a tensor like a layer's weight, on every rank. Collective."""
-        whole = values.full_tensor() if isinstance(values, DTensor) else values
-        return block_scores(whole, self.sparse[name].granularity.block)
+        return block_scores(whole(values), self.sparse[name].granularity.block)
 
     def whole(self, name: str) -> Tensor:
         """The mask of a whole layer, on every rank. Collective."""
         bits = self._stored(name, self.kept[name])
-        full = bits.full_tensor() if isinstance(bits, DTensor) else bits
         dim = packed_dim(name)
         grid = self.sparse[name].granularity.grid(self.sparse[name].shape)
-        return unpack_bits(full, grid[dim], dim)
+        return unpack_bits(whole(bits), grid[dim], dim)
 
     def take_whole(self, name: str, kept: Tensor) -> None:
         """The mask of a whole layer becomes this rank's, which keeps its part. The layer and the
@@ -165,12 +162,12 @@ class Masks:
             if (matmul.inner if isinstance(matmul, MaskedMatmul) else matmul).packs:
                 continue  # FP8 and the like are always dense
             density = float(kept.double().mean()) if kept.numel() else 1.0
-            box, block = self._boxes[name][1], self.sparse[name].granularity.block
-            case = case_of(box, block, density, matmul.dtype)
-            if not on_cpu and block == (1, 1):
+            granularity = self.sparse[name].granularity
+            case = case_of(self._boxes[name][1], granularity, density, matmul.dtype)
+            if not on_cpu and granularity.block == (1, 1):
                 back = backs[name]
                 second = None if back is None else back.kept
-                case = replace(case, semi=semi_of_mask(kept, second))
+                case = case.with_semi(semi_of_mask(kept, second))
             self.cases[name] = case
         new = set(self.cases.values()) - self.choices.keys()
         gpu = None if on_cpu else self.device

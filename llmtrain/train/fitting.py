@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from llmtrain.checkpoint import MODEL_PREFIX, OPTIM_PREFIX, checkpoints_folder, read_files, scan
 from llmtrain.checkpoint.coordination import Ranks
-from llmtrain.checkpoint.export import read_tensor
+from llmtrain.checkpoint.finding import find, foreign
 from llmtrain.checkpoint.layout import TENSORS, TensorLayout, read_layout
-from llmtrain.checkpoint.loading import find, foreign
-from llmtrain.checkpoint.storage import DTYPES
+from llmtrain.checkpoint.tensors import DTYPES, read_tensor
 from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig, RunConfig
 from llmtrain.data.plan import DataPlan

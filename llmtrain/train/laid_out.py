@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
@@ -19,6 +18,7 @@ from llmtrain.model import (
     shard_over_tensor,
 )
 from llmtrain.parallel import Layout, apply_fsdp
+from llmtrain.parallel.collectives import sum_together
 from llmtrain.parallel.hardware import Precision
 from llmtrain.sparsity import sparse_layers, why_dense
 
@@ -73,9 +73,7 @@ def _kept_apart(model: Decoder, cfg: RunConfig, layout: Layout) -> dict[str, Lin
 
 
 def sum_over_replicas(params: Iterable[Tensor], layout: Layout) -> None:
-    """Add up the gradients of parameters that FSDP2 does not know, in place."""
+    """Add up the gradients of parameters that FSDP2 does not know, in place and all at once."""
     assert layout.state is not None
-    group = layout.state.get_group("replicate")
-    for param in params:
-        if param.grad is not None:
-            dist.all_reduce(param.grad, group=group)
+    grads = [param.grad for param in params if param.grad is not None]
+    sum_together(grads, layout.state.get_group("replicate"))

@@ -15,7 +15,6 @@ from helpers.ranks import run_ranks
 from helpers.tiny import make_corpus, records, tiny_config
 
 from llmtrain.checkpoint import export_model, verify
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import (
     checksums_text,
     read_checksums,
@@ -23,6 +22,7 @@ from llmtrain.checkpoint.layout import (
     read_own_layout,
 )
 from llmtrain.checkpoint.safefile import write_small
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
 from llmtrain.eval.loading import load_trained

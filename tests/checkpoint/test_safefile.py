@@ -22,7 +22,7 @@ from llmtrain.checkpoint.safefile import (
     hash_file,
     read_header,
 )
-from llmtrain.checkpoint.storage import DTYPES, read_box, tensor_bytes
+from llmtrain.checkpoint.tensors import DTYPES, read_box, tensor_bytes
 from llmtrain.checkpoint.verify import cover_fault
 from llmtrain.errors import CheckpointError
 
@@ -82,7 +82,7 @@ def test_boxes_are_cut_out_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     """Any sub-box into any destination (strided, other dtype), with blocks of one row or many."""
-    monkeypatch.setattr("llmtrain.checkpoint.storage.BLOCK_BYTES", block)
+    monkeypatch.setattr("llmtrain.checkpoint.tensors.BLOCK_BYTES", block)
     whole = torch.arange(5 * 4 * 3, dtype=torch.float32).reshape(5, 4, 3)
     path = tmp_path / "c.safetensors"
     save_file({"t": whole}, path)

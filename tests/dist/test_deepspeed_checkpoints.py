@@ -18,8 +18,8 @@ from helpers.tiny import environment, llmtrain, records, tiny_config
 from torch import Tensor
 
 from llmtrain.checkpoint import Checkpointer, read_files, verify
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.checkpoint.universal import from_deepspeed, to_deepspeed
 from llmtrain.config import to_yaml
 from llmtrain.config.upkeep import CheckpointConfig

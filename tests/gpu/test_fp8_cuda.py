@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.unit_scaled import assert_as_exact, batch, gpt, step
 from ops.test_fp8 import by_search, every_bf16, inputs, same_bytes
 from torch import Tensor
 
 from llmtrain import ops
-from llmtrain.config.scaling import ScalingConfig
-from llmtrain.config.schema import ModelConfig
 from llmtrain.linear import Linear, fp8_matmul, summing_gradients
-from llmtrain.model import Decoder, build_model, compile_blocks, complete, hidden_layers
+from llmtrain.model import compile_blocks
 from llmtrain.ops import E4M3, E5M2, FP8_MAX
 
 pytestmark = [
@@ -300,89 +299,50 @@ def test_more_elements_than_32_bits_count() -> None:
         del casts
 
 
-def _gpt(compute: torch.dtype = torch.bfloat16) -> Decoder:
-    """Unit scaling's own: LayerNorm at the end of branches, GELU; in bfloat16 with FP8 products."""
-    scaling = ScalingConfig(parametrization="mus", tau=0.3)
-    cfg = ModelConfig(
-        vocab_size=101, d_model=64, n_layers=2, n_heads=4, d_ff=128, activation="gelu",
-        norm="layernorm", norm_placement="post_branch", scaling=scaling,
-    )  # fmt: skip
-    model = build_model(complete(cfg, 101, 16), seed=3, device="cuda", compute_dtype=compute)
-    if compute == torch.bfloat16:
-        for _, layer in hidden_layers(model):
-            layer.set_matmul(fp8_matmul("mus_fp8", compute, 2.0**6))
-    return model
-
-
-def _inputs() -> tuple[Tensor, Tensor]:
-    upstream = torch.randn(4, 16, 101, generator=torch.Generator().manual_seed(1))
-    return torch.arange(64, device="cuda").view(4, 16), upstream.cuda()
-
-
-def _step(model: Decoder, tokens: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Output, then all gradients."""
-    for param in model.parameters():
-        param.grad = None
-    out = model(tokens)
-    out.backward(upstream.to(out.dtype))
-    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-def _noise(found: list[Tensor]) -> float:
-    """Mean distance from the same in float32, relative. Where one way rounds a value differently
-    from another, its FP8 number may be the next one, 6 or 12% away: the two ways differ by as much
-    as both are off, so it is that which is compared."""
-    exact = _step(_gpt(torch.float32), *_inputs())
-    gaps = [((a - b).float().norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-    return sum(gaps) / len(gaps)
-
-
 @PRODUCTS
 def test_a_block_with_fused_casts_is_as_exact_as_one_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fused = _noise(_step(_gpt(), *_inputs()))
+    fused = step(gpt("cuda"), *batch("cuda"))
     for where in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.pair.fuses_activation"):
         monkeypatch.setattr(where, lambda *args: False)
-    alone = _noise(_step(_gpt(), *_inputs()))
-    assert 0.8 * alone < fused < 1.25 * alone and fused < 0.3
+    assert_as_exact(fused, step(gpt("cuda"), *batch("cuda")))
 
 
 @PRODUCTS
 def test_compiled_blocks_are_as_exact_as_eager_ones() -> None:
     """One graph for all blocks; inductor's own code between our kernels rounds elsewhere."""
-    eager, model = _noise(_step(_gpt(), *_inputs())), _gpt()
+    eager, model = step(gpt("cuda"), *batch("cuda")), gpt("cuda")
     compile_blocks(model)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
-            found = _step(model, *_inputs())
-    assert all(x.isfinite().all() for x in found)
-    assert 0.8 * eager < _noise(found) < 1.25 * eager
+            found = step(model, *batch("cuda"))
+    assert_as_exact(found, eager)
 
 
 @PRODUCTS
 def test_a_training_step_replays_in_a_cuda_graph() -> None:
     """Forward, backward and the casts of weights that have changed: no synchronisation, no memory
     of the host on the way."""
-    model, stream = _gpt(), torch.cuda.Stream()
-    tokens, upstream = _inputs()
+    model, stream = gpt("cuda"), torch.cuda.Stream()
+    tokens, upstream = batch("cuda")
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            _step(model, tokens, upstream)
+            step(model, tokens, upstream)
             with torch.no_grad():  # as an optimizer does: the weights are cast within the graph
                 for param in model.parameters():
                     param.add_(0.0)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = _step(model, tokens, upstream)
+        kept = step(model, tokens, upstream)
     with torch.no_grad():
         for param in model.parameters():
             param.mul_(1.25)
     tokens.copy_(tokens.flip(0))
     graph.replay()
     replayed = [t.clone() for t in kept]
-    for a, b in zip(replayed, _step(model, tokens, upstream), strict=True):
+    for a, b in zip(replayed, step(model, tokens, upstream), strict=True):
         assert (a - b).float().norm() <= 1e-3 * b.float().norm()

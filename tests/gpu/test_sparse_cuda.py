@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.masks import products_masks
+from helpers.near import near
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from llmtrain.linear import BF16, BLOCKS, Linear, Mask, sparse_matmul
+from llmtrain.linear import BF16, BLOCKS, Linear, sparse_matmul
 from llmtrain.ops import cuda_fault
 from llmtrain.ops.block_sparse import (
     block_dgrad,
@@ -26,7 +28,7 @@ from llmtrain.ops.semi import (
     semi_repack_,
 )
 from llmtrain.ops.sparse import expand
-from llmtrain.sparsity import Case, parse_granularity, pick_products, prune_again
+from llmtrain.sparsity import Case, pick_products
 from llmtrain.sparsity.case import BOTH, FORWARD
 
 pytestmark = [
@@ -38,11 +40,6 @@ pytestmark = [
 def test_the_kernels_are_there() -> None:
     """Everything else would pass on the references."""
     assert cuda_fault() is None
-
-
-def near(value: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
-    gap = (value.double().cpu() - reference).abs().max()
-    assert gap <= tolerance * reference.abs().max().clamp(min=1e-9), gap
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -118,22 +115,6 @@ def test_no_tokens() -> None:
     assert not block_wgrad(x, x, index).any()
 
 
-def layer_masks(kind: str, shape: tuple[int, int]) -> tuple[Mask, Mask | None]:
-    gen = torch.Generator().manual_seed(3)
-    if kind == BLOCKS:
-        grid = (-(-shape[0] // 64), -(-shape[1] // 64))
-        return Mask((torch.rand(grid, generator=gen) < 0.3).cuda(), (64, 64), shape), None
-    if kind == "2:4t":
-        kept = transposable_mask_reference(torch.rand(shape, generator=gen))
-        return Mask(kept.cuda(), (1, 1), shape), None
-    ranks = torch.rand(shape[0], shape[1] // 4, 4, generator=gen).argsort(-1).argsort(-1)
-    mask = Mask((ranks < 2).view(shape).cuda(), (1, 1), shape)
-    if kind == "2:4":
-        return mask, None
-    kept = prune_again(parse_granularity("2:4"), mask.kept, (1, "a"), 0, (shape[1], 0))
-    return mask, Mask(kept, (1, 1), shape)
-
-
 @pytest.mark.parametrize("tokens", [48, 37])
 @pytest.mark.parametrize(
     ("kind", "library"),
@@ -144,7 +125,7 @@ def test_layer(kind: str, library: str, tokens: int) -> None:
     if library in LIBRARIES and (fault := library_fault(library, device)) is not None:
         pytest.skip(fault)
     shape = (256, 192)
-    mask, back = layer_masks(kind, shape)
+    mask, back = products_masks(kind, shape, "cuda")
     layer = Linear(shape[1], shape[0], True, matmul=BF16, scale=0.5).cuda()
     torch.nn.init.normal_(layer.weight)
     assert layer.bias is not None

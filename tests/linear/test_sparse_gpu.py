@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.layout_runs import build, case, one_step, outcome
+from helpers.masks import products_masks
 from helpers.ranks import run_ranks
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -20,7 +21,6 @@ from llmtrain.linear import (
     FP32,
     BlockMatmul,
     Linear,
-    Mask,
     MaskedMatmul,
     SemiMatmul,
     SparseMatmul,
@@ -28,9 +28,8 @@ from llmtrain.linear import (
     sparse_gpu,
     sparse_matmul,
 )
-from llmtrain.ops.masking import transposable_mask_reference
 from llmtrain.ops.semi import LIBRARIES
-from llmtrain.sparsity import Masks, parse_granularity, prune_again, sparse_layers
+from llmtrain.sparsity import Masks, sparse_layers
 
 SHAPE = (64, 128)
 
@@ -65,27 +64,9 @@ def product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", compress)
 
 
-def mask_of(kind: str) -> tuple[Mask, Mask | None]:
-    """A mask, and the one of backward."""
-    gen = torch.Generator().manual_seed(3)
-    if kind == "blocks":
-        kept = torch.tensor([[True, False]])
-        return Mask(kept, (64, 64), SHAPE), None
-    if kind == "2:4t":
-        return Mask(
-            transposable_mask_reference(torch.rand(SHAPE, generator=gen)), (1, 1), SHAPE
-        ), None
-    ranks = torch.rand(64, 32, 4, generator=gen).argsort(-1).argsort(-1)
-    mask = Mask((ranks < 2).view(SHAPE), (1, 1), SHAPE)
-    if kind == "2:4":
-        return mask, None
-    kept = prune_again(parse_granularity("2:4"), mask.kept, (1, "a"), 0, (128, 0))
-    return mask, Mask(kept, (1, 1), SHAPE)
-
-
 @pytest.mark.parametrize(
     ("kind", "library"),
-    [("blocks", BLOCKS), *((k, n) for k in ("2:4", "2:4t", "slope") for n in LIBRARIES)],
+    [(BLOCKS, BLOCKS), *((k, n) for k in ("2:4", "2:4t", "slope") for n in LIBRARIES)],
 )
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_layer_is_the_masked_one(
@@ -95,7 +76,7 @@ def test_layer_is_the_masked_one(
     if elsewhere:
         monkeypatch.setattr(torch, "_cslt_compress", compress_elsewhere)
     gen = torch.Generator().manual_seed(1)
-    mask, back = mask_of(kind)
+    mask, back = products_masks(kind, SHAPE)
     weight, bias = torch.randn(SHAPE, generator=gen), torch.randn(64, generator=gen)
     layers = []
     for sparse in (True, False):
@@ -130,10 +111,10 @@ def test_layer_is_the_masked_one(
         assert torch.equal(found[0][2][pruned], torch.zeros_like(weight)[pruned])
 
 
-@pytest.mark.parametrize("kind", ["2:4t", "blocks"])
+@pytest.mark.parametrize("kind", ["2:4t", BLOCKS])
 def test_gradients_may_be_whole(kind: str) -> None:
-    mask, _ = mask_of(kind)
-    matmul = sparse_matmul(BF16, mask, kind=BLOCKS if kind == "blocks" else "cutlass")
+    mask, _ = products_masks(kind, SHAPE)
+    matmul = sparse_matmul(BF16, mask, kind=BLOCKS if kind == BLOCKS else "cutlass")
     matmul.dense_gradients = True
     grad, x = (matmul.pack_input(torch.randn(7, n).bfloat16()) for n in SHAPE)
     assert grad.values is not None and x.values is not None
@@ -143,7 +124,7 @@ def test_gradients_may_be_whole(kind: str) -> None:
 
 def test_an_adapter_that_scales_rows_reads_the_weight() -> None:
     """DoRA's norms are of W * M, whatever the values are packed into."""
-    mask, _ = mask_of("2:4t")
+    mask, _ = products_masks("2:4t", SHAPE)
     layer = Linear(128, 64, matmul=BF16)
     torch.nn.init.normal_(layer.weight)
     layer.set_mask(mask, sparse=True, kind="cutlass")
@@ -152,7 +133,7 @@ def test_an_adapter_that_scales_rows_reads_the_weight() -> None:
 
 
 def test_what_no_product_takes_is_masked() -> None:
-    mask, back = mask_of("slope")
+    mask, back = products_masks("slope", SHAPE)
     assert type(sparse_matmul(fp8_matmul("mus_fp8", torch.bfloat16), mask)) is MaskedMatmul
     assert type(sparse_matmul(FP32, mask, back)) is MaskedMatmul
     assert type(sparse_matmul(FP32, mask)) is SparseMatmul

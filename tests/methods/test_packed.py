@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from helpers.stored import stored
 from helpers.tiny import losses, tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.cli.main import main
 from llmtrain.config import load_config
@@ -20,6 +21,7 @@ from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.errors import ConfigError
 from llmtrain.parallel import Degrees, World
 from llmtrain.sparsity import why_dense
+from llmtrain.train.laid_out import sum_over_replicas
 from llmtrain.train.run import train
 
 SHORT = {
@@ -129,6 +131,26 @@ def test_replicas_hold_kept_weights_alone_and_train_the_same(tmp_path: Path, cor
     parts = tmp_path / "runs" / "tiny"
     torch.testing.assert_close(losses(parts), losses(alone), rtol=1e-5, atol=1e-6)
     same(parts, alone, 2)
+
+
+@pytest.mark.dist
+def test_replicas_add_their_gradients_up_at_once() -> None:
+    """One reduction for all weights; what has no gradient has none afterwards."""
+
+    def body(rank: int) -> tuple[list[Tensor | None], int]:
+        params = [nn.Parameter(torch.zeros(n)) for n in (5, 3, 7)]
+        for i in (0, 2):
+            params[i].grad = torch.arange(len(params[i])) + 10.0 * rank
+        state = SimpleNamespace(get_group={"replicate": dist.group.WORLD}.get)
+        calls, real = [], dist.all_reduce
+        dist.all_reduce = lambda x, **rest: calls.append(x) or real(x, **rest)
+        sum_over_replicas(params, SimpleNamespace(state=state))  # type: ignore[arg-type]
+        return [p.grad for p in params], len(calls)
+
+    for grads, calls in run_ranks(2, body):
+        assert calls == 1 and grads[1] is None
+        for grad in (grads[0], grads[2]):
+            assert torch.equal(grad, 2.0 * torch.arange(len(grad)) + 10)
 
 
 def test_saving_at_once_writes_what_saving_behind_does(tmp_path: Path, corpus: Path) -> None:

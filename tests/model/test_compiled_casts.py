@@ -4,15 +4,13 @@ cast once a step."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from helpers.graphs import counting
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.fx import GraphModule
 
 from llmtrain import ops
 from llmtrain.config.schema import ModelConfig
@@ -48,17 +46,6 @@ def _run(model: Decoder) -> list[Tensor]:
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def _recording(names: Counter[str]) -> Callable[..., Any]:
-    """A backend that runs the graphs of forward and backward as they are and counts what is called
-    in them."""
-
-    def keep(graph: GraphModule, example: object) -> Any:
-        names.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
-
-
 def test_a_compiled_block_is_one_graph_of_our_kernels_and_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -78,7 +65,7 @@ def test_a_compiled_block_is_one_graph_of_our_kernels_and_the_same_bits(
         lambda self: setattr(
             self,
             "_compiled_call_impl",
-            torch.compile(self._call_impl, backend=_recording(names), fullgraph=True),
+            torch.compile(self._call_impl, backend=counting(names), fullgraph=True),
         ),
     )
     compile_blocks(model)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.unit_scaled import assert_as_exact, batch, gpt, step
 from torch import Tensor
 
 from llmtrain import ops
@@ -121,3 +122,22 @@ def test_unit_scaling_as_cuda_fuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(fast, _run(model), strict=True):
         assert (a - b).norm() < 2e-2 * b.norm()
     assert not all(torch.equal(a, b) for a, b in zip(fast, _run(model), strict=True))
+
+
+def test_fused_steps_are_as_exact_and_faults_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds that the GPU's kernels are held to, on their references: no one tensor may be a
+    tenth too large, lack its first rows or have them in another order."""
+    steps = []
+    for fuses in (True, False):
+        for module in ("llmtrain.model.norm.fuses_norm", "llmtrain.model.pair.fuses_activation"):
+            monkeypatch.setattr(module, lambda *args, fuses=fuses: fuses)
+        steps.append(step(gpt("cpu"), *batch("cpu")))
+    fused, alone = steps
+    assert not torch.equal(fused[0], alone[0])
+    assert_as_exact(fused, alone)
+    for i, tensor in enumerate(fused):
+        faults = [1.1 * tensor, tensor.clone(), tensor.flip(0)]
+        faults[1][: max(1, len(tensor) // 8)] = 0
+        for fault in faults:
+            with pytest.raises(AssertionError, match=rf"^\({i}, "):
+                assert_as_exact([*fused[:i], fault, *fused[i + 1 :]], alone)

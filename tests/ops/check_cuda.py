@@ -17,7 +17,6 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,22 +55,11 @@ def load_operators() -> None:
         products.cublaslt_fault = lambda: "built without"  # type: ignore[assignment]
 
 
-def counting(names: Counter[str]) -> Callable[..., Any]:
-    """A backend of torch.compile that counts what is in the graphs of forward and backward."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    def keep(graph: Any, example: object) -> Any:
-        names.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
-
-
 def calls(name: str, compiled: bool, mode: Any, **shape: Any) -> Counter[str]:
     """How often operators are called in two micro-batches (compiled: stand in the graphs of a
     block) of a model of two blocks with products in the format ``name``."""
     import torch
+    from helpers.graphs import counting
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from llmtrain.config.schema import LossConfig, ModelConfig

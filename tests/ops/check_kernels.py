@@ -120,7 +120,7 @@ def same(codes: Tensor, values: Tensor, turned: Tensor | None) -> None:
     assert turned is None or torch.equal(turned.view(torch.uint8), expected.t())
 
 
-def near(value: Tensor, reference: Tensor) -> None:
+def near_in_norm(value: Tensor, reference: Tensor) -> None:
     """Equal but for roundings."""
     tolerance = 1e-6 if value.dtype == torch.float32 else 6e-3
     gap = (value.double() - reference.double()).norm()
@@ -164,13 +164,13 @@ def check_norms(library: ctypes.CDLL, dtype: torch.dtype, rows: int, columns: in
         )
         terms = ops.NormTerms(weight, bias if shifted else None, 1e-5, layer)
         if join:
-            near(total, ops.norm_join_cast(x, branch, terms, 0.7)[0])
+            near_in_norm(total, ops.norm_join_cast(x, branch, terms, 0.7)[0])
             same(out, total, turned)
             continue
         stream, normed, _ = ops.add_norm_cast(x, branch if added else None, terms)
         assert not added or torch.equal(total, stream)
         if keep:
-            near(y, normed)
+            near_in_norm(y, normed)
             same(out, y, turned)
 
 
@@ -186,7 +186,7 @@ def check_activations(library: ctypes.CDLL, dtype: torch.dtype, rows: int, colum
         library.run_activation(
             at(x), at(y), bf16, which, at(out), at(turned), *sizes(rows, columns)
         )
-        near(y, ops.activation_cast(x, name)[0])
+        near_in_norm(y, ops.activation_cast(x, name)[0])
         same(out, y, turned)
         alone = torch.empty_like(out)
         library.run_activation(
@@ -197,7 +197,7 @@ def check_activations(library: ctypes.CDLL, dtype: torch.dtype, rows: int, colum
         turned, factor = torch.empty(width, rows, dtype=E5M2), ctypes.c_float(512.0)
         where = at(dy), at(x), at(dx), bf16, which, factor, at(out), at(turned)
         library.run_activation_backward(*where, *sizes(rows, width))
-        near(dx, ops.activation_backward_cast(dy, x, name)[0])
+        near_in_norm(dx, ops.activation_backward_cast(dy, x, name)[0])
         same(out, dx * 512, turned)
 
 

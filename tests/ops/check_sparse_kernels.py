@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from helpers.near import near
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -149,12 +150,6 @@ def check_semi(library: ctypes.CDLL) -> None:
         where = ctypes.c_void_p(at(zeros)), ctypes.c_bool(False), ctypes.c_void_p(at(packed))
         library.run_semi_repack(ctypes.byref(mask), *where)
         same_bits(packed, torch.zeros_like(packed))
-
-
-def near(value: Tensor, reference: Tensor, tolerance: float) -> None:
-    """Equal to ``reference`` in float64 but for roundings."""
-    gap = (value.double() - reference).abs().max()
-    assert gap <= tolerance * reference.abs().max().clamp(min=1e-9), gap
 
 
 def check_blocks(library: ctypes.CDLL, late: bool) -> None:

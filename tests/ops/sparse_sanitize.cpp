@@ -3,10 +3,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <thread>
 #include <vector>
 
+#include "../../csrc/check/halves.h"
 #include "sparse.h"
 
 namespace KERNEL_SET {
@@ -30,13 +29,6 @@ Floats numbers(int64_t n) {
   Floats out(n);
   for (float& x : out) x = number();
   return out;
-}
-
-// Halves of [0, n) on a thread each, as parallel_for cuts it.
-void halves(int64_t n, const std::function<void(int64_t, int64_t)>& work) {
-  std::thread other(work, n / 2, n);
-  work(0, n / 2);
-  other.join();
 }
 
 struct Matrix {

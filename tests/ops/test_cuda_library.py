@@ -182,3 +182,17 @@ def test_scripts_for_a_gpu_say_at_once_what_is_missing(
     )
     assert told.returncode == 2 and says in told.stderr
     assert told.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_the_sanitizer_runs_is_there() -> None:
+    """A test that was renamed would be left out silently."""
+    root = Path(__file__).parents[2]
+    checks = re.findall(
+        r'check "\$tool" (\w+\.py) "(.+)"', (root / "benchmarks/sanitize_gpu.sh").read_text()
+    )
+    assert len(checks) == 3
+    for file, words in checks:
+        names = re.findall(r"def (test_\w+)", (root / "tests/gpu" / file).read_text())
+        for word in words.split(" or "):
+            # Of parameters: a kind of mask, and its product.
+            assert any(word in name for name in [*names, "blocks-blocks"]), word

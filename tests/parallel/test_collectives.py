@@ -141,3 +141,26 @@ def test_all_to_all(world: int) -> None:
     for rank, (y, grad) in enumerate(run_ranks(world, body)):
         torch.testing.assert_close(y, torch.cat([xs[s][rank] for s in range(world)]))
         torch.testing.assert_close(grad, torch.cat([gs[s][rank] for s in range(world)]))
+
+
+def test_sums_together_are_one_reduction_a_dtype() -> None:
+    """Whole numbers, so that the order of additions is the same to the bit."""
+    shapes = [((3, 5), torch.float32), ((7,), torch.bfloat16), ((2, 4, 3), torch.float32)]
+
+    def own(rank: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(rank)
+        return [torch.randint(-9, 9, s, generator=draw).to(dtype) for s, dtype in shapes]
+
+    def body(rank: int) -> tuple[list[Tensor], int]:
+        tensors, calls = own(rank), []
+        tensors[0] = _odd_strides(tensors[0])
+        real = dist.all_reduce
+        dist.all_reduce = lambda x, **rest: calls.append(x.dtype) or real(x, **rest)
+        collectives.sum_together(tensors, dist.group.WORLD)
+        collectives.sum_together([], dist.group.WORLD)
+        return tensors, len(calls)
+
+    expected = [sum(parts) for parts in zip(*map(own, range(3)), strict=True)]
+    for tensors, calls in run_ranks(3, body):
+        assert calls == 2
+        assert all(map(torch.equal, tensors, expected))

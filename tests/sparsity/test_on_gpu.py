@@ -104,6 +104,20 @@ def test_a_plan_for_a_gpu_elsewhere_says_what_it_has() -> None:
     assert "2:4 both ways, 50%" in lines["slope"][1] and "forward and backward" in lines["slope"][1]
 
 
+@pytest.mark.parametrize("text", ["2:4", "2:4t", "4:8", "unstructured", "4x4"])
+def test_masks_are_called_by_their_granularity_on_a_cpu(text: str) -> None:
+    model = complete(
+        ModelConfig(vocab_size=64, d_model=64, n_layers=1, n_heads=4, d_ff=128), None, 8
+    )
+    section = SparsityConfig(granularity=text, density=0.5)
+    layers = sparse_layers(model, section)
+    lines = product_lines(RunConfig(sparsity=section), layers, torch.float32, True, None)
+    assert f"(192x64 {text}, 50% kept, float32): dense" in lines[1]
+    masks, _ = masks_of(text, "auto", torch.device("cpu"))
+    masks.install()
+    assert f"a (64x128 {text}, 50% kept, bfloat16): dense" in masks.lines()[0]
+
+
 def test_the_fastest_wins_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_gpu, "TOKENS", 24)
     device, case = torch.device("cpu"), Case(128, 192, (64, 64), 50, "bfloat16")
@@ -152,8 +166,8 @@ def test_choices_are_remembered_with_their_product(
     assert pick_products([SEMI], gpu=GPU)[SEMI].kind == "cusparselt" and asked == [SEMI, SEMI]
 
 
-def masks_of(text: str, products: str) -> tuple[Masks, Linear]:
-    """Masks of one layer on what is taken for a GPU."""
+def masks_of(text: str, products: str, device: torch.device = GPU) -> tuple[Masks, Linear]:
+    """Masks of one layer on what is taken for ``device``."""
     layer = Linear(128, 64, matmul=BF16)
     world = SimpleNamespace(device=torch.device("cpu"), cpu_group=None)
     model = nn.Module()
@@ -163,7 +177,7 @@ def masks_of(text: str, products: str) -> tuple[Masks, Linear]:
     masks.sparse, masks.layers, masks._boxes = sparse, {"a": layer}, {"a": ((0, 0), (64, 128))}
     masks.products = products
     masks.draw(1)
-    masks.device = GPU
+    masks.device = device
     return masks, layer
 
 

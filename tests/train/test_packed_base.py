@@ -60,6 +60,22 @@ def test_merged_is_what_the_run_computed(config: Path, tmp_path: Path) -> None:
         assert (plain.model(tokens) - expected).abs().max() > 1e-3
 
 
+def test_generate_merges_a_packed_base_where_asked(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(config.parent / "runs/nf4"), "--prompt", "a", "--tokens", "5"]
+    words += ["--temperature", "0"]
+    assert main([*words, "--merge"]) == 2
+    assert "llmtrain generate: --dequantise" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--dequantise"]) == 2
+    assert "give both or neither" in " ".join(capsys.readouterr().err.split())
+    said = []
+    for more in ([], ["--merge", "--dequantise"]):
+        assert main([*words, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > 1
+
+
 def test_memory_is_told_before(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = config.parent / "runs"
     assert main(["train", str(config), *NF4, f"init.path={runs}/tiny", "--dry-run"]) == 0

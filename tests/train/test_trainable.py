@@ -23,8 +23,8 @@ from helpers.layout_runs import (
 from helpers.ranks import run_ranks
 from helpers.tiny import tiny_config
 
-from llmtrain.checkpoint.export import read_tensor
 from llmtrain.checkpoint.layout import read_layout
+from llmtrain.checkpoint.tensors import read_tensor
 from llmtrain.cli.main import main
 from llmtrain.config import from_dict
 from llmtrain.config.trainable import TrainableConfig
@@ -99,6 +99,19 @@ def test_halves() -> None:
     assert plan(HALF, steps=40, seed=1).at(0) != found.at(0)
     once = plan({"half": True})
     assert once.ever() == once.at(11) and once.ever() == found.at(0)
+
+
+def test_halves_are_drawn_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rows of the step before are asked for, as the hook does."""
+    found, drawn = plan({**HALF, "half_by": "matrix"}, steps=40), []
+    draw = found._drawn
+    monkeypatch.setattr(found, "_drawn", lambda *args: drawn.append(args[2]) or draw(*args))
+    for step in range(20, 30):
+        found.at(step)
+        found.frozen_rows(step)
+        if step % 2 == 0:
+            found.frozen_rows(step - 1)
+    assert drawn == [10, 9, 11, 12, 13, 14]
 
 
 def trained_matrices(found: Trainable, step: int, block: int) -> dict[str, set[str]]:
