@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from llmtrain.checkpoint.coordination import Ranks
 from llmtrain.checkpoint.safefile import ITEMSIZE, HashingFile, build_header, hash_file
 from llmtrain.checkpoint.scattered import Scattered
-from llmtrain.checkpoint.storage import dtype_name, tensor_bytes
+from llmtrain.checkpoint.tensors import dtype_name, tensor_bytes
 from llmtrain.errors import CheckpointError
 
 SHARED_MEMORY = Path("/dev/shm")
