@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llmtrain.linear import Mask, MaskedMatmul, Packed, SparseMatmul, matmul_for
+from llmtrain.linear import MaskedMatmul, SparseMatmul, matmul_for
 from llmtrain.machine import processor_name
 from llmtrain.ops import native_loaded
 from llmtrain.ops.cuda import SOURCES as CUDA_SOURCES
 from llmtrain.ops.native import kernels, sources_stamp
 from llmtrain.sparsity import on_gpu
 from llmtrain.sparsity.case import Case, Choice
+from llmtrain.sparsity.timing import random_mask, stopwatch
 
 TOKENS, ROUNDS = 1024, 3
 # Below this many elements a layer is dense unasked: it costs nothing either way.
@@ -86,27 +87,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def measure(case: Case) -> Choice:
     """Time forward and both gradients of one case, dense with a mask and sparse."""
-    gen = torch.Generator().manual_seed(0)
-    grid = (-(-case.rows // case.block[0]), -(-case.cols // case.block[1]))
-    mask = Mask(
-        torch.rand(grid, generator=gen) < case.percent / 100, case.block, (case.rows, case.cols)
-    )
     dtype = getattr(torch, case.dtype)
-    weight = torch.randn(case.rows, case.cols, generator=gen)
-    x, grad = (
-        Packed(torch.randn(TOKENS, n, generator=gen).to(dtype)) for n in (case.cols, case.rows)
-    )
-    inner, found = matmul_for(dtype), []
-    for matmul in (MaskedMatmul(inner, mask), SparseMatmul(inner, mask)):
-        operand = matmul.operand(weight)
-
-        def work(m: MaskedMatmul = matmul, w: Packed = operand) -> None:
-            m.fprop(x, w, None)
-            m.dgrad(grad, w)
-            m.wgrad(grad, x)
-
-        found.append(_seconds(work))
-    return Choice(found[0], found[1])
+    mask, inner = random_mask(case, torch.device("cpu")), matmul_for(dtype)
+    time_of = stopwatch(mask, dtype, TOKENS, _seconds, packs=False)
+    return Choice(time_of(MaskedMatmul(inner, mask)), time_of(SparseMatmul(inner, mask)))
 
 
 def pick_products(

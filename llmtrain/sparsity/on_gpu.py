@@ -19,12 +19,12 @@ from collections.abc import Callable
 
 import torch
 
-from llmtrain.linear import BLOCKS, Mask, MaskedMatmul, Packed, matmul_for, sparse_matmul
+from llmtrain.linear import BLOCKS, MaskedMatmul, matmul_for, sparse_matmul
 from llmtrain.ops import cuda_fault
 from llmtrain.ops.block_sparse import TILE, fits_blocks
-from llmtrain.ops.masking import transposable_mask
 from llmtrain.ops.semi import LIBRARIES, MULTIPLE, NAMES, first_sentence, library_fault
 from llmtrain.sparsity.case import BOTH, Case, Choice
+from llmtrain.sparsity.timing import Clock, random_mask, stopwatch
 
 TOKENS, ROUNDS = 8192, 5
 # Below this many elements a layer is dense unasked: launches are most of its time.
@@ -77,21 +77,6 @@ def device_words(device: torch.device) -> tuple[str, ...]:
     return (name, *map(str, (*capability, *versions, TOKENS)))
 
 
-def random_mask(case: Case, device: torch.device) -> Mask:
-    """A mask of the case's kind."""
-    gen = torch.Generator().manual_seed(0)
-    shape = (case.rows, case.cols)
-    if case.semi == BOTH:
-        kept = transposable_mask(torch.rand(shape, generator=gen).to(device))
-    elif case.semi:
-        scores = torch.rand((case.rows, case.cols // 4, 4), generator=gen).to(device)
-        kept = (scores.argsort(-1).argsort(-1) < 2).view(shape)
-    else:
-        grid = (-(-case.rows // case.block[0]), -(-case.cols // case.block[1]))
-        kept = (torch.rand(grid, generator=gen) < case.percent / 100).to(device)
-    return Mask(kept, case.block, shape)
-
-
 def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     """The least GPU time of a call, after two that do not count."""
     readings = []
@@ -107,9 +92,7 @@ def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     return float(min(readings))
 
 
-def measure(
-    case: Case, device: torch.device, clock: Callable[[Callable[[], object]], float] = seconds
-) -> Choice:
+def measure(case: Case, device: torch.device, clock: Clock = seconds) -> Choice:
     """Time packing, forward and both gradients of one case, dense with a mask and by each sparse
     product that it can have; the faster of these counts."""
     kinds, reason = kinds_of(case, device)
@@ -127,27 +110,11 @@ def race(
     case: Case,
     kinds: list[str],
     device: torch.device,
-    clock: Callable[[Callable[[], object]], float],
+    clock: Clock,
 ) -> Choice:
     """``measure`` of the sparse products ``kinds``."""
     mask, inner = random_mask(case, device), matmul_for(torch.bfloat16)
-    # Of its own: the run's random numbers are the same whether or not anything was timed.
-    gen = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(mask.shape, device=device, generator=gen)
-    x, grad = (
-        Packed(torch.randn(TOKENS, n, device=device, generator=gen).bfloat16())
-        for n in (case.cols, case.rows)
-    )
-
-    def time_of(matmul: MaskedMatmul) -> float:
-        def work() -> None:
-            operand = matmul.operand(weight)
-            matmul.fprop(x, operand, None)
-            matmul.dgrad(grad, operand)
-            matmul.wgrad(grad, x)
-
-        return clock(work)
-
+    time_of = stopwatch(mask, torch.bfloat16, TOKENS, clock, packs=True)
     dense = time_of(MaskedMatmul(inner, mask))
     times, faults = {}, []
     for kind in kinds:
