@@ -314,6 +314,11 @@ def fitting_architecture(cfg: ModelConfig, wanted: str | None) -> Architecture:
         raise CheckpointError(
             f"{wanted!r} is no architecture llmtrain converts; there are {', '.join(ARCHITECTURES)}"
         )
+    if cfg.factorized is not None:
+        raise CheckpointError(
+            "no architecture of transformers has layers of two factors (model.factorized); use "
+            "llmtrain generate and eval, which read the checkpoint as it is"
+        )
     tried = [ARCHITECTURES[wanted]] if wanted else list(ARCHITECTURES.values())
     misfits = [(a.differences(cfg), a) for a in tried]
     keys, nearest = min(misfits, key=lambda misfit: len(misfit[0]))

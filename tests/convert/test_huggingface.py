@@ -14,9 +14,11 @@ from helpers.tiny import make_corpus, tiny_config
 
 from llmtrain.checkpoint import verify
 from llmtrain.cli.main import main
+from llmtrain.config.factorized import FactorizedConfig
 from llmtrain.config.rope import RopeScalingConfig
 from llmtrain.config.schema import ModelConfig
-from llmtrain.convert.architectures import ARCHITECTURES
+from llmtrain.convert.architectures import ARCHITECTURES, fitting_architecture
+from llmtrain.errors import CheckpointError
 from llmtrain.eval.loading import load_trained
 from llmtrain.model import complete
 from llmtrain.model.rotary import Rotation
@@ -291,3 +293,10 @@ def test_the_largest_presets_fit_an_architecture() -> None:
         model = load_config(path).model
         cfg = complete(model, model.vocab_size or 1000, model.max_seq_len or 64)
         assert fitting_architecture(cfg, None).name == wanted, path
+
+
+def test_factors_stay_in_llmtrains_format() -> None:
+    section = FactorizedConfig()
+    cfg = complete(ModelConfig(vocab_size=61, d_model=32, factorized=section), None, 16)
+    with pytest.raises(CheckpointError, match=r"layers of two factors \(model\.factorized\)"):
+        fitting_architecture(cfg, None)
