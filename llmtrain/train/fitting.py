@@ -189,6 +189,10 @@ def _settings(stored: dict[str, Any], model: ModelConfig) -> dict[str, tuple[Any
     for key in _SCALING:
         if scaling.get(key) is not None:
             found[f"scaling.{key}"] = (scaling[key], getattr(model.scaling, key))
+    factors = stored.get("factorized")
+    if factors and model.factorized is not None:
+        # The shapes tell the rest.
+        found["factorized.activation"] = (factors["activation"], model.factorized.activation)
     return found
 
 

@@ -127,6 +127,17 @@ def test_another_model_is_refused(
     assert f"{key}: {plain}" in err and says in err
 
 
+def test_another_activation_between_factors_is_refused(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one").mkdir()
+    words = ["train", str(tiny_config(tmp_path / "one", corpus)), *SHORT]
+    assert main([*words, "model.factorized={}"]) == 0
+    begins = f"init.path={tmp_path}/one/runs/tiny"
+    err = refused(tmp_path, corpus, capfd, begins, "model.factorized={activation: relu}")
+    assert "model.factorized.activation gelu and this run has relu" in err
+
+
 def test_other_rotary_frequencies_are_refused_in_an_anchor_and_said_of_a_beginning(
     tmp_path: Path, corpus: Path, plain: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
