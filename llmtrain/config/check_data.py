@@ -68,10 +68,10 @@ def _check_diet(cfg: RunConfig, diet: DietConfig, faults: Collector) -> None:
     tokens = batch * cfg.data.seq_len
     drawn = diet.until.steps(tokens, cfg.train.duration.steps(tokens)) * batch
     if diet.samples >= drawn:
-        message = (
-            f"{diet.samples} samples are not repeated by the {drawn} that the run draws until "
+        message = f"{diet.samples} samples are not repeated by the {drawn} that the run draws "
+        message += (
+            f"until {diet.until}; use fewer or a later data.diet.until, or set data.diet=null"
         )
-        message += f"{diet.until}; use fewer or a later data.diet.until, or set data.diet=null"
         faults.add("data.diet.samples", message, "data.diet.until", *_RUN_LENGTH)
     if cfg.online is not None:
         message = "repeats samples of an order that online makes as it goes; keep one"

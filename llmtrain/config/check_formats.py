@@ -59,10 +59,8 @@ def check_formats(cfg: RunConfig, faults: Collector) -> None:
         message = f"{scale:g} is no power of two, and would be a rounding more; write 65536, say"
         faults.add("quantization.gradient_scale", message)
     elif scale is not None and abs(math.frexp(scale)[1] - 1) > _MOST_SCALED:
-        message = (
-            f"{scale:g} is beyond 2^-{_MOST_SCALED} to 2^{_MOST_SCALED}: gradients times it, or "
-        )
-        message += "products over it, are no float32 numbers; write 65536, say"
+        message = f"{scale:g} is beyond 2^-{_MOST_SCALED} to 2^{_MOST_SCALED}: gradients times it, "
+        message += "or products over it, are no float32 numbers; write 65536, say"
         faults.add("quantization.gradient_scale", message)
     if used == {"none"} and section.kv == "none":
         faults.add("quantization", "changes nothing; choose a format, or take the section away")

@@ -59,8 +59,8 @@ class Plan:
     @property
     def token_shard(self) -> TensorParallel | None:
         """The group whose ranks each run their own tokens through the whole weight."""
-        whole = self.placement is Placement.REPLICATED and self.tensor is not None
-        return self.tensor if whole and self.tensor is not None and self.tensor.sequence else None
+        sequence = self.tensor is not None and self.tensor.sequence
+        return self.tensor if sequence and self.placement is Placement.REPLICATED else None
 
     @property
     def column(self) -> TensorParallel | None:

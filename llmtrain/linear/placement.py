@@ -11,7 +11,8 @@ from torch.distributed.tensor.placement_types import Placement as TensorPlacemen
 class Placement(Enum):
     """Layout of a linear layer's weight within its tensor-parallel group.
 
-    REPLICATED: every rank holds the whole weight; no collective.
+    REPLICATED: every rank holds the whole weight; no collective. Under sequence parallelism each
+    takes its own tokens through it, and its gradient is a summand (``Plan.token_shard``).
     COLUMN: outputs are split (dim 0 of the weight, and the bias). Inputs are whole: gathered
     over the token shards before the product (sequence parallel) or already there; in backward
     the input's gradients are reduce-scattered, or all-reduced.

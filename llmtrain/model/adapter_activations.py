@@ -7,9 +7,7 @@ import torch
 from llmtrain.config.schema import ModelConfig
 from llmtrain.model.activations import WHOLE, ActivationSplit, block_activation_bytes
 from llmtrain.model.adapters import PARTS, adapted_parts, is_directed
-from llmtrain.model.layers import widths
-
-_FUSED = ("attention.qkv", "mlp.up")
+from llmtrain.model.layers import cut_dim, whole_shape, widths
 
 
 def adapter_activation_bytes(
@@ -41,22 +39,20 @@ def adapter_activation_bytes(
     if recompute == "full":
         return 0
     rows = tokens // split.residual
-    q, kv, ff = (width // split.tensor for width in widths(cfg))
-    up = 2 * ff if cfg.activation == "swiglu" else ff
-    out = {"attention.qkv": q + 2 * kv, "attention.out": cfg.d_model}
-    out |= {"mlp.up": up, "mlp.down": cfg.d_model}
     total = 0
     for kind in PARTS:
         parts = adapted_parts(cfg, f"blocks.{block}.{kind}")
         values = len(parts) * max((part.rank for part in parts), default=0)
         total += rows * values * dtype.itemsize
+        column = cut_dim(kind) == 0
+        out = whole_shape(cfg, kind)[0] // (split.tensor if column else 1)
         fused = kind == "attention.qkv" or (kind == "mlp.up" and cfg.activation == "swiglu")
         if parts and fused:
             same = len({part.scale for part in parts}) == 1
-            total += out[kind] * (values * dtype.itemsize + len(parts) * (1 if same else 4))
+            total += out * (values * dtype.itemsize + len(parts) * (1 if same else 4))
         if parts and is_directed(section):
-            tall = tokens if kind in _FUSED else rows
-            total += out[kind] * (tall * dtype.itemsize + 2 * 4 + 1)
+            tall = tokens if column else rows
+            total += out * (tall * dtype.itemsize + 2 * 4 + 1)
         if section.freeze and not parts:
             total -= _input_bytes(cfg, kind, tokens, dtype, recompute, split)
     return total
@@ -73,7 +69,7 @@ def _input_bytes(
     """Bytes of a layer's input that ``block_activation_bytes`` counts and nothing else keeps."""
     q, _, ff = (width // split.tensor for width in widths(cfg))
     item = dtype.itemsize
-    if kind in _FUSED:
+    if cut_dim(kind) == 0:
         # After the branch, norms read what the stream is: it is theirs.
         kept = recompute == "none" and cfg.norm_placement == "pre"
         rows = tokens if split.sequence and split.keep_gathered else tokens // split.residual

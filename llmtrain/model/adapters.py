@@ -15,6 +15,7 @@ from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Change, Linear, LowRank
+from llmtrain.model.layers import whole_layers
 from llmtrain.model.packing import freeze_layer
 from llmtrain.parallel import local_boxes
 from llmtrain.parallel.collectives import all_reduce
@@ -197,7 +198,7 @@ def check_targets(cfg: ModelConfig) -> None:
     that is not adapted."""
     section = cfg.adapters
     assert section is not None
-    layers = [f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in PARTS]
+    layers = whole_layers(cfg)
     matrices = [(layer, part) for layer in layers for part in part_names(cfg, layer)]
     if not section.targets:
         raise ConfigError("model.adapters.targets: is empty; name what is adapted: attention, mlp")
@@ -218,7 +219,7 @@ def unlike(theirs: AdapterConfig, cfg: ModelConfig) -> str | None:
     """The first matrix that adapters of ``theirs`` adapt otherwise than those of ``cfg`` do, in
     words; None where both compute the same from the same values. Shapes alone would not tell."""
     other = replace(cfg, adapters=theirs)
-    for layer in (f"blocks.{i}.{kind}" for i in range(cfg.n_layers) for kind in PARTS):
+    for layer in whole_layers(cfg):
         pairs = [{p.name: p for p in adapted_parts(c, layer)} for c in (other, cfg)]
         for name in part_names(cfg, layer):
             there, here = (_words(pair.get(name)) for pair in pairs)

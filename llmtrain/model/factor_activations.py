@@ -30,21 +30,19 @@ def factor_activation_bytes(
         return 0
     rows, total = tokens // split.residual, 0
     activation = cfg.factorized.activation
+    # What reads its own result in backward, or nothing, keeps no input and is not made again.
+    plain = activation in ("relu", "none")
     for kind in KINDS:
-        layer = f"blocks.{block}.{kind}"
-        inner = inner_width(cfg, layer)
+        inner = inner_width(cfg, f"blocks.{block}.{kind}")
         if inner is None:
             continue
-        gathered = split.sequence and split.keep_gathered and cut_dim(layer) == 0
-        before = 0 if activation == "none" else rows
-        after = 0 if recompute == "selective" and activation not in ("relu", "none") else rows
-        if activation == "relu":
-            before = 0 if not gathered else rows  # its result, which its own backward reads
-        if gathered:
-            after = tokens
-            stream = rows * cfg.d_model
+        before = 0 if plain else rows
+        after = rows if plain or recompute != "selective" else 0
+        if split.sequence and split.keep_gathered and cut_dim(kind) == 0:
+            # v keeps the values of all tokens; the result that ReLU reads is another tensor then.
+            before, after = rows if activation == "relu" else before, tokens
             # The result of the norm: whole before, now these tokens or made again.
             again = recompute == "selective" and cfg.norm_placement == "pre"
-            total += (0 if again else stream) - tokens * cfg.d_model
+            total += cfg.d_model * ((0 if again else rows) - tokens)
         total += (before + after) * inner
     return total * dtype.itemsize

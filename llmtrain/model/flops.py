@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model.layers import block_layers, layer_shape, widths
+from llmtrain.model.layers import block_layers, count_alike, layer_shape, widths
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.pipeline import Part, split_layers
 
 
-def block_matrices(cfg: ModelConfig, block: int) -> int:
-    """Elements of the weight matrices of a block."""
-    return sum(math.prod(layer_shape(cfg, name)) for name in block_layers(cfg, block))
-
-
-def _all_matrices(cfg: ModelConfig) -> int:
-    """Elements of the weight matrices of all blocks."""
-    return sum(block_matrices(cfg, block) for block in range(cfg.n_layers))
+def _matrices(cfg: ModelConfig) -> list[int]:
+    """Elements of the weight matrices of each block."""
+    found: list[int] = []
+    for block, count in count_alike(cfg, range(cfg.n_layers)).items():
+        found += [
+            sum(math.prod(layer_shape(cfg, name)) for name in block_layers(cfg, block))
+        ] * count
+    return found
 
 
 def param_counts(cfg: ModelConfig) -> dict[str, int]:
@@ -42,7 +42,7 @@ def param_counts(cfg: ModelConfig) -> dict[str, int]:
         bias += cfg.n_layers * ((2 * ff if cfg.activation == "swiglu" else ff) + cfg.d_model)
     counts = {
         "embedding": table + (cfg.max_seq_len * cfg.d_model if cfg.position == "learned" else 0),
-        "hidden": _all_matrices(cfg),
+        "hidden": sum(_matrices(cfg)),
         "norm": norms,
         "head": 0 if cfg.tie_embeddings else table,
         "bias": bias,
@@ -69,7 +69,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, density: float = 1.0) -> flo
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    matrices = density * _all_matrices(cfg) + cfg.vocab_size * cfg.d_model
+    matrices = density * sum(_matrices(cfg)) + cfg.vocab_size * cfg.d_model
     return 6.0 * matrices + 6.0 * seq_len * q * cfg.n_layers
 
 
@@ -81,5 +81,5 @@ def stage_parts(cfg: ModelConfig, seq_len: int, stages: int) -> list[Part]:
     """
     q, _, _ = widths(cfg)
     assert cfg.vocab_size is not None
-    costs = [float(block_matrices(cfg, i) + seq_len * q) for i in range(cfg.n_layers)]
+    costs = [float(elements + seq_len * q) for elements in _matrices(cfg)]
     return split_layers(costs, 0.0, cfg.vocab_size * cfg.d_model, stages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from llmtrain.linear import (
     matmul_for,
 )
 from llmtrain.model.attention import Attention
-from llmtrain.model.layers import layer_names
+from llmtrain.model.layers import check_patterns, layer_names, named_by
 from llmtrain.model.scaling import multiplier
 
 FP8_FORMATS = ("mus_fp8", "fp8_current")
@@ -64,21 +63,16 @@ def assign_formats(
 
 
 def _check_rules(section: QuantizationConfig, names: list[str]) -> None:
+    note = " (embedding and head always stay in the compute dtype)"
     for i, rule in enumerate(section.rules):
-        for pattern in rule.layers:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"quantization.rules.{i}.layers: {pattern!r} matches no hidden linear layer; "
-                    f"they are called {names[0]} to {names[-1]} (embedding and head always stay "
-                    "in the compute dtype)"
-                )
+        check_patterns(f"quantization.rules.{i}.layers", rule.layers, names, note)
 
 
 def _assign(name: str, layer: Linear, section: QuantizationConfig) -> Assignment:
     shape = (layer.out_features, layer.in_features)
     chosen, reason = section.format, ""
     for i, rule in enumerate(section.rules):
-        if any(fnmatchcase(name, pattern) for pattern in rule.layers):
+        if named_by(name, rule.layers):
             chosen, reason = rule.format, f"quantization.rules.{i}"
     if chosen != "none" and min(shape) < section.min_features:
         reason = f"{min(shape)} is below quantization.min_features {section.min_features}"

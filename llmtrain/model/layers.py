@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from llmtrain.config.schema import ModelConfig
@@ -33,6 +33,11 @@ def whole_shape(cfg: ModelConfig, kind: str) -> tuple[int, int]:
         "mlp.down": (cfg.d_model, ff),
     }
     return shapes[kind]
+
+
+def whole_layers(cfg: ModelConfig) -> list[str]:
+    """Names of all hidden linear layers of a model as if none were factorized."""
+    return [f"blocks.{block}.{kind}" for block in range(cfg.n_layers) for kind in KINDS]
 
 
 def block_layers(cfg: ModelConfig, block: int) -> list[str]:
@@ -78,7 +83,7 @@ def inner_width(cfg: ModelConfig, layer: str) -> int | None:
     weights as the layer (2303.11525, section 3; 1 / (1 - s) in out / (in + out) for equal ones).
     """
     section = cfg.factorized
-    if section is None or not any(fnmatchcase(layer, pattern) for pattern in section.layers):
+    if section is None or not named_by(layer, section.layers):
         return None
     rows, columns = whole_shape(cfg, layer.split(".", 2)[2])
     cost = section.density_u * columns + section.density_v * rows
@@ -99,13 +104,40 @@ def cut_dim(name: str) -> int | None:
 
 def whole_weights(cfg: ModelConfig) -> int:
     """Elements of the hidden weights that every tensor-parallel rank has all of."""
-    names = [name for name in layer_names(cfg) if cut_dim(name) is None]
-    return sum(math.prod(layer_shape(cfg, name)) for name in names)
+    return sum(
+        count * math.prod(layer_shape(cfg, name))
+        for block, count in count_alike(cfg, range(cfg.n_layers)).items()
+        for name in block_layers(cfg, block)
+        if cut_dim(name) is None
+    )
 
 
 def query_inputs(cfg: ModelConfig, block: int) -> int:
     """Inputs of the product that makes queries, keys and values of a block."""
     return inner_width(cfg, f"blocks.{block}.attention.qkv") or cfg.d_model
+
+
+def count_alike(cfg: ModelConfig, blocks: Collection[int]) -> dict[int, int]:
+    """Block -> how many of ``blocks`` have layers of its shapes: without factors all of them, so
+    that closed forms of a model look at one block."""
+    if cfg.factorized is not None:
+        return dict.fromkeys(blocks, 1)
+    return {block: len(blocks) for block in list(blocks)[:1]}
+
+
+def named_by(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns of a config (``*.mlp.*``) names a layer."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(key: str, patterns: Iterable[str], names: Sequence[str], note: str = "") -> None:
+    """Raise ConfigError naming the ``key`` of a pattern that names none of the layers ``names``."""
+    for pattern in patterns:
+        if not any(named_by(name, [pattern]) for name in names):
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no hidden linear layer; they are called {names[0]} to "
+                f"{names[-1]}{note}"
+            )
 
 
 def check_factorized(cfg: ModelConfig) -> None:
@@ -118,16 +150,6 @@ def check_factorized(cfg: ModelConfig) -> None:
             "model.adapters: adapters and packed weights are of whole matrices, which "
             "model.factorized replaces; take one of the two away"
         )
-    names = [f"blocks.{block}.{kind}" for block in range(cfg.n_layers) for kind in KINDS]
-    for pattern in section.layers:
-        if not _matches(pattern, names):
-            raise ConfigError(
-                f"model.factorized.layers: {pattern!r} matches no hidden linear layer; they are "
-                f"called {names[0]} to {names[-1]}"
-            )
+    check_patterns("model.factorized.layers", section.layers, whole_layers(cfg))
     if not section.layers:
         raise ConfigError("model.factorized.layers: is empty; name layers, or take it away")
-
-
-def _matches(pattern: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)

@@ -83,8 +83,7 @@ def run_pair(
     ``second`` computes in FP8 the activation is made with its cast, and in backward with that for
     ``first``; nothing of its result but the FP8 copy is kept then.
     """
-    fuses = activation != "none" and second.takes_casts(x)
-    if fuses and fuses_activation(x, activation):
+    if second.takes_casts(x) and fuses_activation(x, activation):
         between = first.handoff(x)
         inner = first(x, casts, between)
         turned, reads = second.wants(inner)

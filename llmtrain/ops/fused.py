@@ -89,9 +89,9 @@ def fuses_norm(x: Tensor, layer: bool, bias: bool) -> bool:
 
 
 def fuses_activation(x: Tensor, name: str) -> bool:
-    """The same for an activation."""
+    """The same for an activation; never for one that is not in ``ACTIVATIONS``."""
     if x.is_cuda:
-        return _cuda_takes(x, _width(x, name))
+        return name in ACTIVATIONS and _cuda_takes(x, _width(x, name))
     return traceable(x) and name in ("swiglu", "relu")
 
 

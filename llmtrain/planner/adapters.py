@@ -8,12 +8,11 @@ from collections.abc import Iterable
 import torch
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model import ADAPTER, PARTS, Decoder, adapted_parts, is_directed
+from llmtrain.model import ADAPTER, PARTS, Decoder, adapted_parts, cut_dim, is_directed
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.setting import Setting
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-_COLUMN = ("attention.qkv", "mlp.up")
 
 
 def adapter_sizes(model: ModelConfig) -> tuple[int, int]:
@@ -21,7 +20,7 @@ def adapter_sizes(model: ModelConfig) -> tuple[int, int]:
     column-parallel layers, B and magnitude of row-parallel ones)."""
     with torch.device("meta"):
         named = [(n, p.numel()) for n, p in Decoder(model).named_parameters() if ADAPTER in n]
-    column = tuple(f"{kind}{ADAPTER}" for kind in _COLUMN)
+    column = tuple(f"{kind}{ADAPTER}" for kind in PARTS if cut_dim(kind) == 0)
     summed = sum(n for name, n in named if any(c in name for c in column) == (".a.weight" in name))
     return sum(n for _, n in named), summed
 
@@ -63,7 +62,7 @@ def adapted_blocks(setting: Setting, stages: Iterable[Stage]) -> dict[str, tuple
                 parts = adapted_parts(model, f"blocks.{i}.{kind}")
                 adapted = len(parts)
                 width = adapted * max((part.rank for part in parts), default=0)
-                if kind in _COLUMN:
+                if cut_dim(kind) == 0:
                     add(GATHER, forwards + again * trains, model.d_model)
                     add(SCATTER, int(before), model.d_model)
                     add(GATHER, (forwards + again) * bool(adapted), width)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.config.schema import ModelConfig
-from llmtrain.model import block_layers, cut_dim, layer_shape, query_inputs
+from llmtrain.model import block_layers, count_alike, cut_dim, layer_shape, query_inputs
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.adapters import adapted_blocks
 from llmtrain.planner.blueprint import TABLE, Blueprint, Part
@@ -119,13 +119,13 @@ def tensor_layers(
 def _travelling(model: ModelConfig, blocks: Collection[int], dim: int) -> np.ndarray[Any, Any]:
     """(layers, values a token) that tensor parallelism moves into layers whose outputs are split,
     or out of those whose inputs are."""
-    widths = [
-        layer_shape(model, name)[1 - dim]
-        for block in blocks
+    found = [
+        count * np.array([1, layer_shape(model, name)[1 - dim]])
+        for block, count in count_alike(model, blocks).items()
         for name in block_layers(model, block)
         if cut_dim(name) == dim
     ]
-    return np.array([len(widths), sum(widths)])
+    return np.sum(found, axis=0) if found else np.zeros(2, dtype=int)
 
 
 def _widths(setting: Setting, collective: str, calls: np.ndarray[Any, Any], tokens: int) -> Traffic:
@@ -171,7 +171,7 @@ def shared_heads(setting: Setting, blocks: Collection[int]) -> list[Traffic]:
         rows = (model.n_heads // model.n_kv_heads + 2) * model.d_head
         sizes = [rows] if model.attention_bias else []
         sizes += ([model.d_head] * (2 if model.norm_bias else 1)) if full else []
-        columns = sum(query_inputs(model, block) for block in blocks)
+        columns = sum(n * query_inputs(model, b) for b, n in count_alike(model, blocks).items())
         payload = (rows * columns + len(blocks) * sum(sizes)) * setting.weight_item
         for kind, passes in ((ALL_GATHER, forwards), (REDUCE_SCATTER, 1)):
             many = passes * calls * (1 + len(sizes))

@@ -22,6 +22,7 @@ from llmtrain.model import (
     activation_bytes,
     adapter_activation_bytes,
     block_activation_bytes,
+    count_alike,
     factor_activation_bytes,
     padded_vocab,
     query_inputs,
@@ -334,7 +335,8 @@ def _shared_rows(setting: Setting, blocks: float) -> float:
         return 0
     # Each keeps its own query heads, the key and the value.
     rows = (model.n_heads // setting.degrees.tensor + 2) * model.d_head
-    columns = sum(query_inputs(model, i) for i in range(model.n_layers)) / model.n_layers
+    alike = count_alike(model, range(model.n_layers))
+    columns = sum(n * query_inputs(model, block) for block, n in alike.items()) / model.n_layers
     return blocks * rows * columns * setting.item
 
 

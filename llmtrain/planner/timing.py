@@ -30,7 +30,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmtrain.model.layers import block_layers, cut_dim, layer_shape, widths
+from llmtrain.model.layers import block_layers, count_alike, cut_dim, layer_shape, widths
 from llmtrain.model.resolve import padded_vocab
 from llmtrain.parallel.pipeline import Part as Stage
 from llmtrain.planner.blueprint import Blueprint
@@ -130,17 +130,15 @@ def _passes(setting: Setting, stages: Sequence[Stage], machine: Machine) -> _Pas
     q, kv, ff = widths(model)
     gate = 2 if model.activation == "swiglu" else 1
     d, item, reached = model.d_model, setting.item, machine.reached
-    # Blocks are alike unless some have factors.
+    products = back = 0.0
     numbers = [number for stage in stages for number in stage.blocks]
-    numbers = numbers[:1] if model.factorized is None else numbers
-    sizes = [size for number in numbers for size in _products(setting, number)]
-    products = sum(product_seconds(n, k, out, machine, item) for n, k, out in sizes)
-    # Backward: the input's gradient n x out x k, the weight's k x n x out.
-    back = sum(
-        product_seconds(n, out, k, machine, item) + product_seconds(k, n, out, machine, item)
-        for n, k, out in sizes
-    )
-    products, back = products / len(numbers), back / len(numbers)
+    for number, count in count_alike(model, numbers).items():
+        for n_rows, k, out in _products(setting, number):
+            products += count * product_seconds(n_rows, k, out, machine, item)
+            # Backward: the input's gradient n x out x k, the weight's k x n x out.
+            back += count * product_seconds(n_rows, out, k, machine, item)
+            back += count * product_seconds(k, n_rows, out, machine, item)
+    products, back = products / blocks, back / blocks
     flops = 2.0 * n * setting.cfg.data.seq_len * q / t
     attention = flops / (machine.peak * machine.attention) * reached.factor
     stream = d / (t if setting.sequence else 1)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from llmtrain.config.schema import ModelConfig
 from llmtrain.config.sparsity import SparsityConfig
 from llmtrain.errors import ConfigError
-from llmtrain.model import cut_dim, layer_names, layer_shape, split_factor
+from llmtrain.model import (
+    check_patterns,
+    cut_dim,
+    layer_names,
+    layer_shape,
+    named_by,
+    split_factor,
+)
 from llmtrain.sparsity.granularity import Granularity, parse_granularity
 
 
@@ -90,19 +96,15 @@ def mean_density(model_cfg: ModelConfig, section: SparsityConfig) -> float:
 
 
 def _check_rules(section: SparsityConfig, names: list[str]) -> None:
+    note = " (embedding and head are always dense)"
     for i, rule in enumerate(section.rules):
-        for pattern in rule.layers:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"sparsity.rules.{i}.layers: {pattern!r} matches no hidden linear layer; they "
-                    f"are called {names[0]} to {names[-1]} (embedding and head are always dense)"
-                )
+        check_patterns(f"sparsity.rules.{i}.layers", rule.layers, names, note)
 
 
 def _choose(name: str, shape: tuple[int, int], section: SparsityConfig) -> Sparse:
     text, wanted, where = section.granularity, section.density, "sparsity"
     for i, rule in enumerate(section.rules):
-        if any(fnmatchcase(name, pattern) for pattern in rule.layers):
+        if named_by(name, rule.layers):
             where = f"sparsity.rules.{i}"
             # N:M of a rule has its own density, not the section's.
             if rule.density is not None or rule.granularity is not None:

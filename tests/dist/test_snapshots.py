@@ -32,6 +32,21 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the node's shared memory."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(snapshot, "SHARED_MEMORY", folder)
+    return folder
+
+
+def short_run(folder: Path, corpus: Path, duration: str) -> tuple[Path, Path]:
+    """The config of a run with a checkpoint every second step, and the run's folder."""
+    changes = CHANGES | {"train__duration": duration, "checkpoint__every": "2step"}
+    return tiny_config(folder, corpus, **changes), folder / "runs" / "tiny"
+
+
 @pytest.mark.dist
 def test_killed_between_checkpoints_goes_on_from_the_last_step(
     tmp_path: Path, corpus: Path
@@ -127,16 +142,9 @@ def test_what_ranks_hold_is_written_tensor_by_tensor(tmp_path: Path) -> None:
 
 
 def test_a_damaged_snapshot_is_said_and_the_run_goes_on_from_its_checkpoint(
-    tmp_path: Path,
-    corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, corpus: Path, memory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
-    changes = CHANGES | {"train__duration": "5step", "checkpoint__every": "2step"}
-    config, run = tiny_config(tmp_path, corpus, **changes), tmp_path / "runs" / "tiny"
+    config, run = short_run(tmp_path, corpus, "5step")
     assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 4}}]"]) == 130
     (file,) = memory.glob("*/*step-00000003-*")
     bytes_ = bytearray(file.read_bytes())
@@ -151,14 +159,11 @@ def test_a_damaged_snapshot_is_said_and_the_run_goes_on_from_its_checkpoint(
 def test_snapshots_of_a_run_that_was_deleted_are_not_of_the_one_begun_anew(
     tmp_path: Path,
     corpus: Path,
+    memory: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    monkeypatch.setattr(snapshot, "SHARED_MEMORY", memory)
-    changes = CHANGES | {"train__duration": "6step", "checkpoint__every": "2step"}
-    config, run = tiny_config(tmp_path, corpus, **changes), tmp_path / "runs" / "tiny"
+    config, run = short_run(tmp_path, corpus, "6step")
     assert main(["train", str(config), "hooks=[{use: 'helpers.hooks:Stop', args: {at: 6}}]"]) == 130
     assert list(memory.glob("*/*step-00000005*"))
     (kept,) = memory.iterdir()

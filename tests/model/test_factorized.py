@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmtrain.config.adapters import AdapterConfig
 from llmtrain.config.factorized import FactorizedConfig
+from llmtrain.config.scaling import ScalingConfig
 from llmtrain.config.schema import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.linear import Mask
@@ -124,8 +126,6 @@ def test_under_its_masks_it_begins_as_large_as_the_layer_it_replaces(activation:
 
 
 def test_unit_scaling_begins_with_ones_and_the_multipliers_of_each_factor() -> None:
-    from llmtrain.config.scaling import ScalingConfig
-
     cfg = shape(
         {"activation": "none"}, scaling=ScalingConfig(parametrization="mus", residual="sum")
     )
@@ -152,7 +152,5 @@ def test_what_cannot_be_is_said(
 
 
 def test_adapters_are_refused() -> None:
-    from llmtrain.config.adapters import AdapterConfig
-
     with pytest.raises(ConfigError, match=r"model\.adapters: .* model\.factorized"):
         shape({}, adapters=AdapterConfig())
